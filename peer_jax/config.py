@@ -1,0 +1,124 @@
+"""Configs: the only file that knows gin.
+
+A config names classes and functions of this package and their arguments, ``PEER.num_experts = 16384``. Everything that
+can be named is in ``_configurables``; the library itself carries no decorators.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax.numpy as jnp
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from flax import nnx
+
+from peer_jax.data.corpora import local_files, python_stdlib, tfds_corpus
+from peer_jax.data.pipeline import TextTask
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.models import Transformer
+from peer_jax.training.loop import Run
+from peer_jax.training.optimizer import AdamW
+
+_configurables: list[Callable[..., Any]] = [
+    Run,
+    AdamW,
+    TextTask,
+    python_stdlib,
+    local_files,
+    tfds_corpus,
+    Transformer,
+    Dense,
+    MoE,
+    PKM,
+    PEER,
+    nnx.initializers.normal,
+    nnx.initializers.variance_scaling,
+]
+_constants = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
+    """The run that a stack of config files and bindings describes; later ones override earlier ones.
+
+    Raises:
+        InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
+    """
+    _register()
+    gin.clear_config()
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"--config {file} does not exist: give the path of a .gin file, such as configs/base.gin")
+        with _one_sentence(f"--config {file}"):
+            gin.parse_config_file(str(file), skip_unknown=False, print_includes_and_imports=False)
+    for binding in bindings:
+        if "=" not in binding:
+            raise InputError(f"--set {binding!r} is not of the form NAME=VALUE, such as 'PEER.top_k=8'")
+        with _one_sentence(f"--set {binding!r}"):
+            gin.parse_config(binding, skip_unknown=False)
+    with _one_sentence("the config"):
+        gin.finalize()
+        return gin.get_configurable("Run")()
+
+
+def text() -> str:
+    """What the run has used of the config, every default included."""
+    return gin.operative_config_str()
+
+
+class _one_sentence:  # noqa: N801, a context manager that reads as a phrase
+    """Turns gin's errors into an InputError of one sentence."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, InputError):
+            raise InputError(sentence(error)) from None
+        if isinstance(error, (ValueError, TypeError, RuntimeError, SyntaxError, NameError, LookupError, OSError)):
+            raise InputError(f"{self._where}: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """The message without the lines that gin adds about where a call came from."""
+    message = str(error).split("\n  In call to configurable")[0].split("\n  In file")[0].strip()
+    return " ".join(message.split())
+
+
+@functools.cache
+def _register() -> None:
+    for configurable in _configurables:
+        gin.external_configurable(_checked(configurable), name=configurable.__name__, module="peer_jax")
+    for name, value in _constants.items():
+        gin.constant(name, value)
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, with missing arguments and arguments of the wrong type refused by name."""
+    signature = inspect.signature(function)
+    target = function.__init__ if inspect.isclass(function) else function
+    hints = typing.get_type_hints(target)
+    conf = BeartypeConf(is_pep484_tower=True)  # an int is a float, too
+
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        for name, parameter in signature.parameters.items():
+            if name not in given:
+                if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+                    raise InputError(f"{function.__name__}.{name} is not set: add it to the config, or --set it")
+            elif name in hints and not is_bearable(given[name], hints[name], conf=conf):
+                expected = inspect.formatannotation(hints[name]).replace("typing.", "")
+                raise InputError(f"{function.__name__}.{name} = {given[name]!r} is not of type {expected}")
+        return function(*args, **kwargs)
+
+    call.__signature__ = signature
+    return call

@@ -1,0 +1,212 @@
+"""The token cache on disk: what `prepare` writes once and training reads by random access.
+
+manifest.json                 what is in it; written last, then the folder is renamed into place
+train/tokens-00000.npy        [rows, seq_len] targets: ids with EOS, 0 = padding
+train/segment_ids-00000.npy   [rows, seq_len] 1, 2, ... per piece of a document within a row, 0 = padding
+validation/...
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from peer_jax.data.corpora import SPLITS
+from peer_jax.errors import InputError
+
+KIND = "peer_jax token cache"
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 2**24
+_COUNTS = ("rows", "tokens", "documents", "bytes", "words")
+
+
+class PackedText:
+    """One split of a cache, memory-mapped: a random-access source of rows.
+
+    `source[i]` is `{"tokens": [seq_len], "segment_ids": [seq_len]}`; `source.take(indices)` gathers rows as int32.
+    """
+
+    def __init__(self, path: Path, split: str, manifest: dict):
+        self.path, self.split, self.manifest = path, split, manifest
+        self.counts = {key: manifest["splits"][split][key] for key in _COUNTS}
+        self.rows, self.seq_len = self.counts["rows"], manifest["seq_len"]
+        shards = manifest["splits"][split]["shards"]
+        self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
+        self._tokens = [self._map("tokens", i, rows) for i, rows in enumerate(shards)]
+        self._segment_ids = [self._map("segment_ids", i, rows) for i, rows in enumerate(shards)]
+
+    def _map(self, name: str, shard: int, rows: int) -> np.ndarray:
+        file = shard_file(self.path, self.split, name, shard)
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file} is missing or damaged; delete {self.path} and prepare it again.") from error
+        expected = (rows, self.seq_len), self.manifest["dtypes"][name]
+        if (array.shape, array.dtype.name) != expected:
+            raise InputError(
+                f"{file} holds {array.dtype.name} {array.shape} but its manifest says {expected[1]} {expected[0]}; "
+                f"delete {self.path} and prepare it again."
+            )
+        return array
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index) -> dict[str, np.ndarray]:
+        index = range(self.rows)[index]
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[shard])
+        return {"tokens": self._tokens[shard][row], "segment_ids": self._segment_ids[shard][row]}
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """`{"tokens": [len(indices), seq_len], "segment_ids": ...}`, int32, in the order of `indices`."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.rows):
+            raise IndexError(f"row {indices.min()} or {indices.max()} of {self.rows}")
+        tokens, segment_ids = np.empty((2, len(indices), self.seq_len), np.int32)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            at = np.flatnonzero(shards == shard)
+            rows = indices[at] - self._starts[shard]
+            tokens[at], segment_ids[at] = self._tokens[shard][rows], self._segment_ids[shard][rows]
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+    def __repr__(self) -> str:  # Grain shows it in its messages
+        return f"PackedText({str(self.path)!r}, {self.split!r}, rows={self.rows}, seq_len={self.seq_len})"
+
+
+def open_cache(path: Path | str, split: str) -> PackedText:
+    """Opens one split of a prepared cache.
+
+    Raises:
+        InputError: no cache there, one of another program or version, a truncated one, or a split without rows.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if split not in manifest["splits"]:
+        raise InputError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}.")
+    source = PackedText(path, split, manifest)
+    if not source.rows:
+        raise InputError(f"{path} has no rows for {split!r}; prepare it with max_{split}_tokens above 0.")
+    return source
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a cache; raises `InputError` unless it is one of ours, complete and of this format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except OSError as error:
+        what = "is not a prepared cache (it has no readable manifest.json)" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; run `peer-jax prepare`, or delete it if nothing else needs it.") from error
+    except ValueError as error:
+        raise InputError(f"{path / MANIFEST} is damaged; delete {path} and prepare it again.") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise InputError(f"{path} is not a cache of peer_jax; choose another cache_dir.")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has cache format {manifest.get('format')} and this version reads {FORMAT}; "
+            "delete it and prepare it again."
+        )
+    try:
+        for split in SPLITS:
+            counts = manifest["splits"][split]
+            if sum(counts["shards"]) != counts["rows"] or not all(type(counts[key]) is int for key in _COUNTS):
+                raise KeyError(split)
+        manifest["seq_len"] + 0, manifest["dtypes"]["tokens"], manifest["dtypes"]["segment_ids"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / MANIFEST} is damaged; delete {path} and prepare it again.") from error
+    return manifest
+
+
+def shard_file(path: Path, split: str, name: str, shard: int) -> Path:
+    return path / split / f"{name}-{shard:05d}.npy"
+
+
+def dtypes(seq_len: int, vocabulary_size: int) -> dict[str, np.dtype]:
+    """A row has at most `seq_len` segments, so their ids fit the smallest unsigned type that holds it."""
+    return {
+        "tokens": np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.int32),
+        "segment_ids": np.dtype(np.min_scalar_type(seq_len)),
+    }
+
+
+class CacheWriter:
+    """Writes a cache beside its final place and renames it there: whoever looks sees all of it or nothing.
+
+    Use as a context manager while holding the lock of that place: leftovers of writers that were killed are removed,
+    and this one's too if the block raises.
+    """
+
+    def __init__(self, path: Path, seq_len: int, vocabulary_size: int):
+        self.path, self.seq_len = path, seq_len
+        self.dtypes = dtypes(seq_len, vocabulary_size)
+        self._prefix = f".{path.name}.writing-"
+
+    def __enter__(self) -> "CacheWriter":
+        for leftover in self.path.parent.glob(self._prefix + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
+        os.chmod(self._folder, 0o755)  # mkdtemp's 0700 would lock colleagues out of a shared cache
+        return self
+
+    def __exit__(self, *exception) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)  # gone already once committed
+
+    def write_split(self, split: str, batches) -> dict:
+        """Writes (tokens, segment_ids) batches, each [n, seq_len], as shards; returns rows, tokens and shards."""
+        (self._folder / split).mkdir()
+        shard_rows = max(1, SHARD_TOKENS // self.seq_len)
+        shards, tokens, held = [], 0, 0
+        pending: dict[str, list[np.ndarray]] = {"tokens": [], "segment_ids": []}
+
+        def flush(rows: int) -> None:
+            for name, parts in pending.items():
+                joined = np.concatenate(parts)
+                self._save(shard_file(self._folder, split, name, len(shards)), joined[:rows])
+                pending[name] = [joined[rows:]]
+            shards.append(rows)
+
+        for batch in batches:
+            for name, array in zip(pending, batch, strict=True):
+                pending[name].append(array.astype(self.dtypes[name]))
+            tokens += int(np.count_nonzero(batch[1]))
+            held += len(batch[0])
+            while held >= shard_rows:
+                flush(shard_rows)
+                held -= shard_rows
+        if held:
+            flush(held)
+        _sync(self._folder / split)
+        return {"rows": sum(shards), "tokens": tokens, "shards": shards}
+
+    def _save(self, file: Path, array: np.ndarray) -> None:
+        with open(file, "wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def commit(self, manifest: dict) -> None:
+        """Writes the manifest and moves the folder into place."""
+        names = {name: dtype.name for name, dtype in self.dtypes.items()}
+        manifest = {"kind": KIND, "format": FORMAT, **manifest, "seq_len": self.seq_len, "dtypes": names}
+        with open(self._folder / MANIFEST, "w") as stream:
+            json.dump(manifest, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync(self._folder)
+        os.rename(self._folder, self.path)
+        _sync(self.path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

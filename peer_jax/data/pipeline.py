@@ -1,0 +1,164 @@
+"""Reading: batches of packed rows out of a prepared cache, by Grain. Never imports TensorFlow or seqio.
+
+The order of rows is a function of (seed, step) alone: hosts take consecutive parts of each global batch.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from peer_jax.data.cache import PackedText, open_cache, read_manifest
+from peer_jax.data.text_task import TextTask
+from peer_jax.data.vocabulary import decode, encode, vocabulary_size
+from peer_jax.errors import InputError
+
+__all__ = [
+    "Batch",
+    "PackedText",
+    "TextTask",
+    "decode",
+    "encode",
+    "ensure_prepared",
+    "eval_batches",
+    "open_cache",
+    "shift_right",
+    "train_batches",
+    "vocabulary_size",
+]
+
+
+class Batch(TypedDict):
+    """b rows of T tokens. A position counts in the loss where `segment_ids` > 0; 0 is padding."""
+
+    inputs: Int32[np.ndarray, "b T"]
+    targets: Int32[np.ndarray, "b T"]
+    segment_ids: Int32[np.ndarray, "b T"]
+
+
+def train_batches(
+    source: PackedText, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """An endless iterator of `Batch`es, shuffled over the whole split anew each epoch and read ahead in a thread.
+
+    Step s takes positions [s * batch_size, (s + 1) * batch_size) of the endless sequence of shuffled epochs, so every
+    row comes once an epoch and a batch may straddle two. `get_state()` is `{"next_index": step}`, whatever the number
+    of hosts; `set_state` continues there.
+
+    Args:
+        batch_size: rows of all hosts together; this host gets `batch_size / process_count` of them.
+
+    Raises:
+        InputError: fewer rows than `batch_size`, or a size that doesn't divide by the number of hosts.
+    """
+    if source.rows < batch_size:
+        raise InputError(
+            f"batch_size {batch_size} is more than the {source.rows} rows of {source.seq_len} tokens in "
+            f"{source.path.name}/{source.split}; give more text, a smaller batch_size or a smaller seq_len."
+        )
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
+    order = grain.MapDataset.range(source.rows).seed(seed).shuffle().repeat()
+
+    def rows(start: int, stop: int) -> list[int]:
+        return [int(order[position]) for position in range(start, stop)]
+
+    steps = _Steps(source, rows, sys.maxsize, batch_size, process_index, process_count)
+    read_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(steps).to_iter_dataset(read_ahead))
+
+
+def eval_batches(
+    source: PackedText, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Sequence[Batch]:
+    """Every row once, in order: `len()`, `[i]` and iteration over `Batch`es.
+
+    The last batch is filled up with rows whose `segment_ids` are all 0, on every host alike, so all batches have one
+    shape and all hosts make the same number of steps.
+    """
+
+    def rows(start: int, stop: int) -> range:
+        return range(start, min(stop, source.rows))
+
+    return _Steps(source, rows, source.rows, batch_size, process_index, process_count)
+
+
+def shift_right(targets: Int32[np.ndarray, "b T"], segment_ids: Int32[np.ndarray, "b T"]) -> Int32[np.ndarray, "b T"]:
+    """The inputs that predict `targets`: the token before, and 0 at the start of a segment, as seqio does it."""
+    inputs = np.zeros_like(targets)
+    inputs[:, 1:] = np.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets[:, :-1], 0)
+    return inputs
+
+
+class _Steps(Sequence):
+    """Batches by step: the random-access source that Grain reads ahead from."""
+
+    def __init__(
+        self, source, rows: Callable[[int, int], Sequence[int]], positions, batch_size, process_index, process_count
+    ):
+        for name, value, least in (("batch_size", batch_size, 1), ("process_count", process_count, 1)):
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        if batch_size % process_count:
+            raise InputError(f"batch_size {batch_size} does not divide by {process_count} hosts; make it a multiple.")
+        if not 0 <= process_index < process_count:
+            raise InputError(f"process_index is {process_index} with {process_count} hosts; count from 0.")
+        self._source, self._rows, self._batch_size = source, rows, batch_size
+        self._steps = -(-positions // batch_size)
+        self._share = batch_size // process_count
+        self._offset = process_index * self._share
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step) -> Batch:
+        start = range(self._steps)[step] * self._batch_size + self._offset
+        taken = self._source.take(self._rows(start, start + self._share))
+        missing = ((0, self._share - len(taken["tokens"])), (0, 0))
+        targets, segment_ids = np.pad(taken["tokens"], missing), np.pad(taken["segment_ids"], missing)
+        return Batch(inputs=shift_right(targets, segment_ids), targets=targets, segment_ids=segment_ids)
+
+    def __repr__(self) -> str:
+        return f"batches of {self._share} rows of {self._source!r}"
+
+
+def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
+    """The path of the task's cache, prepared if it isn't there yet.
+
+    Preparing runs in a process of its own, so that this one never imports TensorFlow. Its progress bar is on stderr.
+
+    Raises:
+        InputError: the corpus, the vocabulary or the cache can't be used, or the process was killed.
+    """
+    path = task.cache_path()
+    if path.exists():
+        read_manifest(path)
+        return path
+    with tempfile.TemporaryDirectory(prefix="peer_jax-prepare-") as folder:
+        request, answer = Path(folder, "request"), Path(folder, "answer")
+        request.write_bytes(pickle.dumps((task, progress)))
+        search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        process = subprocess.run(
+            [sys.executable, "-P", "-m", "peer_jax.data.tasks", str(request), str(answer)],
+            env={**os.environ, "PYTHONPATH": search},
+            check=False,
+        )
+        result = json.loads(answer.read_text()) if answer.exists() else {}
+    if "error" in result:
+        raise InputError(result["error"])
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise InputError(f"preparing {path.name} was ended by {name}; if memory ran out, set a lower max_train_tokens.")
+    if process.returncode or "path" not in result:
+        raise RuntimeError(f"preparing {path.name} failed with status {process.returncode}; its traceback is above")
+    return Path(result["path"])

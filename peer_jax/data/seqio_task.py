@@ -1,0 +1,221 @@
+"""The seqio task of a `TextTask`: tokenise, append EOS, cut, pack with `seqio.DecoderFeatureConverter`.
+
+Imports TensorFlow: `tasks.py` imports this module only when there is something to prepare.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow's C++ while it is imported
+from absl import logging as absl_logging
+
+absl_logging.set_verbosity(absl_logging.ERROR)
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+import seqio  # noqa: E402
+import tensorflow as tf  # noqa: E402
+import tensorflow_datasets as tfds  # noqa: E402
+
+from peer_jax.data import vocabulary as vocabularies  # noqa: E402
+from peer_jax.data.corpora import Corpus, TfdsCorpus  # noqa: E402
+from peer_jax.data.text_task import TextTask  # noqa: E402
+from peer_jax.errors import InputError  # noqa: E402
+
+BATCH_ROWS = 256
+# seqio's packing takes some 250 us a row on a CPU core, whatever its length, so training is packed this many tokens at a
+# time and cut into rows afterwards. Longer would cost memory: seqio pads as many pieces as that to the longest of them.
+PACK_TOKENS = 4096
+
+with contextlib.suppress(RuntimeError):  # raised if TensorFlow was already in use in this process
+    tf.config.set_visible_devices([], "GPU")  # leave the accelerator's memory to whoever trains on it
+
+
+class Source:
+    """A corpus as a seqio data source whose examples are {"text": string}.
+
+    Errors that arise in tf.data's threads come out as TensorFlow's; `error` keeps the sentence they began with.
+    """
+
+    def __init__(self, corpus: Corpus | TfdsCorpus, splits: tuple[str, ...]):
+        self.error: InputError | None = None
+        self.note: str | None = None
+        if isinstance(corpus, TfdsCorpus):
+            self.seqio, self.text_key, self.note = _tfds_source(corpus, splits)
+        else:
+            self.seqio = seqio.FunctionDataSource(self._read, splits=splits)
+            self.text_key = "text"
+        self._corpus = corpus
+
+    def _read(self, split, shuffle_files, seed=None):
+        del shuffle_files, seed  # the corpus fixes the order
+
+        def examples():
+            try:
+                for document in self._corpus.documents(split):
+                    yield {"text": document.text.encode()}
+            except InputError as error:
+                self.error = error
+                raise
+
+        spec = {"text": tf.TensorSpec([], tf.string)}
+        return tf.data.Dataset.from_generator(examples, output_signature=spec)
+
+    def texts(self, split: str) -> Iterator[str]:
+        for example in self.seqio.get_dataset(split, shuffle=False).as_numpy_iterator():
+            yield example[self.text_key].decode(errors="replace")
+
+
+def packed_rows(
+    task: TextTask,
+    source: Source,
+    split: str,
+    wanted: Callable[[bytes], bool],
+    admit: Callable[[bytes, int], bool],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (tokens, segment_ids), each [n, seq_len] int32, of one split.
+
+    Args:
+        wanted: whether to use a document at all, by its text.
+        admit: called with the text and the number of tokens of each wanted document, in order; False ends the split
+            before it. All documents admitted are in the rows, whole.
+    """
+
+    def is_wanted(example):
+        text = example["targets_pretokenized"]
+        return tf.ensure_shape(tf.numpy_function(lambda t: np.bool_(wanted(t)), [text], tf.bool), [])
+
+    def is_admitted(example):
+        arguments = [example["targets_pretokenized"], tf.size(example["targets"])]
+        return tf.ensure_shape(tf.numpy_function(lambda t, n: np.bool_(admit(t, int(n))), arguments, tf.bool), [])
+
+    name = f"peer_jax_{task.fingerprint()[:12]}_{split}"
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=source.seqio,
+        preprocessors=[
+            lambda dataset: dataset.map(lambda example: {"targets": example[source.text_key]}),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+            lambda dataset: dataset.filter(is_wanted).take_while(is_admitted),  # one at a time, in order
+            fill_rows if split == "train" else cut_documents,
+        ],
+        output_features={"targets": seqio.Feature(seqio_vocabulary(task.vocabulary), add_eos=True)},
+    )
+    lengths = {"targets": task.seq_len * max(1, PACK_TOKENS // task.seq_len) if split == "train" else task.seq_len}
+    dataset = seqio.get_mixture_or_task(name).get_dataset(
+        lengths, split=split, shuffle=False, trim_output_features=False, try_in_mem_cache=False
+    )
+    # Pieces are at most seq_len by construction, so seqio's checks (a third of the time) would find nothing.
+    dataset = seqio.DecoderFeatureConverter(pack=True, apply_length_check=False)(dataset, lengths)
+    dataset = dataset.map(lambda row: (row["decoder_target_tokens"], row["decoder_segment_ids"])).batch(BATCH_ROWS)
+    options = tf.data.Options()
+    options.threading.max_intra_op_parallelism = 1
+    options.experimental_optimization.map_fusion = True
+    try:
+        for tokens, segment_ids in dataset.with_options(options).as_numpy_iterator():
+            yield cut_rows(tokens, segment_ids, task.seq_len)
+    except tf.errors.OpError as error:
+        if source.error is not None:
+            raise source.error from error
+        raise InputError(f"{task.corpus.name} can't be read: {_first_line(error)}.") from error
+
+
+def cut_rows(tokens: np.ndarray, segment_ids: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts packed rows of k * seq_len into rows of seq_len whose segments count from 1; drops those that only pad."""
+    tokens, segment_ids = tokens.reshape(-1, seq_len), segment_ids.reshape(-1, seq_len)
+    used = segment_ids[:, 0] > 0
+    tokens, segment_ids = tokens[used], segment_ids[used]
+    return tokens, np.where(segment_ids > 0, segment_ids - segment_ids[:, :1] + 1, 0)
+
+
+def cut_documents(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
+    """Cuts each document into pieces of seq_len; the last may be shorter."""
+    length = sequence_length["targets"]
+    return dataset.map(lambda example: _pieces(example["targets"], length, length)).unbatch()
+
+
+def fill_rows(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
+    """Cuts documents where seqio's packing will end a row, so that the rows it packs are full.
+
+    seqio appends pieces to a row while they fit, and ends the row after every `seq_len` pieces; this keeps the same
+    account. Were seqio's account another, rows would be less full, and nothing else would change.
+    """
+    length = sequence_length["targets"]
+
+    def cut(state, example):
+        room, count = state
+        pieces = _pieces(example["targets"], room, length)
+        count = (count + tf.shape(pieces["targets"])[0]) % length
+        room = (room - tf.size(example["targets"]) - 1) % length + 1
+        return (tf.where(count == 0, length, room), count), pieces
+
+    return dataset.scan((tf.constant(length), tf.constant(0)), cut).unbatch()
+
+
+def _pieces(tokens: tf.Tensor, room: tf.Tensor | int, length: int) -> dict[str, tf.Tensor]:
+    """The first `room` tokens, then `length` at a time: [pieces, length], filled up with 0, which packing takes off."""
+    first = tf.minimum(room, tf.size(tokens))
+    rest = tf.size(tokens) - first
+    last = rest % length
+    lengths = tf.concat([[first], tf.fill([rest // length], length), tf.fill([tf.minimum(last, 1)], last)], 0)
+    return {"targets": tf.RaggedTensor.from_row_lengths(tokens, lengths).to_tensor(shape=[None, length])}
+
+
+def seqio_vocabulary(vocabulary: str) -> seqio.Vocabulary:
+    if vocabulary == vocabularies.BYTES:
+        return seqio.ByteVocabulary()
+    return seqio.SentencePieceVocabulary(os.path.expanduser(vocabulary))
+
+
+def _tfds_source(corpus: TfdsCorpus, splits: tuple[str, ...]) -> tuple[seqio.TfdsDataSource, str, str | None]:
+    """The source, the key of its text, and what the user should know about its splits."""
+    data_dir = corpus.data_dir and os.path.expanduser(corpus.data_dir)
+    try:
+        builder = tfds.builder(corpus.builder, data_dir=data_dir, try_gcs=data_dir is None)
+        if not builder.is_prepared() and data_dir is None:
+            builder.download_and_prepare()
+        if not builder.is_prepared():
+            raise InputError(f"{data_dir} holds no data of {corpus.builder}; give the data_dir that TFDS wrote it to.")
+        known, features = builder.info.splits, builder.info.features
+        if corpus.text_key not in features:
+            raise InputError(
+                f"{corpus.builder} has no feature {corpus.text_key!r}; "
+                f"set text_key to one of {', '.join(sorted(features))}."
+            )
+        chosen, note = _tfds_splits(corpus, known)
+        chosen = {split: chosen[split] for split in splits}
+        for spec in chosen.values():
+            known[spec]  # raises if there is no such split
+    except InputError:
+        raise
+    except Exception as error:  # TFDS raises dozens of types: not found, no network, checksums, Apache Beam missing ...
+        raise InputError(f"TFDS can't provide {corpus.builder}: {_first_line(error)}.") from error
+    # Reading only: otherwise seqio asks for Google's copy too, and TFDS refuses that next to a data_dir.
+    if data_dir is None and str(builder.data_dir_root).startswith("gs://"):
+        data_dir = str(builder.data_dir_root)
+    source = seqio.TfdsDataSource(corpus.builder, tfds_data_dir=data_dir, splits=chosen, read_only=True)
+    return source, corpus.text_key, note
+
+
+def _tfds_splits(corpus: TfdsCorpus, known) -> tuple[dict[str, str], str | None]:
+    validation = corpus.validation_split
+    if validation is not None and (validation in known or not validation.isidentifier()):
+        return {"train": corpus.train_split, "validation": validation}, None
+    if not corpus.train_split.isidentifier():
+        raise InputError(
+            f"{corpus.builder} has no split {validation!r} and train_split {corpus.train_split!r} is a slice already; "
+            f"set validation_split to one of {', '.join(known)} or to another slice."
+        )
+    chosen = {"train": f"{corpus.train_split}[:99%]", "validation": f"{corpus.train_split}[99%:]"}
+    return chosen, f"{corpus.builder}: no split {validation!r}, so validation is {chosen['validation']}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}".rstrip(".")

@@ -1,0 +1,272 @@
+"""Preparing: a seqio task, run once, into the token cache. Training never comes here, see `pipeline.ensure_prepared`.
+
+tokenise -> append EOS -> cut documents into pieces of at most seq_len -> pack with seqio.DecoderFeatureConverter.
+Nothing is truncated. A training document goes on in the next row where a row ends, so rows are full; a validation
+document is cut only at multiples of seq_len from its own start: its loss does not depend on its neighbours.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from peer_jax.data import cache
+from peer_jax.data import vocabulary as vocabularies
+from peer_jax.data.corpora import SPLITS, Corpus, TfdsCorpus
+from peer_jax.data.prepare_progress import PrepareProgress
+from peer_jax.data.text_task import TextTask
+from peer_jax.errors import InputError
+
+
+def prepare(task: TextTask, *, progress: bool = True) -> Path:
+    """Writes the task's cache unless it is there, and returns its path. Safe for several processes at once.
+
+    Imports TensorFlow: a process that goes on to train calls `pipeline.ensure_prepared` instead.
+
+    Raises:
+        InputError: what is wrong with the corpus, the vocabulary or the place of the cache.
+    """
+    path = task.cache_path()
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with PrepareProgress(enabled=progress) as bar, _lock(path, bar):
+                if not path.exists():  # else another process has just made it
+                    _write(task, path, bar)
+        except OSError as error:
+            raise InputError(
+                f"the cache {path} can't be written ({error.strerror or error}); "
+                "free some space there, or set cache_dir or PEER_JAX_CACHE to another folder."
+            ) from error
+    cache.read_manifest(path)
+    return path
+
+
+def _lock(path: Path, bar: PrepareProgress):
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        bar.note(f"waiting for another process that prepares {path.name}")
+        return lock.acquire()
+
+
+def _write(task: TextTask, path: Path, bar: PrepareProgress) -> None:
+    vocabulary = vocabularies.load(task.vocabulary)
+    splits = tuple(split for split in SPLITS if task.max_tokens(split) != 0)
+    if not isinstance(task.corpus, TfdsCorpus):
+        for split in splits:  # the commonest mistakes come out before the seconds that TensorFlow takes
+            if next(iter(task.corpus.documents(split)), None) is None:
+                raise _no_documents(task, split)
+    with cache.CacheWriter(path, task.seq_len, vocabulary.size) as writer:
+        with bar.spinner("loading seqio and TensorFlow"):
+            from peer_jax.data import seqio_task
+
+            source = seqio_task.Source(task.corpus, splits)
+        if source.note:
+            bar.note(source.note)
+        counts, validation_texts = {}, set()
+        for split in reversed(SPLITS):  # validation first: training leaves out what validation holds
+            documents = _Documents(task, split, validation_texts, bar)
+            rows = []
+            if split in splits:
+                rows = seqio_task.packed_rows(task, source, split, documents.wanted, documents.admit)
+            written = writer.write_split(split, rows)
+            if split in splits and not documents.documents:
+                raise _no_documents(task, split)
+            if written["tokens"] != documents.tokens:
+                raise RuntimeError(f"{documents.tokens} tokens of {split} went in, {written['tokens']} came out")
+            counts[split] = written | documents.counts()
+        writer.commit(_manifest(task, vocabulary, counts))
+
+
+def _no_documents(task: TextTask, split: str) -> InputError:
+    return InputError(f"{task.corpus.name} has no documents for {split}; give more text, or other splits.")
+
+
+class _Documents:
+    """Decides on the documents of one split as they pass, and counts those that are taken."""
+
+    def __init__(self, task: TextTask, split: str, validation_texts: set[bytes], bar: PrepareProgress):
+        self.documents = self.tokens = self.bytes = self.words = 0
+        self.repeated = 0  # training documents left out because validation holds their text
+        self._split, self._limit, self._bar = split, task.max_tokens(split), bar
+        # Local corpora keep their splits apart themselves; a TFDS builder may not.
+        self._apart = isinstance(task.corpus, TfdsCorpus)
+        self._validation_texts = validation_texts
+        self._corpus_bytes = task.corpus.num_bytes() if split == "train" and not self._apart else None
+
+    def wanted(self, text: bytes) -> bool:
+        if self._apart and self._split == "train" and _digest(text) in self._validation_texts:
+            self.repeated += 1
+            return False
+        return bool(text)
+
+    def admit(self, text: bytes, tokens: int) -> bool:
+        if self._limit is not None and self.tokens >= self._limit:
+            return False
+        if self._apart and self._split == "validation":
+            self._validation_texts.add(_digest(text))
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += len(text)
+        self.words += len(text.decode(errors="replace").split())
+        self._bar.update(self._split, self.tokens, self.documents, self._expected_tokens())
+        return True
+
+    def counts(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in ("documents", "bytes", "words", "repeated")}
+
+    def _expected_tokens(self) -> float | None:
+        bounds = [] if self._limit is None else [self._limit]
+        if self._corpus_bytes:
+            bounds.append(self._corpus_bytes * self.tokens / max(self.bytes, 1))
+        return min(bounds, default=None)
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()[:16]
+
+
+def _manifest(task: TextTask, vocabulary: vocabularies.Vocabulary, counts: dict) -> dict:
+    packages = ("peer-jax", "seqio", "tensorflow", "tensorflow-datasets", "sentencepiece")
+    return {
+        "task": {
+            "corpus": task.corpus.name,
+            "max_train_tokens": task.max_train_tokens,
+            "max_validation_tokens": task.max_validation_tokens,
+        },
+        "fingerprint": task.fingerprint(),
+        "corpus_fingerprint": task.corpus.fingerprint(),
+        "vocabulary": {
+            "name": task.vocabulary,
+            "size": vocabulary.size,
+            "eos_id": vocabulary.eos_id,
+            "sha256": vocabulary.sha256,
+        },
+        "splits": {split: counts[split] for split in SPLITS},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # peer-jax itself, run from a checkout
+        return None
+
+
+def train_sentencepiece(
+    corpus: Corpus | TfdsCorpus, model_path: str | os.PathLike, *, vocab_size: int, max_bytes: int = 2**24
+) -> Path:
+    """Trains a SentencePiece model (BPE, lossless: bytes where no piece fits) on the first training documents.
+
+    Args:
+        vocab_size: pieces, with 0 = padding, 1 = EOS, 2 = unknown and the 256 bytes among them.
+        max_bytes: how much text to train on.
+
+    Raises:
+        InputError: a size that doesn't suit the text, no text, or a path that can't be written.
+    """
+    import sentencepiece
+
+    path, model = Path(model_path).expanduser(), io.BytesIO()
+    if type(vocab_size) is not int or vocab_size <= 259:
+        raise InputError(f"vocab_size is {vocab_size!r}; give a number above 259 (the bytes and three special ids).")
+    texts = _limited(_training_texts(corpus), max_bytes)
+    first = next(texts, None)
+    if first is None:
+        raise InputError(f"{corpus.name} has no documents for train; give a corpus with text in it.")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2**16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split("] ", 1)[-1].strip().split("\n")[0].rstrip(".")
+        raise InputError(f"vocab_size {vocab_size} does not suit {corpus.name}: {reason}.") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(model.getvalue())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error.strerror}); give another path for the model.") from error
+    return path
+
+
+def _training_texts(corpus: Corpus | TfdsCorpus) -> Iterator[str]:
+    if isinstance(corpus, TfdsCorpus):
+        from peer_jax.data import seqio_task
+
+        return seqio_task.Source(corpus, ("train",)).texts("train")
+    return (document.text for document in corpus.documents("train"))
+
+
+def _limited(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
+    """Lines, with their ends, of about `max_bytes` of text: the trainer wants short pieces."""
+    taken = 0
+    for text in texts:
+        for line in text.splitlines(keepends=True):
+            yield line
+            taken += len(line.encode())
+        if taken >= max_bytes:
+            return
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def main(request: str, answer: str) -> int:
+    """The process that `pipeline.ensure_prepared` starts: pickled (task, progress) in, JSON {"path" or "error"} out.
+
+    TensorFlow's C++ writes to file descriptor 2 whatever it is told; that goes to a file beside the request, and
+    Python's `sys.stderr` keeps the terminal.
+    """
+    terminal = os.dup(2)
+    with open(Path(request).with_name("log"), "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    warnings.simplefilter("ignore")  # those of TensorFlow's own imports; users can do nothing about them
+    try:
+        task, progress = pickle.loads(Path(request).read_bytes())
+        result, status = {"path": str(prepare(task, progress=progress))}, 0
+    except InputError as error:
+        result, status = {"error": str(error)}, 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    Path(answer).write_text(json.dumps(result))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

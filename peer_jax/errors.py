@@ -1,0 +1,21 @@
+"""The one exception for input that can't be used."""
+
+
+class InputError(ValueError):
+    """A value the user gave (config, data, checkpoint, device, file) can't be used.
+
+    The message is one sentence that names the value and the way out. The command line prints it and exits with
+    status 2; in library code it is an ordinary ``ValueError``.
+    """
+
+
+class TrainingFailed(RuntimeError):
+    """A run can't go on. The message says at which step, what is saved and what to try."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by a signal and has saved its state; the same command goes on from there."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

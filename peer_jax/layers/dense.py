@@ -1,0 +1,67 @@
+"""The dense feed-forward layer: the baseline, and what a coarse expert is made of."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from peer_jax.layers.interface import ACTIVATIONS, GATED_ACTIVATIONS, Aux, FeedForward, check_choice, check_positive
+
+
+class Dense(FeedForward):
+    """Two-layer MLP without biases, ``act(x W_up) W_down``; gated, ``(act(x W_gate) * (x W_up)) W_down``.
+
+    Gated variants: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv:2002.05202).
+
+    Args:
+        d_model: width of input and output.
+        d_ff: hidden width, 4 * d_model where None.
+        activation: "gelu", "relu" or "silu"; "swiglu" or "geglu" are gated and have half as many parameters more.
+        dtype: of the computation, that of ``x`` where None.
+        param_dtype: of the parameters.
+        kernel_init: of all kernels.
+        rngs: for the parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        *,
+        activation: str = "gelu",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        rngs: nnx.Rngs,
+    ) -> None:
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
+        check_positive(d_model=d_model, d_ff=d_ff)
+
+        def linear(d_in: int, d_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                d_in,
+                d_out,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+
+        self.activation = activation
+        self.up = linear(d_model, d_ff)
+        self.gate = linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.down = linear(d_ff, d_model)
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        if self.gate is None:
+            hidden = ACTIVATIONS[self.activation](self.up(x))
+        else:
+            hidden = GATED_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        return self.down(hidden), Aux(jnp.zeros(()), {})
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return 2 * self.num_params()

@@ -1,0 +1,273 @@
+"""Mixture of coarse experts, each as large as the dense layer it replaces.
+
+Sources: expert choice, Zhou et al. 2022 (arXiv:2202.09368); token choice with balance loss, Fedus et al. 2021 (Switch,
+arXiv:2101.03961) and Lepikhin et al. 2020 (GShard, arXiv:2006.16668); router z-loss, Zoph et al. 2022 (ST-MoE,
+arXiv:2202.08906).
+
+b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens an expert takes of a sequence
+f  d_ff      k  top-k        m  rows given to an expert
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import (
+    ACTIVATIONS,
+    GATED_ACTIVATIONS,
+    Aux,
+    FeedForward,
+    Routing,
+    check_choice,
+    check_positive,
+)
+
+ROUTINGS = ("expert_choice", "token_choice")
+
+
+class MoE(FeedForward):
+    """Coarse mixture of experts; tokens compete within their sequence only.
+
+    *Expert choice*: each expert takes the C = ceil(seq * capacity_factor / E) tokens that give it the highest
+    probability, weighted by that probability. It compares tokens with later ones, so it sees the future:
+    ``is_causal`` is False.
+
+    *Token choice*: each token takes its ``top_k`` experts; their probabilities are renormalised where top_k > 1.
+    With a capacity, C = ceil(seq * top_k * capacity_factor / E) places an expert and sequence are filled in the order
+    of the tokens and later ones are dropped, which keeps it causal; with ``capacity_factor=None`` none is dropped.
+
+    Parameters: ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
+
+    Args:
+        d_model: width of input and output.
+        num_experts: E.
+        d_ff: hidden width of an expert, 4 * d_model where None.
+        routing: "expert_choice" or "token_choice".
+        top_k: experts a token, for token choice.
+        capacity_factor: places, relative to those needed if all experts were equally popular; None: no limit.
+        activation: as in ``Dense``.
+        balance_loss_weight: of E * sum_e f_e p_e, token choice only.
+        z_loss_weight: of the mean squared logsumexp of the router's logits, token choice only.
+        router_noise: standard deviation of Gaussian noise on the logits, times 1 / E, in training.
+        dtype: of the computation, that of ``x`` where None; the router is float32 always.
+        param_dtype: of the parameters.
+        kernel_init, router_init: initialisers.
+        rngs: for the parameters, and ``router`` for the noise.
+
+    Raises:
+        InputError: if sizes or options don't fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        d_ff: int | None = None,
+        *,
+        routing: str = "expert_choice",
+        top_k: int = 1,
+        capacity_factor: float | None = 1.0,
+        activation: str = "gelu",
+        balance_loss_weight: float = 0.01,
+        z_loss_weight: float = 0.001,
+        router_noise: float = 0.0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(batch_axis=0),
+        router_init: Initializer = nnx.initializers.lecun_normal(),
+        rngs: nnx.Rngs,
+    ) -> None:
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        check_choice("routing", routing, ROUTINGS)
+        check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
+        check_positive(d_model=d_model, num_experts=num_experts, d_ff=d_ff, top_k=top_k)
+        if top_k > num_experts:
+            raise InputError(f"top_k={top_k} is more than num_experts={num_experts}")
+        if capacity_factor is not None:
+            check_positive(capacity_factor=capacity_factor)
+        elif routing == "expert_choice":
+            raise InputError("capacity_factor=None means no limit, which only routing='token_choice' can do")
+
+        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
+        self.routing, self.activation, self.dtype = routing, activation, dtype
+        self.balance_loss_weight, self.z_loss_weight = balance_loss_weight, z_loss_weight
+        self.variant = routing.replace("_", " ")
+        self.is_causal = routing == "token_choice"
+        self.mixes_tokens = capacity_factor is not None
+        self.router = nnx.Linear(
+            d_model,
+            num_experts,
+            use_bias=False,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            kernel_init=router_init,
+            rngs=rngs,
+        )
+
+        def kernels(d_in: int, d_out: int) -> nnx.Param:
+            return nnx.Param(kernel_init(rngs.params(), (num_experts, d_in, d_out), param_dtype))
+
+        self.up = kernels(d_model, d_ff)
+        self.gate = kernels(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.down = kernels(d_ff, d_model)
+        self.router_noise = router_noise
+        self.deterministic = False
+        self.noise_rngs = rngs.fork() if router_noise else None
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        logits = self._logits(x)
+        if self.noise_rngs is not None and not self.deterministic:
+            noise = jax.random.normal(self.noise_rngs.router(), logits.shape)
+            logits = logits + self.router_noise / self.num_experts * noise
+        x = x.astype(self.dtype or x.dtype)
+        if self.routing == "expert_choice":
+            return self._expert_choice(x, logits, mask)
+        return self._token_choice(x, logits, mask)
+
+    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+        """Experts and combine weights of each token, without noise.
+
+        Expert choice: h = 1 and k = E, every expert, with weight zero where it did not choose the token.
+        """
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        logits = self._logits(x)
+        if self.routing == "token_choice":
+            routing, _ = self._choose_experts(logits, mask)
+            return routing
+        token, weight = self._choose_tokens(logits, mask)
+        b, s, e = logits.shape
+        rows = jnp.arange(b)[:, None, None]
+        gates = jnp.zeros((b, s, e)).at[rows, token, jnp.arange(e)[:, None]].add(weight)
+        indices = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32), (b, s, 1, e))
+        return Routing(indices, gates[:, :, None])
+
+    def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s E"]:
+        return self.router(x.astype(jnp.float32))
+
+    def _capacity(self, seq_len: int) -> int:
+        """Places a sequence and expert."""
+        if self.capacity_factor is None:
+            return seq_len
+        choices = self.top_k if self.routing == "token_choice" else 1
+        return min(seq_len, math.ceil(seq_len * choices * self.capacity_factor / self.num_experts))
+
+    def _expert(self, product: Callable[[Array, Array], Array], rows: Array) -> Array:
+        """Every expert's MLP on the rows that ``product`` gives it."""
+        up = product(rows, self.up[...].astype(rows.dtype))
+        if self.gate is None:
+            hidden = ACTIVATIONS[self.activation](up)
+        else:
+            hidden = GATED_ACTIVATIONS[self.activation](product(rows, self.gate[...].astype(rows.dtype))) * up
+        return product(hidden, self.down[...].astype(rows.dtype))
+
+    # Expert choice.
+
+    def _choose_tokens(
+        self, logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+    ) -> tuple[Int[Array, "b E C"], Float[Array, "b E C"]]:
+        """Each expert's tokens and their weights, which are zero for padding."""
+        probabilities = jnp.swapaxes(jax.nn.softmax(logits), 1, 2)
+        weight, token = jax.lax.top_k(jnp.where(mask[:, None, :], probabilities, -1.0), self._capacity(logits.shape[1]))
+        return token, jnp.maximum(weight, 0.0)
+
+    def _expert_choice(
+        self, x: Float[Array, "b s d"], logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        token, weight = self._choose_tokens(logits, mask)
+        sequence = jnp.arange(x.shape[0])[:, None, None]
+        y = self._expert(_capacity_product, x[sequence, token])
+        y = jnp.zeros_like(x).at[sequence, token].add(weight[..., None].astype(x.dtype) * y)
+        taken = jnp.zeros(mask.shape).at[sequence, token].max(jnp.where(weight > 0, 1.0, 0.0))
+        return y, Aux(jnp.zeros(()), {"dropped": 1 - jnp.mean(taken, where=mask)})
+
+    # Token choice.
+
+    def _choose_experts(
+        self, logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+    ) -> tuple[Routing, Int[Array, "b s k"]]:
+        """Each token's experts, weights after dropping, and the place in the expert's queue."""
+        gates, experts = jax.lax.top_k(jax.nn.softmax(logits), self.top_k)
+        if self.top_k > 1:
+            gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
+        chosen = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32) * mask[..., None, None]
+        b, s, k, e = chosen.shape
+        # Token-major: all choices of a token queue before those of the next one, or later tokens could push out
+        # earlier ones' second choices.
+        queue = jnp.cumsum(chosen.reshape(b, s * k, e), axis=1).reshape(b, s, k, e)
+        place = jnp.sum(chosen * queue, axis=-1) - 1
+        kept = (place >= 0) & (place < self._capacity(s))
+        gates = jnp.where(kept, gates, 0.0)
+        return Routing(experts[:, :, None], gates[:, :, None]), jnp.where(kept, place, -1)
+
+    def _token_choice(
+        self, x: Float[Array, "b s d"], logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        routing, place = self._choose_experts(logits, mask)
+        experts, gates = routing.indices[:, :, 0], routing.gates[:, :, 0]
+        run = self._dropless if self.capacity_factor is None else self._within_capacity
+        y = jnp.einsum("bskd,bsk->bsd", run(x, experts, place), gates.astype(x.dtype))
+
+        tokens = jnp.maximum(jnp.sum(mask, axis=1), 1)
+        chosen = jnp.sum(jax.nn.one_hot(experts, self.num_experts) * mask[..., None, None], axis=(1, 2))
+        share = chosen / (tokens[:, None] * self.top_k)
+        probability = jnp.sum(jax.nn.softmax(logits) * mask[..., None], axis=1) / tokens[:, None]
+        balance = jnp.mean(self.num_experts * jnp.sum(share * probability, axis=-1))
+        z = jnp.mean(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * mask, axis=1) / tokens)
+        dropped = jnp.mean(jnp.where(place < 0, 1.0, 0.0), where=mask[..., None])
+        metrics = {"balance_loss": balance, "router_z_loss": z, "dropped": dropped}
+        return y, Aux(self.balance_loss_weight * balance + self.z_loss_weight * z, metrics)
+
+    def _within_capacity(
+        self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
+    ) -> Float[Array, "b s k d"]:
+        """Outputs of the chosen experts; those of dropped choices are left to a weight of zero."""
+        b, s, k = experts.shape
+        e, capacity = self.num_experts, self._capacity(s)
+        sequence = jnp.arange(b)[:, None, None]
+        slot = jnp.where(place < 0, e * capacity, experts * capacity + place)
+        token = jnp.broadcast_to(jnp.arange(s)[None, :, None], (b, s, k))
+        taken = jnp.zeros((b, e * capacity), jnp.int32).at[sequence, slot].set(token, mode="drop")
+        rows = jnp.take_along_axis(x, taken[..., None], axis=1).reshape(b, e, capacity, -1)
+        y = self._expert(_capacity_product, rows).reshape(b, e * capacity, -1)
+        return y[sequence, jnp.minimum(slot, e * capacity - 1)]
+
+    def _dropless(
+        self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
+    ) -> Float[Array, "b s k d"]:
+        """Outputs of the chosen experts, by ragged products over the choices sorted by expert."""
+        b, s, k = experts.shape
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=self.num_experts)
+        rows = x.reshape(b * s, -1)[order // k]
+        y = self._expert(lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, sizes), rows)
+        return y[jnp.argsort(order)].reshape(b, s, k, -1)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        router = 2 * math.prod(self.router.kernel.shape)
+        if self.capacity_factor is None:
+            experts_per_token = self.top_k
+        else:
+            experts_per_token = self.num_experts * self._capacity(seq_len) / seq_len
+        return router + experts_per_token * 2 * self._expert_params()
+
+    def num_active_params(self) -> int:
+        experts_per_token = self.top_k if self.routing == "token_choice" else self.capacity_factor
+        return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params())
+
+    def _expert_params(self) -> int:
+        kernels = (self.up, self.gate, self.down)
+        return sum(math.prod(kernel.shape[1:]) for kernel in kernels if kernel is not None)
+
+
+def _capacity_product(rows: Float[Array, "b E C i"], kernels: Float[Array, "E i o"]) -> Float[Array, "b E C o"]:
+    return jnp.einsum("beci,eio->beco", rows, kernels)

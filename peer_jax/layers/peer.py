@@ -1,0 +1,100 @@
+"""PEER: parameter-efficient expert retrieval, a layer of one-neuron experts.
+
+Source: He 2024, "Mixture of A Million Experts" (arXiv:2407.04153).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from peer_jax.layers.interface import ACTIVATIONS, Aux, Table, check_choice
+from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.ops import expert_mix
+
+
+class PEER(ProductKeyRetrieval):
+    """y = sum over heads and top-k of g_i act(u_i . x) v_i, over experts retrieved by product keys.
+
+    The defaults of the paper, but for ``num_experts``, which it sets to 1024**2. Its parameters are ``query_proj``,
+    ``query_norm``, ``sub_keys``, ``down`` [N, d_model] (rows u_i) and ``up`` [N, d_model] (rows v_i).
+
+    Args:
+        d_model: width of input and output.
+        num_experts: N, a square.
+        num_heads: h, independent queries; all share the experts.
+        top_k: k, experts retrieved a head.
+        d_key: width of a query; half of it meets each sub-key.
+        share_sub_keys: one set of sub-keys for all heads, or a set a head.
+        query_norm: "batch", "layer" (over each head's query) or None.
+        activation: of an expert: "gelu", "relu" or "silu".
+        score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
+        implementation: of the ops, see ``peer_jax.ops``.
+        dtype: of the computation, that of ``x`` where None; the router is float32 always.
+        param_dtype: of the parameters.
+        query_init, down_init, up_init: initialisers.
+        rngs: for the parameters.
+
+    Raises:
+        InputError: if sizes don't fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        num_heads: int = 8,
+        top_k: int = 16,
+        d_key: int = 128,
+        share_sub_keys: bool = True,
+        query_norm: str | None = "batch",
+        activation: str = "gelu",
+        score_activation: str = "softmax",
+        implementation: str | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        query_init: Initializer = nnx.initializers.xavier_uniform(),
+        down_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
+        up_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_choice("activation", activation, ACTIVATIONS)
+        super().__init__(
+            d_model,
+            num_experts,
+            num_heads=num_heads,
+            top_k=top_k,
+            d_key=d_key,
+            share_sub_keys=share_sub_keys,
+            query_norm=query_norm,
+            score_activation=score_activation,
+            implementation=implementation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            query_init=query_init,
+            rngs=rngs,
+        )
+        self.activation = activation
+        self.down = Table(down_init(rngs.params(), (num_experts, d_model), param_dtype))
+        self.up = Table(up_init(rngs.params(), (num_experts, d_model), param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        routing = self._route(x, mask, self.query_norm)
+        y = expert_mix(
+            x.astype(self.dtype or x.dtype),
+            self.down[...],
+            self.up[...],
+            *routing,
+            ACTIVATIONS[self.activation],
+            implementation=self.implementation,
+        )
+        return y, self._aux(routing, mask)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return self._retrieval_flops() + 4 * self.num_heads * self.top_k * self.d_model
+
+    def num_active_params(self) -> int:
+        return self.num_params() - 2 * self._idle_experts() * self.d_model

@@ -1,0 +1,74 @@
+"""Product-key memory.
+
+Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from peer_jax.layers.interface import Aux, Table
+from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.ops import value_bag
+
+
+class PKM(ProductKeyRetrieval):
+    """y = sum over heads and top-k of g_i v_i, over values retrieved by product keys.
+
+    Its parameters are ``query_proj``, ``query_norm``, ``sub_keys`` and ``values`` [N, d_model]. Arguments as for
+    ``PEER``; ``top_k`` is 32, as the PEER paper has it for its baseline.
+
+    Raises:
+        InputError: if sizes don't fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        num_heads: int = 8,
+        top_k: int = 32,
+        d_key: int = 128,
+        share_sub_keys: bool = True,
+        query_norm: str | None = "batch",
+        score_activation: str = "softmax",
+        implementation: str | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        query_init: Initializer = nnx.initializers.xavier_uniform(),
+        value_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_experts,
+            num_heads=num_heads,
+            top_k=top_k,
+            d_key=d_key,
+            share_sub_keys=share_sub_keys,
+            query_norm=query_norm,
+            score_activation=score_activation,
+            implementation=implementation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            query_init=query_init,
+            rngs=rngs,
+        )
+        self.values = Table(value_init(rngs.params(), (num_experts, d_model), param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        indices, gates = routing = self._route(x, mask, self.query_norm)
+        y = value_bag(
+            self.values[...], indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation
+        )
+        return y, self._aux(routing, mask)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model
+
+    def num_active_params(self) -> int:
+        return self.num_params() - self._idle_experts() * self.d_model

@@ -1,0 +1,123 @@
+"""Product-key retrieval, which PKM and PEER share: queries, their norm, exact top-k, gates.
+
+Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242).
+
+b  batch     s  sequence     d  d_model     h  heads     k  top-k     n  sub-keys in a half, N = n * n
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import Aux, FeedForward, Routing, check_choice, check_positive
+from peer_jax.ops import product_key_top_k
+
+QUERY_NORMS = ("batch", "layer", None)
+SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
+
+
+class ProductKeyRetrieval(FeedForward):
+    """The retrieval half of PKM and PEER; a subclass owns the rows that are retrieved.
+
+    Query batch-norm takes its statistics over the real tokens of the batch in training, and running ones in
+    evaluation. Scores, norm and gates are float32.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        num_heads: int,
+        top_k: int,
+        d_key: int,
+        share_sub_keys: bool,
+        query_norm: str | None,
+        score_activation: str,
+        implementation: str | None,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        query_init: Initializer,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_positive(d_model=d_model, num_experts=num_experts, num_heads=num_heads, top_k=top_k, d_key=d_key)
+        check_choice("query_norm", query_norm, QUERY_NORMS)
+        check_choice("score_activation", score_activation, SCORE_ACTIVATIONS)
+        n = math.isqrt(num_experts)
+        if n * n != num_experts:
+            raise InputError(
+                f"num_experts={num_experts} must be the square of the number of sub-keys: try {n * n} or {(n + 1) ** 2}"
+            )
+        if d_key % 2:
+            raise InputError(f"d_key={d_key} must be even: it is split into two halves")
+        if top_k > num_experts:
+            raise InputError(f"top_k={top_k} is more than num_experts={num_experts}")
+
+        self.d_model, self.num_experts = d_model, num_experts
+        self.num_heads, self.top_k, self.d_key = num_heads, top_k, d_key
+        self.score_activation = score_activation
+        self.implementation = implementation
+        self.dtype = dtype
+        self.query_proj = nnx.Linear(
+            d_model,
+            num_heads * d_key,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=query_init,
+            rngs=rngs,
+        )
+        self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None
+        if query_norm == "batch":
+            self.query_norm = nnx.BatchNorm(
+                num_heads * d_key,
+                momentum=0.9,
+                use_fast_variance=False,
+                dtype=jnp.float32,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+        elif query_norm == "layer":
+            self.query_norm = nnx.LayerNorm(
+                d_key, use_fast_variance=False, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+            )
+        else:
+            self.query_norm = None
+        shape = (2, n, d_key // 2) if share_sub_keys else (num_heads, 2, n, d_key // 2)
+        self.sub_keys = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype, -(d_key**-0.5), d_key**-0.5))
+
+    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+        """The experts retrieved for each token and their gates; running statistics stay as they are."""
+        return self._route(x, mask, nnx.clone(self.query_norm))
+
+    def _route(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, norm: nnx.BatchNorm | nnx.LayerNorm | None
+    ) -> Routing:
+        b, s, _ = x.shape
+        queries = self.query_proj(x).astype(jnp.float32)
+        if isinstance(norm, nnx.BatchNorm):
+            queries = norm(queries, mask=None if mask is None else mask[..., None])
+        queries = queries.reshape(b, s, self.num_heads, self.d_key)
+        if isinstance(norm, nnx.LayerNorm):
+            queries = norm(queries)
+        scores, indices = product_key_top_k(queries, self.sub_keys[...], self.top_k, implementation=self.implementation)
+        return Routing(indices, SCORE_ACTIVATIONS[self.score_activation](scores))
+
+    def _aux(self, routing: Routing, mask: Bool[Array, "b s"] | None) -> Aux:
+        """No loss; the mean of the largest gate of a head, which nears 1 where softmax picks a single expert."""
+        top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
+        return Aux(jnp.zeros(()), {"top_gate": jnp.mean(top, where=mask)})
+
+    def _retrieval_flops(self) -> int:
+        """Query projection, and the scores of both halves."""
+        n = self.sub_keys.shape[-2]
+        return 2 * self.num_heads * self.d_key * (self.d_model + n)
+
+    def _idle_experts(self) -> int:
+        """Experts that a token doesn't use."""
+        return max(0, self.num_experts - self.num_heads * self.top_k)

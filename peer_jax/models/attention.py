@@ -1,0 +1,97 @@
+"""Causal self-attention with rotary positions, packed sequences and a key-value cache.
+
+b  batch     s  queries     S  keys     h  heads     c  width of a head     d  d_model, h * c
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from peer_jax.errors import InputError
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the first ``length`` positions; the rest is room for more."""
+
+    key: Float[Array, "b S h c"]
+    value: Float[Array, "b S h c"]
+    length: Int[Array, ""]
+
+
+def rotate(x: Float[Array, "b s h c"], positions: Int[Array, "b s"], theta: float) -> Float[Array, "b s h c"]:
+    """Rotary position embedding, halves rotated against each other; Su et al. 2021 (arXiv:2104.09864)."""
+    c = x.shape[-1]
+    frequencies = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
+    angles = (positions[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal attention without biases."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        rope_theta: float = 10_000.0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        rngs: nnx.Rngs,
+    ) -> None:
+        if d_model % num_heads or (d_model // num_heads) % 2:
+            raise InputError(
+                f"d_model={d_model} does not split into num_heads={num_heads} heads of an even width: "
+                f"choose d_model as a multiple of {2 * num_heads}"
+            )
+
+        def linear(d_in: int, d_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                d_in,
+                d_out,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+
+        self.num_heads, self.rope_theta = num_heads, rope_theta
+        self.query_key_value = linear(d_model, 3 * d_model)
+        self.out = linear(d_model, d_model)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        mask: Bool[Array, "b s S"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b s d"], KVCache | None]:
+        """Attends where ``mask`` is True; without a cache to the keys of x, S = s.
+
+        With a cache x continues it, S is its size, and it is returned with x in it.
+        """
+        b, s, d = x.shape
+        qkv = self.query_key_value(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
+        query = rotate(qkv[:, :, 0], positions, self.rope_theta)
+        key, value = rotate(qkv[:, :, 1], positions, self.rope_theta), qkv[:, :, 2]
+        if cache is not None:
+            start = (0, cache.length, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
+            value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
+            cache = KVCache(key, value, cache.length + s)
+            key, value = key.astype(query.dtype), value.astype(query.dtype)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+        return self.out(y.reshape(b, s, d)), cache
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Projections, scores and weighted values, all ``seq_len`` keys counted, as they are computed."""
+        d = self.out.in_features
+        return 2 * 4 * d * d + 4 * seq_len * d

@@ -1,0 +1,237 @@
+"""Decoder-only transformer whose feed-forward layers come from outside.
+
+b  batch     s  sequence     d  d_model     V  vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import Aux, FeedForward, Routing, check_positive
+from peer_jax.models.attention import Attention, KVCache
+
+FeedForwardFactory = Callable[..., FeedForward]
+
+
+def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Blocks that carry the sparse layer: "middle" (as in the paper), "all", "every n" (n-1, 2n-1, ...), or a list.
+
+    Raises:
+        InputError: if a block doesn't exist, or the words aren't these.
+    """
+    if blocks == "middle":
+        return (num_blocks // 2,)
+    if blocks == "all":
+        return tuple(range(num_blocks))
+    if isinstance(blocks, str):
+        word, _, number = blocks.partition(" ")
+        if word != "every" or not number.isdigit() or not 1 <= int(number) <= num_blocks:
+            raise InputError(
+                f"sparse_blocks={blocks!r} is not 'middle', 'all', 'every n' with n up to num_blocks={num_blocks}, "
+                "or a list of blocks"
+            )
+        return tuple(range(int(number) - 1, num_blocks, int(number)))
+    if bad := [block for block in blocks if not 0 <= block < num_blocks]:
+        raise InputError(
+            f"sparse_blocks={list(blocks)} names block {bad[0]}, but blocks run from 0 to {num_blocks - 1}"
+        )
+    return tuple(blocks)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward layer, each added to the residual stream."""
+
+    def __init__(self, attention: Attention, ffw: FeedForward, d_model: int, norm: Callable[[int], nnx.RMSNorm]):
+        self.attention_norm, self.attention = norm(d_model), attention
+        self.ffw_norm, self.ffw = norm(d_model), ffw
+
+    def attend(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        mask: Bool[Array, "b s S"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b s d"], KVCache | None]:
+        y, cache = self.attention(self.attention_norm(x), positions, mask, cache)
+        return x + y, cache
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        mask: Bool[Array, "b s S"],
+        real: Bool[Array, "b s"] | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b s d"], Aux, KVCache | None]:
+        x, cache = self.attend(x, positions, mask, cache)
+        y, aux = self.ffw(self.ffw_norm(x), real)
+        return x + y, aux, cache
+
+
+class Transformer(nnx.Module):
+    """Decoder-only transformer: RMSNorm before attention and feed-forward layer, rotary positions, no biases.
+
+    Args:
+        vocab_size: V.
+        d_model: width of the residual stream.
+        num_blocks: blocks of attention and a feed-forward layer.
+        num_heads: attention heads.
+        ffw: makes a block's feed-forward layer: ``ffw(d_model, dtype=, param_dtype=, rngs=)``.
+        sparse_ffw: makes those of ``sparse_blocks``; None: every block has ``ffw``.
+        sparse_blocks: "middle", "all", "every n" or a list of blocks.
+        tie_embeddings: use the embedding table for the logits too.
+        remat: recompute blocks in the backward pass instead of keeping their activations.
+        rope_theta: base of the rotary frequencies.
+        dtype: of the computation; logits are float32 always.
+        param_dtype: of the parameters.
+        embed_init: of the embedding table.
+        rngs: for the parameters.
+
+    Raises:
+        InputError: if sizes don't fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_blocks: int,
+        num_heads: int,
+        *,
+        ffw: FeedForwardFactory,
+        sparse_ffw: FeedForwardFactory | None = None,
+        sparse_blocks: str | Sequence[int] = "middle",
+        tie_embeddings: bool = False,
+        remat: bool = False,
+        rope_theta: float = 10_000.0,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        embed_init: Initializer = nnx.initializers.normal(0.02),
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_positive(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
+        sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def norm(width: int) -> nnx.RMSNorm:
+            return nnx.RMSNorm(width, **types)
+
+        def block(index: int) -> Block:
+            attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
+            make = sparse_ffw if index in sparse else ffw
+            return Block(attention, make(d_model, **types), d_model, norm)
+
+        self.d_model, self.num_heads, self.vocab_size = d_model, num_heads, vocab_size
+        self.dtype, self.remat = dtype, remat
+        self.embed = nnx.Embed(vocab_size, d_model, embedding_init=embed_init, **types)
+        self.blocks = nnx.List([block(index) for index in range(num_blocks)])
+        self.final_norm = norm(d_model)
+        self.head = None if tie_embeddings else nnx.Linear(d_model, vocab_size, use_bias=False, **types)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no block lets a token see later ones."""
+        return all(block.ffw.is_causal for block in self.blocks)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether a feed-forward layer makes tokens depend on one another, so that a cache can't stand for them."""
+        return any(block.ffw.mixes_tokens for block in self.blocks)
+
+    def __call__(
+        self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None
+    ) -> tuple[Float[Array, "b s V"], Aux]:
+        """Logits of the next token at every position, and the auxiliary losses summed over blocks.
+
+        ``segment_ids`` number the documents packed into a row, 0 for padding; tokens attend within their own. Metrics
+        are named ``block_<i>/<metric>``.
+        """
+        positions, mask, real = _layout(tokens, segment_ids)
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        x = self.embed(tokens)
+        loss, metrics = jnp.zeros(()), {}
+        for index, block in enumerate(self.blocks):
+            x, aux, _ = run(block, x, positions, mask, real)
+            loss += aux.loss
+            metrics |= {f"block_{index}/{name}": value for name, value in aux.metrics.items()}
+        return self._logits(x), Aux(loss, metrics)
+
+    def route(self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None) -> dict[int, Routing]:
+        """The routing of every block that has one, by block; call it in evaluation mode."""
+        positions, mask, real = _layout(tokens, segment_ids)
+        x = self.embed(tokens)
+        routings = {}
+        for index, block in enumerate(self.blocks):
+            if hasattr(block.ffw, "route"):
+                attended, _ = block.attend(x, positions, mask)
+                routings[index] = block.ffw.route(block.ffw_norm(attended), real)
+            x, _, _ = block(x, positions, mask, real)
+        return routings
+
+    def init_cache(self, batch: int, max_len: int) -> list[KVCache]:
+        """Empty caches for ``batch`` sequences of up to ``max_len`` tokens, one a block."""
+        shape = (batch, max_len, self.num_heads, self.d_model // self.num_heads)
+        zeros = jnp.zeros(shape, self.dtype)
+        return [KVCache(zeros, zeros, jnp.zeros((), jnp.int32)) for _ in self.blocks]
+
+    def decode(self, tokens: Int[Array, "b s"], cache: list[KVCache]) -> tuple[Float[Array, "b s V"], list[KVCache]]:
+        """Logits of tokens that continue what is in the cache, and the cache with them in it."""
+        b, s = tokens.shape
+        positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
+        size = cache[0].key.shape[1]
+        mask = jnp.broadcast_to(jnp.arange(size) <= positions[..., None], (b, s, size))
+        x = self.embed(tokens)
+        longer = []
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            x, _, block_cache = block(x, positions, mask, None, block_cache)
+            longer.append(block_cache)
+        return self._logits(x), longer
+
+    def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s V"]:
+        x = self.final_norm(x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits.astype(jnp.float32)
+
+    def flops_by_part(self, seq_len: int) -> dict[str, float]:
+        """Forward FLOPs a token by part: attention, feed-forward layers by class, logits. Lookups of embeddings, norms,
+        activations and softmax are not counted; a multiply-add counts 2.
+        """
+        parts = {"attention": 0.0, "logits": 2.0 * self.d_model * self.vocab_size}
+        for block in self.blocks:
+            parts["attention"] += block.attention.flops_per_token(seq_len)
+            name = type(block.ffw).__name__
+            parts[name] = parts.get(name, 0.0) + block.ffw.flops_per_token(seq_len)
+        return parts
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs a token in sequences of ``seq_len``."""
+        return sum(self.flops_by_part(seq_len).values())
+
+    def num_params(self) -> int:
+        """All parameters, embeddings included."""
+        return sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses; of the embeddings all are counted."""
+        idle = sum(block.ffw.num_params() - block.ffw.num_active_params() for block in self.blocks)
+        return self.num_params() - idle
+
+
+def _layout(
+    tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None
+) -> tuple[Int[Array, "b s"], Bool[Array, "b s S"], Bool[Array, "b s"] | None]:
+    """Positions within each document, who attends to whom, and which tokens are real."""
+    b, s = tokens.shape
+    index = jnp.broadcast_to(jnp.arange(s), (b, s))
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((s, s), bool)), (b, s, s))
+    if segment_ids is None:
+        return index, causal, None
+    start = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    positions = index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
+    mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return positions, mask, segment_ids > 0

@@ -1,0 +1,61 @@
+"""Bad indices and NaN scores: NaN in the result by default, an error in checked mode, never clipped in silence."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, Float, Int
+
+from peer_jax.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` with the ops' checks switched on: it runs slower and raises where a check fails.
+
+    The checks cost nothing outside of ``checked``. JAX drops them in the gradient of a ``lax.scan`` that has an op
+    in its body; the gradient inside a scan, as the trainer's gradient accumulation has it, keeps them.
+
+    Raises:
+        InputError: when called, if an index is outside its table or a score is NaN; the message names the op.
+    """
+    functional = jax.jit(checkify.checkify(function, errors=checkify.user_checks))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        error, result = functional(*args, **kwargs)
+        if message := error.get():
+            raise InputError(message.removesuffix(" (`check` failed)"))
+        return result
+
+    return call
+
+
+def check_indices(op: str, indices: Int[Array, "..."], size: int) -> None:
+    """In checked mode, an error where an index is not in [0, size)."""
+    checkify.debug_check(
+        jnp.all((indices >= 0) & (indices < size)),
+        op + ": indices run from {low} to {high}, but the table has rows 0 to {last}",
+        low=jnp.min(indices, initial=0),
+        high=jnp.max(indices, initial=0),
+        last=jnp.asarray(size - 1),
+    )
+
+
+def check_not_nan(op: str, scores: Float[Array, "..."]) -> None:
+    """In checked mode, an error where a score is NaN."""
+    count = jnp.sum(jnp.isnan(scores))
+    checkify.debug_check(count == 0, op + ": {count} scores are NaN; look for NaN in the queries or keys", count=count)
+
+
+def poison(
+    gates: Float[Array, "*tokens h k"], indices: Int[Array, "*tokens h k"], size: int
+) -> tuple[Float[Array, "*tokens h k"], Int[Array, "*tokens h k"]]:
+    """Gates that are NaN wherever the index is not in [0, size), and indices that are safe to gather with."""
+    valid = (indices >= 0) & (indices < size)
+    return jnp.where(valid, gates, jnp.nan), jnp.where(valid, indices, 0)

@@ -1,0 +1,129 @@
+"""One-neuron experts, retrieved a token: y = sum_i g_i act(u_i . x) v_i.
+
+Source: He 2024, "Mixture of A Million Experts" (arXiv:2407.04153), section 2.
+
+t  tokens     r  retrieved experts a token, r = h * k     d  d_model     N  experts     h, k  heads, top-k
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from peer_jax.errors import InputError
+from peer_jax.ops.checks import check_indices, poison
+from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
+
+IMPLEMENTATIONS = ("reference", "xla")
+Activation = Callable[[Array], Array]
+
+
+def expert_mix(
+    x: Float[Array, "*tokens d"],
+    down: Float[Array, "N d"],
+    up: Float[Array, "N d"],
+    indices: Int[Array, "*tokens h k"],
+    gates: Float[Array, "*tokens h k"],
+    activation: Activation,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*tokens d"]:
+    """Sum over heads and k of ``gates * activation(down[indices] . x) * up[indices]``.
+
+    Rows are cast to the type of ``x`` after they are gathered; products accumulate in float32. Differentiable in all
+    but the indices; the gradients of the tables add up in float32.
+
+    Args:
+        x: one vector a token.
+        down: u, the row of expert i reads the input.
+        up: v, the row of expert i writes the output.
+        indices: experts of each token and head; they may repeat.
+        gates: their weights.
+        activation: elementwise; called on float32.
+        implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
+            tokens, and a backward pass that gathers again; None picks.
+
+    Raises:
+        InputError: if sizes don't fit; under ``checked``, also if an index is out of range. Otherwise such a token's
+            output is NaN.
+    """
+    if down.shape != up.shape:
+        raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    check_indices("expert_mix", indices, down.shape[0])
+    gates, indices = poison(gates, indices, down.shape[0])
+
+    *tokens, h, k = indices.shape
+    mix = _reference if implementation == "reference" else _xla
+    y = mix(x.reshape(-1, x.shape[-1]), down, up, indices.reshape(-1, h * k), gates.reshape(-1, h * k), activation)
+    return y.reshape(*tokens, x.shape[-1])
+
+
+def _reference(x, down, up, indices, gates, activation):
+    u = down[indices].astype(x.dtype)
+    v = up[indices].astype(x.dtype)
+    s = jnp.einsum("td,trd->tr", x, u, preferred_element_type=jnp.float32)
+    a = gates.astype(jnp.float32) * activation(s)
+    return jnp.einsum("tr,trd->td", a.astype(x.dtype), v, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _xla(
+    x: Float[Array, "t d"],
+    down: Float[Array, "N d"],
+    up: Float[Array, "N d"],
+    indices: Int[Array, "t r"],
+    gates: Float[Array, "t r"],
+    activation: Activation,
+) -> Float[Array, "t d"]:
+    return _xla_forward(x, down, up, indices, gates, activation)[0]
+
+
+def _chunk(indices: Int[Array, "t r"], d: int) -> int:
+    t, r = indices.shape
+    return chunk_size(t, 4 * r * d)
+
+
+def _xla_forward(x, down, up, indices, gates, activation):
+    def body(_, chunk):
+        x, indices, gates = chunk
+        s = jnp.einsum("td,trd->tr", x, gather_rows(down, indices, x.dtype), preferred_element_type=jnp.float32)
+        a = gates.astype(jnp.float32) * activation(s)
+        y = jnp.einsum(
+            "tr,trd->td", a.astype(x.dtype), gather_rows(up, indices, x.dtype), preferred_element_type=jnp.float32
+        )
+        return None, (y.astype(x.dtype), s)
+
+    _, (y, s) = scan_chunks(body, None, (x, indices, gates), x.shape[0], _chunk(indices, x.shape[1]))
+    return y, (x, down, up, indices, gates, s)
+
+
+def _xla_backward(activation, residuals, dy):
+    """With a = act(s) and r = dy . v:  dg = r a,  ds = r g act'(s),  dx = sum ds u,  du_i += ds x,  dv_i += g a dy."""
+    x, down, up, indices, gates, s = residuals
+
+    def body(_, chunk):
+        indices, gates, s, dy = chunk
+        g = gates.astype(jnp.float32)
+        a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
+        r = jnp.einsum("td,trd->tr", dy, gather_rows(up, indices, dy.dtype), preferred_element_type=jnp.float32)
+        ds = r * g * slope
+        dx = jnp.einsum(
+            "tr,trd->td",
+            ds.astype(dy.dtype),
+            gather_rows(down, indices, dy.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return None, (dx.astype(dy.dtype), (r * a).astype(gates.dtype), ds, g * a)
+
+    t, d = x.shape
+    _, (dx, d_gates, ds, ga) = scan_chunks(body, None, (indices, gates, s, dy), t, _chunk(indices, d))
+    d_down, d_up = table_gradients(sort_pairs(indices), down.shape[0], (ds, x), (ga, dy))
+    return dx, d_down.astype(down.dtype), d_up.astype(up.dtype), None, d_gates
+
+
+_xla.defvjp(_xla_forward, _xla_backward)

@@ -1,0 +1,60 @@
+"""Moving rows of a table: gather them for a chunk of tokens, add their gradients up expert by expert.
+
+t  tokens     r  rows a token     d  row width     N  rows of the table     p  pairs, p = t * r
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from peer_jax.ops.chunks import chunk_size, scan_chunks
+
+
+def gather_rows(table: Float[Array, "N d"], indices: Int[Array, "t r"], dtype: jnp.dtype) -> Float[Array, "t r d"]:
+    """Rows of the table, cast after the gather. The indices must be in range."""
+    return table.at[indices].get(mode="promise_in_bounds").astype(dtype)
+
+
+class SortedPairs(NamedTuple):
+    """The (token, row) pairs of a batch in the order of the rows."""
+
+    row: Int[Array, " p"]
+    pair: Int[Array, " p"]
+
+
+def sort_pairs(indices: Int[Array, "t r"]) -> SortedPairs:
+    """Stable, so that the gradients of a row always add up in the order of the tokens."""
+    flat = indices.reshape(-1)
+    row, pair = jax.lax.sort_key_val(flat, jnp.arange(flat.size, dtype=flat.dtype), is_stable=True)
+    return SortedPairs(row, pair)
+
+
+def table_gradients(
+    pairs: SortedPairs,
+    num_rows: int,
+    *terms: tuple[Float[Array, "t r"], Float[Array, "t d"]],
+) -> tuple[Float[Array, "{num_rows} d"], ...]:
+    """A table for each term (weights, cotangents): row i sums weights[t, r] * cotangents[t] over its pairs (t, r).
+
+    In float32. Sorted by row, a row's contributions are neighbours, so the tables are walked through once, front to
+    back; in one loop, which lets XLA fill them in place.
+    """
+    t, r = terms[0][0].shape
+
+    def body(tables, chunk):
+        row, token, weights = chunk
+        return tuple(
+            table.at[row].add(
+                weight[:, None] * cotangents[token].astype(jnp.float32),
+                mode="promise_in_bounds",
+                indices_are_sorted=True,
+            )
+            for table, weight, (_, cotangents) in zip(tables, weights, terms, strict=True)
+        ), None
+
+    tables = tuple(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32) for _, cotangents in terms)
+    weights = tuple(weights.reshape(-1)[pairs.pair] for weights, _ in terms)
+    size = chunk_size(t * r, 4 * terms[0][1].shape[1])
+    return scan_chunks(body, tables, (pairs.row, pairs.pair // r, weights), t * r, size)[0]

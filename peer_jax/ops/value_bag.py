@@ -1,0 +1,90 @@
+"""A weighted sum of retrieved values: y = sum_i g_i v_i.
+
+Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242), section 3.
+
+t  tokens     r  retrieved values a token, r = h * k     d  value width     N  values     h, k  heads, top-k
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from peer_jax.errors import InputError
+from peer_jax.ops.checks import check_indices, poison
+from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def value_bag(
+    values: Float[Array, "N d"],
+    indices: Int[Array, "*tokens h k"],
+    gates: Float[Array, "*tokens h k"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*tokens d"]:
+    """Sum over heads and k of ``gates * values[indices]``, in the type of ``gates``.
+
+    Values are cast to the type of ``gates`` after they are gathered; sums accumulate in float32. Differentiable in
+    the values and gates.
+
+    Args:
+        values: the table.
+        indices: values of each token and head; they may repeat.
+        gates: their weights.
+        implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
+            tokens, and a backward pass that gathers again; None picks.
+
+    Raises:
+        InputError: under ``checked``, if an index is out of range. Otherwise such a token's output is NaN.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    check_indices("value_bag", indices, values.shape[0])
+    gates, indices = poison(gates, indices, values.shape[0])
+
+    *tokens, h, k = indices.shape
+    bag = _reference if implementation == "reference" else _xla
+    y = bag(values, indices.reshape(-1, h * k), gates.reshape(-1, h * k))
+    return y.reshape(*tokens, values.shape[-1])
+
+
+def _reference(values, indices, gates):
+    rows = values[indices].astype(gates.dtype)
+    return jnp.einsum("tr,trd->td", gates, rows, preferred_element_type=jnp.float32).astype(gates.dtype)
+
+
+@jax.custom_vjp
+def _xla(values: Float[Array, "N d"], indices: Int[Array, "t r"], gates: Float[Array, "t r"]) -> Float[Array, "t d"]:
+    return _xla_forward(values, indices, gates)[0]
+
+
+def _xla_forward(values, indices, gates):
+    def body(_, chunk):
+        indices, gates = chunk
+        rows = gather_rows(values, indices, gates.dtype)
+        y = jnp.einsum("tr,trd->td", gates, rows, preferred_element_type=jnp.float32)
+        return None, y.astype(gates.dtype)
+
+    t, r = indices.shape
+    _, y = scan_chunks(body, None, (indices, gates), t, chunk_size(t, 4 * r * values.shape[1]))
+    return y, (values, indices, gates)
+
+
+def _xla_backward(residuals, dy):
+    """dg = dy . v,  dv_i += g dy."""
+    values, indices, gates = residuals
+
+    def body(_, chunk):
+        indices, dy = chunk
+        rows = gather_rows(values, indices, dy.dtype)
+        return None, jnp.einsum("td,trd->tr", dy, rows, preferred_element_type=jnp.float32)
+
+    t, r = indices.shape
+    _, d_gates = scan_chunks(body, None, (indices, dy), t, chunk_size(t, 4 * r * values.shape[1]))
+    (d_values,) = table_gradients(sort_pairs(indices), values.shape[0], (gates.astype(jnp.float32), dy))
+    return d_values.astype(values.dtype), None, d_gates.astype(gates.dtype)
+
+
+_xla.defvjp(_xla_forward, _xla_backward)

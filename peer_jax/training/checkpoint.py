@@ -1,0 +1,153 @@
+"""Checkpoints of a run: asynchronous, atomic, the last few and the best; restored from the newest that is whole."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from peer_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+METRIC = "validation_loss"
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run.
+
+    A checkpoint holds ``state`` (parameters, optimiser, batch-norm statistics, random streams, step), ``data`` (the
+    position in the data) and, where it was just measured, the validation loss that decides which is best.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 2, read_only: bool = False) -> None:
+        policies = [
+            checkpoint_managers.LatestN(keep_last),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            epath.Path(self.directory),
+            item_names=("state", "data"),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=lambda metrics: metrics[METRIC],  # has Orbax write the metrics; the policies decide
+                best_mode="min",
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any], validation_loss: float | None = None) -> bool:
+        """Starts to write a checkpoint. Whether all before it were written: a disk may be full for a while."""
+        if step in self._manager.all_steps():
+            return self.wait()
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))),
+                metrics=None if validation_loss is None else {METRIC: validation_loss},
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            self._complain(error)
+            return False
+        return True
+
+    def wait(self) -> bool:
+        """Waits for the checkpoint being written. Whether it was."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._complain(error)
+            return False
+        return True
+
+    def _complain(self, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.warning("a checkpoint could not be written to %s: %s; training goes on", self.directory, reason)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """Step, state and data position of the newest whole checkpoint (or that of ``step``); None if there is none.
+
+        One that can't be read is set aside and the one before it is tried.
+
+        Raises:
+            InputError: if a checkpoint is of other shapes, naming the parameter; or if there are some, but none whole.
+        """
+        steps = [s for s in reversed(self.steps()) if step is None or s == step]
+        for candidate in steps:
+            self._check_shapes(candidate, abstract_state)
+            try:
+                items = self._manager.restore(
+                    candidate,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+                    ),
+                )
+                return candidate, items["state"], items["data"]
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                self._set_aside(candidate, error)
+        if steps:
+            raise InputError(
+                f"none of the checkpoints of steps {steps} in {self.directory} can be read: use another --workdir"
+            )
+        return None
+
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss; the last one if none was measured."""
+        losses = {info: self._metric(info) for info in self.steps()}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(measured, key=measured.__getitem__) if measured else max(losses, default=None)
+
+    def _metric(self, step: int) -> float | None:
+        metrics = self._manager.metrics(step)
+        return None if not metrics else metrics.get(METRIC)
+
+    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+        try:
+            saved = self._manager.item_metadata(step)["state"]
+            saved = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        except Exception:  # metadata is damaged, which restoring will find too
+            return
+        wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+        differing = [name for name in wanted if saved.get(name) != wanted[name]] or sorted(saved.keys() - wanted.keys())
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"the checkpoint of step {step} in {self.directory} has {name} of shape {saved.get(name, 'none')}, but "
+                f"the config gives {wanted.get(name, 'none')}: use its config, or another --workdir"
+            )
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        folder = self.directory / str(step)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.warning("the checkpoint of step %d can't be read (%s); trying the one before it", step, reason)
+        if folder.exists():
+            target = self.directory / f"damaged-{step}"
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            folder.rename(target)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+
+def _name(path: tuple) -> str:
+    """``params/blocks/2/ffw/up`` from a tree path; the saved tree and ours differ in how keys are wrapped."""
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    return "/".join(part for part in parts if part not in ("value", "get_value"))

@@ -1,0 +1,91 @@
+"""Loss on whole validation splits, and how evenly the experts are used.
+
+b  batch     s  sequence     N  experts
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from peer_jax.data.pipeline import Batch, PackedText, eval_batches
+from peer_jax.models import Transformer
+from peer_jax.training.metrics import ProgressBar
+from peer_jax.training.step import cross_entropy
+
+
+def evaluate(
+    model: Transformer, source: PackedText, *, batch_size: int, routing: bool = True, progress: bool = False
+) -> dict[str, Any]:
+    """Evaluates on every row of a split.
+
+    Args:
+        model: in evaluation mode.
+        source: a split of a prepared cache.
+        batch_size: rows at a time; the last batch is filled up with padding, which counts nowhere.
+        routing: also measure how the sparse layers' experts are used.
+        progress: show a bar.
+
+    Returns:
+        ``loss`` (nats a token), ``perplexity`` (a token), ``word_perplexity``, ``bits_per_byte``, ``tokens``,
+        ``bytes``, ``words``; with ``routing``, for each sparse block ``experts``: ``usage``, the share retrieved at
+        least once with a weight above zero, and ``unevenness``, KL(p || uniform) in nats, p being the weight mass.
+    """
+    graph, state = nnx.split(model)
+    batches = eval_batches(source, batch_size=batch_size)
+    masses = _no_mass(model) if routing else {}
+    nll = tokens = 0.0
+    with ProgressBar("evaluate", len(batches), enabled=progress) as bar:
+        for done, batch in enumerate(batches, start=1):
+            batch_nll, batch_tokens, masses = _evaluate_batch(graph, state, batch, masses)
+            nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
+            bar.update(done, f"loss {nll / max(tokens, 1):.4f}")
+    counts = source.counts
+    result = {
+        "loss": nll / tokens,
+        "perplexity": _exp(nll / tokens),
+        "word_perplexity": _exp(nll / max(1, counts["words"])),
+        "bits_per_byte": nll / math.log(2) / max(1, counts["bytes"]),
+        "tokens": int(tokens),
+        "bytes": counts["bytes"],
+        "words": counts["words"],
+    }
+    if masses:
+        result["experts"] = {f"block_{block}": usage(np.asarray(mass)) for block, mass in masses.items()}
+    return result
+
+
+def usage(mass: Float[np.ndarray, " N"]) -> dict[str, float]:
+    """Usage and unevenness of the experts from the weight mass that each received."""
+    p = mass.astype(np.float64) / mass.sum(dtype=np.float64)
+    p = p[p > 0]
+    return {"usage": p.size / mass.size, "unevenness": float(np.sum(p * np.log(p * mass.size)))}
+
+
+def _no_mass(model: Transformer) -> dict[int, Float[Array, " N"]]:
+    """A zero for every expert of every block that routes."""
+    sparse = {index: block.ffw for index, block in enumerate(model.blocks) if hasattr(block.ffw, "route")}
+    return {index: jnp.zeros(layer.num_experts, jnp.float32) for index, layer in sparse.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses: dict[int, Array]):
+    """Summed loss, tokens, and the masses with this batch's added; N enters as a vector of sums, never [tokens, N]."""
+    model = nnx.merge(graph, state, copy=True)
+    logits, _ = model(batch["inputs"], batch["segment_ids"])
+    nll, tokens = cross_entropy(logits, batch)
+    if masses:
+        real = (batch["segment_ids"] > 0)[:, :, None, None]
+        for block, (indices, gates) in model.route(batch["inputs"], batch["segment_ids"]).items():
+            masses = masses | {block: masses[block].at[indices].add(jnp.where(real, gates, 0.0), mode="drop")}
+    return nll, tokens, masses
+
+
+def _exp(x: float) -> float:
+    """exp, infinite where it overflows."""
+    return math.exp(x) if x < 700 else math.inf

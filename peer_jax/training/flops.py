@@ -1,0 +1,30 @@
+"""Training FLOPs: 3 x forward FLOPs x tokens, the same for every method.
+
+A backward pass costs twice the forward pass. Every position of a batch counts as a token, padding too, for it is
+computed. What counts in a forward pass: ``Transformer.flops_by_part``.
+"""
+
+from peer_jax.errors import InputError
+from peer_jax.models import Transformer
+
+TRAINING_TO_FORWARD = 3
+
+
+def training_flops(model: Transformer, tokens: int, seq_len: int) -> float:
+    """FLOPs of training on ``tokens`` tokens in rows of ``seq_len``."""
+    return TRAINING_TO_FORWARD * model.flops_per_token(seq_len) * tokens
+
+
+def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) -> int:
+    """Steps of ``batch_size`` rows whose training FLOPs come nearest to the budget, so within half a step of it.
+
+    Raises:
+        InputError: if the budget is less than a step.
+    """
+    step = training_flops(model, batch_size * seq_len, seq_len)
+    if budget < step:
+        raise InputError(
+            f"training_flops={budget:.3g} is less than the {step:.3g} of one step: "
+            f"raise it, or lower batch_size={batch_size}"
+        )
+    return round(budget / step)

@@ -1,0 +1,300 @@
+"""Training from beginning to end: data, model, restore, step by step, evaluate, result."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache, train_batches, vocabulary_size
+from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.layers.interface import check_positive
+from peer_jax.models import Transformer
+from peer_jax.ops import checked as with_checks
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.checkpoint import Checkpoints
+from peer_jax.training.evaluate import evaluate
+from peer_jax.training.flops import steps_for, training_flops
+from peer_jax.training.metrics import MetricsLog, ProgressBar
+from peer_jax.training.optimizer import AdamW
+from peer_jax.training.step import Metrics, Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to train, on what, for how long. One of ``steps`` and ``training_flops`` sets the length.
+
+    Args:
+        model: makes the transformer, ``model(vocab_size, rngs=)``.
+        optimizer: its hyperparameters.
+        task: the text to train on; its validation split is always evaluated.
+        eval_tasks: further tasks whose validation splits are evaluated at the end.
+        batch_size: rows a step.
+        steps: updates.
+        training_flops: budget; the steps that come nearest to it are made.
+        seed: of the parameters and the order of the data.
+        accumulation: micro-batches a step is split into.
+        log_every, evaluate_every, checkpoint_every: steps between them; the last step always counts.
+        keep_checkpoints: last ones to keep, beside the best.
+        checked: raise on indices out of range and NaN scores inside the ops; slower.
+    """
+
+    model: Callable[..., Transformer]
+    optimizer: AdamW
+    task: TextTask
+    eval_tasks: Sequence[TextTask] = ()
+    batch_size: int
+    steps: int | None = None
+    training_flops: float | None = None
+    seed: int = 0
+    accumulation: int = 1
+    log_every: int = 10
+    evaluate_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    checked: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        lengths = ("steps", "training_flops")
+        check_positive(**{name: getattr(self, name) for name in sizes})
+        check_positive(**{name: getattr(self, name) for name in lengths if getattr(self, name) is not None})
+        if (self.steps is None) == (self.training_flops is None):
+            raise InputError(
+                f"steps={self.steps} and training_flops={self.training_flops}: give one of them, the length of the run"
+            )
+        if self.batch_size % self.accumulation:
+            raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
+
+    def trainer(self) -> Trainer:
+        """The functions of this run."""
+        vocab_size = vocabulary_size(self.task.vocabulary)
+
+        def build(*, rngs: nnx.Rngs) -> Transformer:
+            return self.model(vocab_size, rngs=rngs)
+
+        return Trainer(build, self.optimizer, accumulation=self.accumulation)
+
+    def num_steps(self, model: Transformer) -> int:
+        """Updates to make, given or from the budget."""
+        if self.steps is not None:
+            return self.steps
+        return steps_for(self.training_flops, model, self.batch_size, self.task.seq_len)
+
+
+def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, progress: bool = True) -> dict[str, Any]:
+    """Trains, from the last checkpoint in ``workdir`` if there is one, and writes ``result.json``, which it returns.
+
+    Args:
+        run: what to train.
+        workdir: the run directory.
+        config: the text of the config, asked for once everything is built; kept as ``config.gin``.
+        progress: show progress bars.
+
+    Raises:
+        InputError: if a value, the data or what is in ``workdir`` can't be used.
+        TrainingFailed: if the loss is not finite.
+        Interrupted: on SIGTERM or SIGINT, when the state is saved.
+    """
+    trainer = run.trainer()
+    model = trainer.abstract_model
+    steps = run.num_steps(model)
+    step_tokens = run.batch_size * run.task.seq_len
+    step_flops = training_flops(model, step_tokens, run.task.seq_len)
+
+    cache = ensure_prepared(run.task, progress=progress)
+    batches = train_batches(open_cache(cache, "train"), batch_size=run.batch_size, seed=run.seed)
+    validation = {run.task.corpus.name: open_cache(cache, "validation")}
+    for task in run.eval_tasks:
+        validation[task.corpus.name] = open_cache(ensure_prepared(task, progress=progress), "validation")
+
+    workdirs.make(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=run.keep_checkpoints)
+    restored = checkpoints.restore(trainer.abstract_state())
+    if config is not None:
+        workdirs.keep_config(workdir, config())
+    if (result := workdirs.read_result(workdir)) is not None:
+        checkpoints.close()
+        return result
+    start, state, position = restored or (0, trainer.init(run.seed), None)
+    if position:
+        batches.set_state(position["batches"])
+    clock = Clock(**position["clock"]) if position else Clock()
+
+    step_function = with_checks(trainer.step) if run.checked else jax.jit(trainer.step, donate_argnums=0)
+    with (
+        StopOnSignal() as stop,
+        MetricsLog(workdir, start) as log,
+        ProgressBar("train", steps, start, enabled=progress) as bar,
+    ):
+        meter = Meter(log, bar, clock, run.log_every, step_tokens, step_flops)
+        for step in range(start + 1, steps + 1):
+            rates = run.optimizer.rates(trainer.labels, step - 1, steps)
+            state, metrics = step_function(state, next(batches), rates)
+            try:
+                meter.add(step, metrics, rates)
+                evaluating = step == steps or step % run.evaluate_every == 0
+                saving = step == steps or step % run.checkpoint_every == 0 or stop.signal_number is not None
+                if not (evaluating or saving):
+                    continue
+                meter.flush()
+            except NonFiniteError as error:
+                checkpoints.wait()
+                raise TrainingFailed(_advice(error, checkpoints)) from None
+            loss = None
+            if evaluating:
+                source = validation[run.task.corpus.name]
+                loss = evaluate(trainer.model(state), source, batch_size=run.batch_size, routing=False)["loss"]
+                log.write(step, {"validation_loss": loss})
+            if saving:
+                position = {"batches": batches.get_state(), "clock": clock.state()}
+                checkpoints.save(step, state, position, loss)
+            if stop.signal_number is not None:
+                _leave(checkpoints, step, stop.signal_number)
+            meter.resume()
+
+    if not checkpoints.wait() or steps not in checkpoints.steps():
+        raise InputError(f"the last checkpoint could not be written to {workdir}: free disk space and run this again")
+    model = trainer.model(state)
+    evaluations = {
+        name: evaluate(model, source, batch_size=run.batch_size, progress=progress)
+        for name, source in validation.items()
+    }
+    checkpoints.close()
+    return workdirs.write_result(
+        workdir,
+        {
+            **workdirs.describe_model(model, run.task.seq_len),
+            "seed": run.seed,
+            "steps": steps,
+            "batch_size": run.batch_size,
+            "seq_len": run.task.seq_len,
+            "tokens": steps * step_tokens,
+            "training_flops": steps * step_flops,
+            "tokens_per_second": clock.steps * step_tokens / clock.step_seconds if clock.steps else None,
+            "wall_seconds": clock.wall_seconds,
+            "corpus": {"name": run.task.corpus.name, "cache": cache.name},
+            "evaluations": evaluations,
+        },
+    )
+
+
+class NonFiniteError(Exception):
+    """A step whose loss or gradient is NaN or infinite."""
+
+
+def _advice(error: NonFiniteError, checkpoints: Checkpoints) -> str:
+    steps = checkpoints.steps()
+    saved = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+    return (
+        f"{error}; {saved}. Try a lower learning_rate or table_learning_rate, a longer warmup, a smaller clip_norm, or "
+        "checked=True to find where it starts"
+    )
+
+
+def _leave(checkpoints: Checkpoints, step: int, signal_number: int) -> None:
+    checkpoints.close()
+    name = signal.Signals(signal_number).name
+    raise Interrupted(signal_number, f"stopped by {name} at step {step}, saved; the same command goes on from there")
+
+
+@dataclasses.dataclass
+class Clock:
+    """Time spent, over all processes that worked on a run. Step times leave out compilation and evaluation."""
+
+    wall_seconds: float = 0.0
+    step_seconds: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def state(self) -> dict[str, float]:
+        """The fields, with the time up to now."""
+        now = time.perf_counter()
+        self.wall_seconds += now - self._last
+        self._last = now
+        return dataclasses.asdict(self)
+
+
+class Meter:
+    """Reads a step's metrics while the next step runs, so that the device never waits; checks and logs them."""
+
+    def __init__(
+        self, log: MetricsLog, bar: ProgressBar, clock: Clock, log_every: int, step_tokens: int, step_flops: float
+    ) -> None:
+        self._log, self._bar, self._clock, self._log_every = log, bar, clock, log_every
+        self._step_tokens, self._step_flops = step_tokens, step_flops
+        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
+        self._since: float | None = None
+        self._recent: list[float] = []
+
+    def add(self, step: int, metrics: Metrics, rates: dict[str, float]) -> None:
+        """Takes the metrics of the step just started, and reads those of the one before."""
+        self.flush()
+        self._pending = (step, metrics, rates)
+
+    def flush(self) -> None:
+        """Waits for the last step and reads its metrics.
+
+        Raises:
+            NonFiniteError: if its loss or gradient norm isn't a number.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, rates), self._pending = self._pending, None
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        self._tick()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"step {step} has loss {loss} and gradient norm {grad_norm}")
+        speed = self._step_tokens * len(self._recent) / sum(self._recent) if self._recent else None
+        if step % self._log_every == 0 or step == 1:
+            scalars = {name: float(value) for name, value in metrics.items()}
+            scalars |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
+            if speed is not None:
+                scalars["tokens_per_second"] = speed
+                scalars["model_flops_per_second"] = speed / self._step_tokens * self._step_flops
+                self._recent.clear()
+            self._log.write(step, scalars)
+        self._bar.update(step, f"loss {loss:.4f}" + (f"  {speed:,.0f} tokens/s" if speed else ""))
+
+    def resume(self) -> None:
+        """Time starts to count again, after something that is not a step."""
+        self._since = time.perf_counter()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        if self._since is not None:  # the first step compiles
+            self._recent.append(now - self._since)
+            self._clock.step_seconds += now - self._since
+            self._clock.steps += 1
+        self._since = now
+
+
+class StopOnSignal:
+    """Turns the first SIGTERM or SIGINT into a request; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        try:
+            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: the signals are its caller's
+            self._before = {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])

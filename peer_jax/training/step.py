@@ -1,0 +1,122 @@
+"""One training step: loss, gradients (accumulated), update; and the state it carries.
+
+b  batch     s  sequence     V  vocabulary
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from peer_jax.data.pipeline import Batch
+from peer_jax.errors import InputError
+from peer_jax.models import Transformer
+from peer_jax.training.optimizer import AdamW, label_params, scale
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. ``others`` are batch-norm statistics and random streams."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    others: nnx.State
+    optimizer: optax.OptState
+
+
+def cross_entropy(logits: Float[Array, "b s V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed negative log-likelihood of the targets, in nats, and the number of targets; padding counts nowhere."""
+    weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(loss * weights), jnp.sum(weights)
+
+
+class Trainer:
+    """The functions of a run, and nothing that changes during it.
+
+    Args:
+        build: makes the model, ``build(rngs=)``.
+        optimizer: its hyperparameters.
+        accumulation: micro-batches a step is split into; the update equals that of the whole batch.
+
+    Raises:
+        InputError: if gradients are to be accumulated over a batch whose statistics the model needs whole.
+    """
+
+    def __init__(self, build: Callable[..., Transformer], optimizer: AdamW, *, accumulation: int = 1) -> None:
+        self.build, self.optimizer, self.accumulation = build, optimizer, accumulation
+        abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+        if accumulation > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(abstract)):
+            raise InputError(
+                f"accumulation={accumulation} can't give query batch-norm the statistics of the whole batch: "
+                "set query_norm to 'layer' or None, or accumulation to 1"
+            )
+        self.abstract_model = abstract
+        self.graph, params, _ = nnx.split(abstract, nnx.Param, ...)
+        self.labels = label_params(params)
+        self.transformation = optimizer.transformation(self.labels)
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        return jax.jit(self._init)(jax.random.key(seed))
+
+    def _init(self, key: Array) -> TrainState:
+        _, params, others = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
+        return TrainState(jnp.zeros((), jnp.int32), params, others, self.transformation.init(params))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and types of the state."""
+        return jax.eval_shape(self._init, jax.random.key(0))
+
+    def model(self, state: TrainState) -> Transformer:
+        """The model of a state, in evaluation mode."""
+        model = nnx.merge(self.graph, state.params, state.others)
+        model.eval()
+        return model
+
+    def step(self, state: TrainState, batch: Batch, rates: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        """The state after one update and the step's metrics. To be jitted with the state donated."""
+        total = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+        gradient = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        if self.accumulation == 1:
+            (_, (metrics, others)), grads = gradient(state.params, state.others, batch)
+        else:
+            grads, metrics, others = self._accumulate(gradient, state, batch)
+        updates, optimizer = self.transformation.update(grads, state.optimizer, state.params)
+        updates = scale(updates, self.labels, rates)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+        }
+        return TrainState(state.step + 1, params, others, optimizer), metrics
+
+    def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
+        """A micro-batch's share of the batch's loss."""
+        model = nnx.merge(self.graph, params, others, copy=True)
+        logits, aux = model(batch["inputs"], batch["segment_ids"])
+        loss = cross_entropy(logits, batch)[0] / total
+        aux_loss = aux.loss / self.accumulation
+        others = nnx.split(model, nnx.Param, ...)[2]
+        share = {name: value / self.accumulation for name, value in aux.metrics.items()}
+        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
+
+    def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
+        """Sums of gradients and metrics over micro-batches of consecutive rows."""
+        split = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
+
+        def add(carry, micro_batch):
+            grads, others = carry
+            (_, (metrics, others)), new = gradient(state.params, others, micro_batch)
+            return (jax.tree.map(jnp.add, grads, new), others), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
+        return grads, jax.tree.map(jnp.sum, metrics), others

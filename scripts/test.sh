@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes the environment if needed, checks lint and format, and runs the tests.
+# Arguments go to pytest, and then pytest alone runs: bash scripts/test.sh -k product_key -x
+set -euo pipefail
+start=$SECONDS
+# shellcheck source=scripts/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+lint=0
+if [ $# = 0 ]; then
+  ruff check . || lint=1
+  ruff format --check . || lint=1
+fi
+status=0
+python -m pytest "$@" || status=$?
+
+outcome="pytest exited with $status"
+if [ $lint != 0 ]; then
+  outcome="$outcome; ruff found faults, printed above the tests (.venv/bin/ruff check --fix && .venv/bin/ruff format mends most)"
+  [ $status != 0 ] || status=1
+fi
+printf '%s; %s s in all.\n' "$outcome" "$((SECONDS - start))"
+exit $status

@@ -1,0 +1,30 @@
+"""Every test runs with peer_jax's shapes and types checked, and JAX refusing to promote ranks or types in silence."""
+
+from jaxtyping import install_import_hook
+
+# Before anything imports peer_jax: what was imported earlier stays unchecked. An int passes for a float (PEP 484).
+install_import_hook("peer_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def params_of():
+    """layer -> {"query_proj.kernel": float64 array, ...}, what the oracle takes; `kind` picks other variables."""
+
+    def params_of(layer, kind=nnx.Param):
+        flat = nnx.to_flat_state(nnx.state(layer, kind))
+        return {".".join(map(str, path)): np.asarray(variable.get_value(), np.float64) for path, variable in flat}
+
+    return params_of

@@ -1,0 +1,426 @@
+"""Preparing: nothing lost, packed as seqio packs, ids as seqio's, and safe against other processes and their deaths."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from peer_jax.data import cache, corpora, pipeline, tasks, vocabulary
+from peer_jax.data.text_task import TextTask
+from peer_jax.errors import InputError
+
+# TensorFlow, seqio and TFDS warn of their own deprecated calls when they are imported, which the first test here does.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SEQ_LEN = 32
+
+
+class Given:
+    """A corpus of given texts."""
+
+    def __init__(self, name, train, validation):
+        self.name, self.splits = name, {"train": train, "validation": validation}
+
+    def fingerprint(self):
+        return self.name
+
+    def num_bytes(self):
+        return sum(len(text) for text in self.splits["train"])
+
+    def documents(self, split):
+        for number, text in enumerate(self.splits[split]):
+            yield corpora.Document(f"{split}:{number}", text)
+
+
+def random_texts(count, longest, seed):
+    rng = np.random.default_rng(seed)
+    words = ["a", "of", "é", "☃", "  ", "\n", "peer", "expert", "million"]
+    return [" ".join(rng.choice(words, rng.integers(1, longest))) for _ in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def segments(path, split):
+    """The pieces in a cache, in order, and how full its rows are."""
+    source = pipeline.open_cache(path, split)
+    pieces = []
+    for row in range(len(source)):
+        tokens, segment_ids = source[row]["tokens"], source[row]["segment_ids"]
+        used = np.count_nonzero(segment_ids)
+        assert segment_ids[0] == 1
+        assert set(np.diff(segment_ids[:used].astype(int))) <= {0, 1}  # 1, 2, 3 ... in order, without gaps
+        assert not segment_ids[used:].any()
+        assert not tokens[used:].any()
+        assert tokens[:used].all()
+        pieces += [tokens[segment_ids == i].tolist() for i in range(1, segment_ids.max() + 1)]
+    return pieces, source.counts["tokens"] / (source.rows * source.seq_len)
+
+
+def documents(pieces):
+    """Pieces joined up to each EOS."""
+    joined, current = [], []
+    for piece in pieces:
+        assert 1 not in piece[:-1]  # EOS ends a piece: no piece holds parts of two documents
+        current += piece
+        if piece[-1] == 1:
+            joined.append(current)
+            current = []
+    assert not current
+    return joined
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    train = [*random_texts(300, 4, 0), *random_texts(60, 60, 1), "x" * 31, "y" * 32, "z" * 64, "w" * 1000]
+    return Given("mixed", train, [*random_texts(40, 30, 2), "v" * 31, "u" * 63, "t" * 500])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, folder):
+    return tasks.prepare(TextTask(corpus, SEQ_LEN, max_validation_tokens=None, cache_dir=folder))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(corpus, folder):
+    return str(tasks.train_sentencepiece(corpus, folder / "mixed.model", vocab_size=300))
+
+
+def test_every_document_can_be_rebuilt(corpus, prepared):
+    for split, texts in corpus.splits.items():
+        pieces, _ = segments(prepared, split)
+        assert documents(pieces) == [[*(byte + 3 for byte in text.encode()), 1] for text in texts]
+
+
+def test_training_rows_are_full_and_validation_documents_whole(corpus, prepared, folder):
+    _, fill = segments(prepared, "train")
+    assert fill > 0.98  # seqio ends a row after every seq_len pieces, full or not
+
+    pieces, _ = segments(prepared, "validation")
+    expected = []
+    for text in corpus.splits["validation"]:
+        ids = [*(byte + 3 for byte in text.encode()), 1]
+        expected += [ids[start : start + SEQ_LEN] for start in range(0, len(ids), SEQ_LEN)]
+    assert pieces == expected
+
+    # documents shorter than rows, more of them than seqio packs at a time
+    short = Given("short", random_texts(3000, 3, 5), ["validation"])
+    _, fill = segments(tasks.prepare(TextTask(short, SEQ_LEN, cache_dir=folder)), "train")
+    assert fill > 0.98
+
+
+def test_counts_are_those_of_the_documents(corpus, prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for split, texts in corpus.splits.items():
+        source = pipeline.open_cache(prepared, split)
+        assert source.counts == {
+            "rows": len(source),
+            "tokens": sum(len(text.encode()) + 1 for text in texts),
+            "documents": len(texts),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "words": sum(len(text.split()) for text in texts),
+        }
+    assert manifest["vocabulary"] == {"name": "bytes", "size": 259, "eos_id": 1, "sha256": None}
+    assert manifest["seq_len"] == SEQ_LEN
+    assert manifest["versions"]["seqio"]
+
+
+def test_preparing_twice_gives_the_same_bytes_and_once_is_enough(corpus, prepared, tmp_path, monkeypatch):
+    again = tasks.prepare(TextTask(corpus, SEQ_LEN, max_validation_tokens=None, cache_dir=tmp_path))
+    files = sorted(file.relative_to(again) for file in again.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(prepared) for file in prepared.rglob("*") if file.is_file())
+    for file in files:
+        assert (again / file).read_bytes() == (prepared / file).read_bytes()
+    monkeypatch.setattr(tasks, "_write", None)  # not called again
+    assert tasks.prepare(TextTask(corpus, SEQ_LEN, max_validation_tokens=None, cache_dir=tmp_path)) == again
+
+
+def test_inputs_equal_those_of_seqio(prepared):
+    import tensorflow as tf
+    from seqio import utils
+
+    for batch in list(pipeline.eval_batches(pipeline.open_cache(prepared, "train"), batch_size=4))[:40]:
+        for targets, segment_ids, inputs in zip(batch["targets"], batch["segment_ids"], batch["inputs"], strict=True):
+            expected = utils.make_autoregressive_inputs(tf.constant(targets), sequence_id=tf.constant(segment_ids))
+            weight = segment_ids > 0
+            np.testing.assert_array_equal(inputs[weight], expected.numpy()[weight])
+
+
+def test_ids_equal_those_of_seqio(corpus, sentencepiece_model):
+    from peer_jax.data import seqio_task
+
+    for name in ("bytes", sentencepiece_model):
+        theirs = seqio_task.seqio_vocabulary(name)
+        assert theirs.vocab_size == vocabulary.vocabulary_size(name)
+        assert (theirs.pad_id, theirs.eos_id, theirs.bos_id or 0) == (0, 1, 0 if name == "bytes" else -1)
+        for text in [*corpus.splits["validation"], "", " ", "\n\n", "日本語 </s> \t", "12345"]:
+            ids = vocabulary.encode(text, name)
+            assert ids == theirs.encode(text) == theirs.encode_tf(text).numpy().tolist()
+            assert vocabulary.decode(ids, name) == theirs.decode(ids) == text
+            ended = [*ids, 1, 5, 6]
+            assert vocabulary.decode(ended, name) == vocabulary.decode(ids, name)
+        assert vocabulary.decode([200, 100, 101, 1], name) == theirs.decode([200, 100, 101, 1])
+
+
+def test_sentencepiece_documents_can_be_rebuilt(corpus, sentencepiece_model, folder):
+    task = TextTask(corpus, SEQ_LEN, sentencepiece_model, max_validation_tokens=None, cache_dir=folder)
+    path = tasks.prepare(task)
+    for split, texts in corpus.splits.items():
+        pieces, _ = segments(path, split)
+        rebuilt = documents(pieces)
+        assert rebuilt == [[*vocabulary.encode(text, sentencepiece_model), 1] for text in texts]
+        assert [vocabulary.decode(ids, sentencepiece_model) for ids in rebuilt] == texts
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["vocabulary"]["size"] == 300
+    assert re.fullmatch("[0-9a-f]{64}", manifest["vocabulary"]["sha256"])
+
+
+def test_limits_stop_after_the_document_that_passes_them(folder):
+    texts = [f"document {i:04}" for i in range(100)]  # 13 bytes and EOS
+    task = TextTask(Given("limits", texts, texts), 16, max_train_tokens=100, max_validation_tokens=28, cache_dir=folder)
+    path = tasks.prepare(task)
+    assert pipeline.open_cache(path, "train").counts["documents"] == 8
+    assert pipeline.open_cache(path, "train").counts["bytes"] == 8 * 13
+    assert pipeline.open_cache(path, "validation").counts["documents"] == 2
+
+    only = tasks.prepare(TextTask(Given("only", [], texts), 16, max_train_tokens=0, cache_dir=folder))
+    assert pipeline.open_cache(only, "validation").counts["documents"] == 100
+    with pytest.raises(InputError, match="max_train_tokens above 0"):
+        pipeline.open_cache(only, "train")
+
+
+def write_tfds(root, splits):
+    """What TFDS would have written, so that it need not download anything."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    data = root / "tiny_text" / "1.0.0"
+    data.mkdir(parents=True)
+    features, infos = tfds.features.FeaturesDict({"text": tfds.features.Text(), "url": tfds.features.Text()}), []
+    for split, texts in splits.items():
+        file = data / f"tiny_text-{split}.tfrecord-00000-of-00001"
+        with tf.io.TFRecordWriter(str(file)) as writer:
+            for text in texts:
+                writer.write(features.serialize_example({"text": text, "url": "u"}))
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=data, dataset_name="tiny_text", split=split, filetype_suffix="tfrecord"
+        )
+        size = file.stat().st_size
+        infos.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(texts)], num_bytes=size, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=infos)
+
+
+def decoded(path, split):
+    return [bytes(i - 3 for i in ids[:-1]).decode() for ids in documents(segments(path, split)[0])]
+
+
+@pytest.fixture(scope="module")
+def tfds_data(prepared, tmp_path_factory):  # `prepared`: TensorFlow is imported by then, in silence
+    root = tmp_path_factory.mktemp("tfds")
+    texts = [f"example {i} " + "word " * (i % 50) for i in range(300)]
+    write_tfds(root, {"train": ["", *texts[:250]], "validation": texts[240:]})
+    return root, texts
+
+
+def test_tfds_builder(tfds_data, folder):
+    root, texts = tfds_data
+    corpus = corpora.tfds_corpus("tiny_text:1.0.0", data_dir=root)
+    path = tasks.prepare(TextTask(corpus, SEQ_LEN, max_train_tokens=5000, cache_dir=folder))
+    taken = decoded(path, "train")
+    assert taken == texts[: len(taken)]
+    sizes = np.cumsum([len(text) + 1 for text in taken])
+    assert sizes[-2] < 5000 <= sizes[-1] == pipeline.open_cache(path, "train").counts["tokens"]
+    assert decoded(path, "validation") == texts[240:]
+
+    # the ten examples that both splits have are left out of training
+    whole = tasks.prepare(TextTask(corpus, SEQ_LEN, cache_dir=folder))
+    assert decoded(whole, "train") == texts[:240]
+    assert json.loads((whole / "manifest.json").read_text())["splits"]["train"]["repeated"] == 10
+
+
+def test_tfds_builder_without_validation_gives_its_tail(tfds_data, folder, capfd):
+    root, texts = tfds_data
+    corpus = corpora.tfds_corpus("tiny_text:1.0.0", validation_split="test", data_dir=root)
+    path = tasks.prepare(TextTask(corpus, SEQ_LEN, cache_dir=folder))
+    train, validation = decoded(path, "train"), decoded(path, "validation")
+    assert train + validation == texts[:250]
+    assert len(validation) == 3
+    assert "no split 'test', so validation is train[99%:]" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("builder", "arguments", "says"),
+    [
+        ("tiny_text:1.0.0", {"text_key": "body"}, "has no feature 'body'; set text_key to one of text, url"),
+        ("tiny_text:2.0.0", {}, "TFDS can't provide tiny_text:2.0.0"),
+        ("absent:1.0.0", {}, "TFDS can't provide absent:1.0.0"),
+        ("tiny_text:1.0.0", {"train_split": "training"}, "TFDS can't provide tiny_text:1.0.0: .*training"),
+        ("tiny_text:1.0.0", {"train_split": "train[:9%]", "validation_split": None}, "is a slice already"),
+        ("lambada:1.0.0", {}, "holds no data of lambada:1.0.0"),
+    ],
+)
+def test_bad_tfds_arguments_are_named(tfds_data, folder, builder, arguments, says):
+    corpus = corpora.tfds_corpus(builder, data_dir=tfds_data[0], **arguments)
+    task = TextTask(corpus, SEQ_LEN, cache_dir=folder)
+    with pytest.raises(InputError, match=says) as caught:
+        tasks.prepare(task)
+    assert "\n" not in str(caught.value)
+    assert not task.cache_path().exists()
+
+
+def test_errors_inside_documents_come_out_as_their_sentence(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{broken\n")
+    task = TextTask(corpora.local_files(tmp_path / "a.jsonl"), SEQ_LEN, cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 51: not JSON"):
+        tasks.prepare(task)
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_corpora_without_documents_are_named(tmp_path):
+    for train, validation, split in [(["text"], [], "validation"), ([], ["text"], "train")]:
+        task = TextTask(Given(f"no_{split}", train, validation), SEQ_LEN, cache_dir=tmp_path)
+        with pytest.raises(InputError, match=f"no_{split} has no documents for {split}"):
+            tasks.prepare(task)
+
+
+def test_places_that_cannot_be_written_are_named(corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"the cache .*/file/mixed.* can't be written \(File exists\); free"):
+        tasks.prepare(TextTask(corpus, SEQ_LEN, cache_dir=tmp_path / "file"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "save", full)
+    task = TextTask(corpus, SEQ_LEN, cache_dir=tmp_path / "full")
+    with pytest.raises(InputError, match=r"can't be written \(No space left on device\); free some space"):
+        tasks.prepare(task)
+    assert [file.suffix for file in (tmp_path / "full").iterdir()] == [".lock"]
+
+
+def test_a_foreign_folder_in_the_way_is_kept(corpus, tmp_path):
+    task = TextTask(corpus, SEQ_LEN, cache_dir=tmp_path)
+    task.cache_path().mkdir()
+    (task.cache_path() / "precious").write_text("data")
+    for prepare in (tasks.prepare, pipeline.ensure_prepared):
+        with pytest.raises(InputError, match="is not a prepared cache"):
+            prepare(task)
+    assert (task.cache_path() / "precious").exists()
+
+
+# A process that prepares as usual, but with rows from a stand-in for TensorFlow, and stops for long while writing them.
+SLOW = """
+import sys, time, types
+import numpy as np
+from pathlib import Path
+from peer_jax.data import corpora, tasks
+from peer_jax.data.text_task import TextTask
+
+def packed_rows(task, source, split, wanted, admit):
+    for document in task.corpus.documents(split):
+        text = document.text.encode()
+        assert admit(text, len(text))
+        yield np.full((1, len(text)), 7, np.int32), np.ones((1, len(text)), np.int32)
+    if split == "train":
+        print("writing", flush=True)
+        time.sleep(float(sys.argv[2]))
+
+module = types.ModuleType("peer_jax.data.seqio_task")
+module.packed_rows = packed_rows
+module.Source = lambda corpus, splits: types.SimpleNamespace(note=None)
+sys.modules["peer_jax.data.seqio_task"] = sys.modules["peer_jax.data"].seqio_task = module
+folder = Path(sys.argv[1])
+task = TextTask(corpora.local_files(folder / "a.jsonl", validation_share=0.2), 8, cache_dir=folder / "cache")
+tasks.prepare(task)
+print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def slow_task(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i:03}" for i in range(100)])  # 8 bytes each
+    task = TextTask(corpora.local_files(tmp_path / "a.jsonl", validation_share=0.2), 8, cache_dir=tmp_path / "cache")
+    started = []
+
+    def start(seconds):
+        command = [sys.executable, "-c", SLOW, str(tmp_path), str(seconds)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield task, start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_process_leaves_no_cache_and_no_lock(slow_task):
+    task, start = slow_task
+    process = start(600)
+    assert process.stdout.readline() == "writing\n"
+    hidden = sorted(file.name for file in task.cache_path().parent.iterdir())
+    assert all(name.startswith(".") for name in hidden)
+    assert any(".writing-" in name for name in hidden)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not task.cache_path().exists()
+
+    path = tasks.prepare(task)
+    assert pipeline.open_cache(path, "train").counts["tokens"] % 9 == 0
+    assert sorted(file.name for file in path.parent.iterdir()) == [f".{path.name}.lock", path.name]
+
+
+def test_two_processes_at_once_write_one_cache(slow_task, monkeypatch, capfd):
+    task, start = slow_task
+    process = start(1.5)
+    assert process.stdout.readline() == "writing\n"
+    monkeypatch.setattr(tasks, "_write", None)  # this process must wait, not write
+    began = time.monotonic()
+    path = tasks.prepare(task)
+    assert time.monotonic() - began > 0.5
+    assert "waiting for another process that prepares a-bytes-8" in capfd.readouterr().err
+    assert process.stdout.readline() == "done\n"
+    assert pipeline.open_cache(path, "train")[0]["tokens"].tolist() == [7] * 8
+
+
+def test_ensure_prepared_keeps_tensorflow_in_another_process(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i:03}" for i in range(100)])
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"no": "text"}\n')
+    code = f"""
+import sys
+from pathlib import Path
+from peer_jax.data import corpora, pipeline
+from peer_jax.errors import InputError
+folder = Path({str(tmp_path)!r})
+task = pipeline.TextTask(corpora.local_files(folder / "a.jsonl", validation_share=0.2), 8, cache_dir=folder / "cache")
+path = pipeline.ensure_prepared(task)
+assert path == task.cache_path() == pipeline.ensure_prepared(task)
+next(pipeline.train_batches(pipeline.open_cache(path, "train"), batch_size=4, seed=0))
+try:
+    pipeline.ensure_prepared(pipeline.TextTask(corpora.local_files(folder / "bad.jsonl"), 8, cache_dir=folder))
+except InputError as error:
+    assert "bad.jsonl, line 3: no string under text_key 'text' (found no)" in str(error), error
+else:
+    raise AssertionError
+assert not {{"tensorflow", "seqio"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stderr == ""  # nothing of TensorFlow's chatter, and no bar where there is no terminal
