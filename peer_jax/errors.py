@@ -9,11 +9,11 @@ class InputError(ValueError):
     """
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(RuntimeError):  # noqa: N818, it names what happened
     """A run can't go on. The message says at which step, what is saved and what to try."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818, it is no error
     """A run was asked to stop by a signal and has saved its state; the same command goes on from there."""
 
     def __init__(self, signal_number: int, message: str) -> None:

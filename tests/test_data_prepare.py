@@ -2,12 +2,7 @@
 
 import errno
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -307,7 +302,7 @@ def test_places_that_cannot_be_written_are_named(corpus, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"the cache .*/file/mixed.* can't be written \(File exists\); free"):
         tasks.prepare(TextTask(corpus, SEQ_LEN, cache_dir=tmp_path / "file"))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache.np, "save", full)
@@ -325,102 +320,3 @@ def test_a_foreign_folder_in_the_way_is_kept(corpus, tmp_path):
         with pytest.raises(InputError, match="is not a prepared cache"):
             prepare(task)
     assert (task.cache_path() / "precious").exists()
-
-
-# A process that prepares as usual, but with rows from a stand-in for TensorFlow, and stops for long while writing them.
-SLOW = """
-import sys, time, types
-import numpy as np
-from pathlib import Path
-from peer_jax.data import corpora, tasks
-from peer_jax.data.text_task import TextTask
-
-def packed_rows(task, source, split, wanted, admit):
-    for document in task.corpus.documents(split):
-        text = document.text.encode()
-        assert admit(text, len(text))
-        yield np.full((1, len(text)), 7, np.int32), np.ones((1, len(text)), np.int32)
-    if split == "train":
-        print("writing", flush=True)
-        time.sleep(float(sys.argv[2]))
-
-module = types.ModuleType("peer_jax.data.seqio_task")
-module.packed_rows = packed_rows
-module.Source = lambda corpus, splits: types.SimpleNamespace(note=None)
-sys.modules["peer_jax.data.seqio_task"] = sys.modules["peer_jax.data"].seqio_task = module
-folder = Path(sys.argv[1])
-task = TextTask(corpora.local_files(folder / "a.jsonl", validation_share=0.2), 8, cache_dir=folder / "cache")
-tasks.prepare(task)
-print("done", flush=True)
-"""
-
-
-@pytest.fixture
-def slow_task(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [f"text {i:03}" for i in range(100)])  # 8 bytes each
-    task = TextTask(corpora.local_files(tmp_path / "a.jsonl", validation_share=0.2), 8, cache_dir=tmp_path / "cache")
-    started = []
-
-    def start(seconds):
-        command = [sys.executable, "-c", SLOW, str(tmp_path), str(seconds)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield task, start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_a_killed_process_leaves_no_cache_and_no_lock(slow_task):
-    task, start = slow_task
-    process = start(600)
-    assert process.stdout.readline() == "writing\n"
-    hidden = sorted(file.name for file in task.cache_path().parent.iterdir())
-    assert all(name.startswith(".") for name in hidden)
-    assert any(".writing-" in name for name in hidden)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not task.cache_path().exists()
-
-    path = tasks.prepare(task)
-    assert pipeline.open_cache(path, "train").counts["tokens"] % 9 == 0
-    assert sorted(file.name for file in path.parent.iterdir()) == [f".{path.name}.lock", path.name]
-
-
-def test_two_processes_at_once_write_one_cache(slow_task, monkeypatch, capfd):
-    task, start = slow_task
-    process = start(1.5)
-    assert process.stdout.readline() == "writing\n"
-    monkeypatch.setattr(tasks, "_write", None)  # this process must wait, not write
-    began = time.monotonic()
-    path = tasks.prepare(task)
-    assert time.monotonic() - began > 0.5
-    assert "waiting for another process that prepares a-bytes-8" in capfd.readouterr().err
-    assert process.stdout.readline() == "done\n"
-    assert pipeline.open_cache(path, "train")[0]["tokens"].tolist() == [7] * 8
-
-
-def test_ensure_prepared_keeps_tensorflow_in_another_process(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [f"text {i:03}" for i in range(100)])
-    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"no": "text"}\n')
-    code = f"""
-import sys
-from pathlib import Path
-from peer_jax.data import corpora, pipeline
-from peer_jax.errors import InputError
-folder = Path({str(tmp_path)!r})
-task = pipeline.TextTask(corpora.local_files(folder / "a.jsonl", validation_share=0.2), 8, cache_dir=folder / "cache")
-path = pipeline.ensure_prepared(task)
-assert path == task.cache_path() == pipeline.ensure_prepared(task)
-next(pipeline.train_batches(pipeline.open_cache(path, "train"), batch_size=4, seed=0))
-try:
-    pipeline.ensure_prepared(pipeline.TextTask(corpora.local_files(folder / "bad.jsonl"), 8, cache_dir=folder))
-except InputError as error:
-    assert "bad.jsonl, line 3: no string under text_key 'text' (found no)" in str(error), error
-else:
-    raise AssertionError
-assert not {{"tensorflow", "seqio"}} & set(sys.modules)
-"""
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stderr == ""  # nothing of TensorFlow's chatter, and no bar where there is no terminal

@@ -134,7 +134,7 @@ def test_bfloat16_accumulates_in_float32(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])  # (b,) is everywhere else
 def test_batch_dimensions(rng, batch, implementation):
     x, down, up, indices, gates = draw(rng, int(np.prod(batch)), 5, 16, 2, 3)
     shaped = [a.reshape(*batch, *a.shape[1:]) for a in (x, indices, gates)]

@@ -214,7 +214,7 @@ def test_padding_changes_nothing(rng, name):
             assert relative_error(after, before) < UNCHANGED
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ["expert choice", "token choice, tight, gated", "peer k=n"])
 def test_no_mask_means_all_tokens_are_real(rng, name):
     case = compiled(name)
     x, *_ = draw(rng)

@@ -91,8 +91,7 @@ def test_expert_choice_ties_go_to_the_lower_position_and_never_to_padding():
     assert float(aux.loss) == 0
 
 
-@pytest.mark.parametrize("capacity_factor", [1.0, None])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("capacity_factor", "top_k"), [(1.0, 1), (None, 2)])
 def test_losses_in_closed_form(capacity_factor, top_k):
     """At the default weights: a uniform router has balance 1 and z log(E)^2; a collapsed one has balance E p_2."""
     options = {"routing": "token_choice", "capacity_factor": capacity_factor, "top_k": top_k}

@@ -92,7 +92,7 @@ def any_scores(draw):
     return queries, draw(hnp.arrays(np.float32, (2, n, 1), elements=elements)), k
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.one_of(grids(), any_scores()))
 def test_exact_with_ties_for_any_size(case):
     queries, sub_keys, k = case
@@ -109,7 +109,7 @@ def test_all_scores_equal_ranks_by_index():
     np.testing.assert_array_equal(scores, np.zeros((1, 1, 7)))
 
 
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])  # (b,) is everywhere else
 def test_batch_dimensions_and_vmap(rng, batch):
     queries, sub_keys = draw(rng, T=int(np.prod(batch)))
     expected_scores, expected_indices = reference.product_key_top_k(queries, sub_keys, 4)

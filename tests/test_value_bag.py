@@ -99,7 +99,7 @@ def test_bfloat16_accumulates_in_float32(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])  # (b,) is everywhere else
 def test_batch_dimensions_and_vmap(rng, batch, implementation):
     values, indices, gates = draw(rng, int(np.prod(batch)), 5, 16, 2, 3)
     expected = reference.value_bag(values, indices, gates)

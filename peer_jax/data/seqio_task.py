@@ -26,9 +26,11 @@ from peer_jax.data.text_task import TextTask  # noqa: E402
 from peer_jax.errors import InputError  # noqa: E402
 
 BATCH_ROWS = 256
-# seqio's packing takes some 250 us a row on a CPU core, whatever its length, so training is packed this many tokens at a
-# time and cut into rows afterwards. Longer would cost memory: seqio pads as many pieces as that to the longest of them.
+# seqio's packing takes some 250 us a row on a CPU core, whatever its length, so training is packed this many tokens at
+# a time and cut into rows afterwards. Longer would cost memory: seqio pads as many pieces to the longest of them, which
+# makes up to 64 MiB for each call in flight, of which there are at most PARALLEL_CALLS.
 PACK_TOKENS = 4096
+PARALLEL_CALLS = 8
 
 with contextlib.suppress(RuntimeError):  # raised if TensorFlow was already in use in this process
     tf.config.set_visible_devices([], "GPU")  # leave the accelerator's memory to whoever trains on it
@@ -115,6 +117,7 @@ def packed_rows(
     dataset = seqio.DecoderFeatureConverter(pack=True, apply_length_check=False)(dataset, lengths)
     dataset = dataset.map(lambda row: (row["decoder_target_tokens"], row["decoder_segment_ids"])).batch(BATCH_ROWS)
     options = tf.data.Options()
+    options.autotune.cpu_budget = min(PARALLEL_CALLS, os.cpu_count() or 1)
     options.threading.max_intra_op_parallelism = 1
     options.experimental_optimization.map_fusion = True
     try:

@@ -110,63 +110,64 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
 
     cache = ensure_prepared(run.task, progress=progress)
     batches = train_batches(open_cache(cache, "train"), batch_size=run.batch_size, seed=run.seed)
-    validation = {run.task.corpus.name: open_cache(cache, "validation")}
+    own_validation = open_cache(cache, "validation")
+    validation = {run.task.corpus.name: own_validation}
     for task in run.eval_tasks:
         validation[task.corpus.name] = open_cache(ensure_prepared(task, progress=progress), "validation")
 
-    workdirs.make(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=run.keep_checkpoints)
-    restored = checkpoints.restore(trainer.abstract_state())
-    if config is not None:
-        workdirs.keep_config(workdir, config())
-    if (result := workdirs.read_result(workdir)) is not None:
-        checkpoints.close()
-        return result
-    start, state, position = restored or (0, trainer.init(run.seed), None)
-    if position:
-        batches.set_state(position["batches"])
-    clock = Clock(**position["clock"]) if position else Clock()
+    with workdirs.owned(workdir):
+        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=run.keep_checkpoints)
+        restored = checkpoints.restore(trainer.abstract_state())
+        if config is not None:
+            workdirs.keep_config(workdir, config())
+        if (result := workdirs.read_result(workdir)) is not None:
+            checkpoints.close()
+            return result
+        start, state, position = restored or (0, trainer.init(run.seed), None)
+        if position:
+            batches.set_state(position["batches"])
+        clock = Clock(**position["clock"]) if position else Clock()
+        evaluations = {}
 
-    step_function = with_checks(trainer.step) if run.checked else jax.jit(trainer.step, donate_argnums=0)
-    with (
-        StopOnSignal() as stop,
-        MetricsLog(workdir, start) as log,
-        ProgressBar("train", steps, start, enabled=progress) as bar,
-    ):
-        meter = Meter(log, bar, clock, run.log_every, step_tokens, step_flops)
-        for step in range(start + 1, steps + 1):
-            rates = run.optimizer.rates(trainer.labels, step - 1, steps)
-            state, metrics = step_function(state, next(batches), rates)
-            try:
+        step_function = with_checks(trainer.step) if run.checked else jax.jit(trainer.step, donate_argnums=0)
+        with (
+            StopOnSignal() as stop,
+            MetricsLog(workdir, start) as log,
+            ProgressBar("train", steps, start, enabled=progress) as bar,
+        ):
+            meter = Meter(log, bar, clock, checkpoints, run.log_every, step_tokens, step_flops)
+            for step in range(start + 1, steps + 1):
+                rates = run.optimizer.rates(trainer.labels, step - 1, steps)
+                state, metrics = step_function(state, next(batches), rates)
                 meter.add(step, metrics, rates)
-                evaluating = step == steps or step % run.evaluate_every == 0
-                saving = step == steps or step % run.checkpoint_every == 0 or stop.signal_number is not None
+                last, stopping = step == steps, stop.signal_number is not None
+                evaluating = (last or step % run.evaluate_every == 0) and not stopping
+                saving = last or step % run.checkpoint_every == 0 or stopping
                 if not (evaluating or saving):
                     continue
-                meter.flush()
-            except NonFiniteError as error:
-                checkpoints.wait()
-                raise TrainingFailed(_advice(error, checkpoints)) from None
-            loss = None
-            if evaluating:
-                source = validation[run.task.corpus.name]
-                loss = evaluate(trainer.model(state), source, batch_size=run.batch_size, routing=False)["loss"]
-                log.write(step, {"validation_loss": loss})
-            if saving:
-                position = {"batches": batches.get_state(), "clock": clock.state()}
-                checkpoints.save(step, state, position, loss)
-            if stop.signal_number is not None:
-                _leave(checkpoints, step, stop.signal_number)
-            meter.resume()
 
-    if not checkpoints.wait() or steps not in checkpoints.steps():
-        raise InputError(f"the last checkpoint could not be written to {workdir}: free disk space and run this again")
-    model = trainer.model(state)
-    evaluations = {
-        name: evaluate(model, source, batch_size=run.batch_size, progress=progress)
-        for name, source in validation.items()
-    }
-    checkpoints.close()
+                meter.flush()
+                loss = None
+                if evaluating:
+                    measured = evaluate(trainer.model(state), own_validation, batch_size=run.batch_size, routing=last)
+                    loss = measured["loss"]
+                    log.write(step, {"validation_loss": loss})
+                    if last:
+                        evaluations[run.task.corpus.name] = measured
+                if saving:
+                    position = {"batches": batches.get_state(), "clock": clock.state()}
+                    checkpoints.save(step, state, position, loss)
+                if stopping:
+                    checkpoints.close()
+                    raise Interrupted(stop.signal_number, f"stopped at step {step} and saved; the same command resumes")
+                meter.resume()
+            if not checkpoints.wait() or steps not in checkpoints.steps():
+                raise InputError(f"the last checkpoint could not be written to {workdir}: free space and run again")
+
+        for name, source in validation.items():
+            if name not in evaluations:
+                evaluations[name] = evaluate(trainer.model(state), source, batch_size=run.batch_size, progress=progress)
+        checkpoints.close()
     return workdirs.write_result(
         workdir,
         {
@@ -185,23 +186,15 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
     )
 
 
-class NonFiniteError(Exception):
-    """A step whose loss or gradient is NaN or infinite."""
-
-
-def _advice(error: NonFiniteError, checkpoints: Checkpoints) -> str:
+def non_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints) -> TrainingFailed:
+    """What to say when a step's loss or gradient is NaN or infinite."""
+    checkpoints.wait()
     steps = checkpoints.steps()
     saved = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return (
-        f"{error}; {saved}. Try a lower learning_rate or table_learning_rate, a longer warmup, a smaller clip_norm, or "
-        "checked=True to find where it starts"
+    return TrainingFailed(
+        f"step {step} has loss {loss} and gradient norm {grad_norm}; {saved}. Try a lower learning_rate or "
+        "table_learning_rate, more warmup_steps or a smaller clip_norm; Run.checked=True tells where NaN starts"
     )
-
-
-def _leave(checkpoints: Checkpoints, step: int, signal_number: int) -> None:
-    checkpoints.close()
-    name = signal.Signals(signal_number).name
-    raise Interrupted(signal_number, f"stopped by {name} at step {step}, saved; the same command goes on from there")
 
 
 @dataclasses.dataclass
@@ -227,8 +220,16 @@ class Meter:
     """Reads a step's metrics while the next step runs, so that the device never waits; checks and logs them."""
 
     def __init__(
-        self, log: MetricsLog, bar: ProgressBar, clock: Clock, log_every: int, step_tokens: int, step_flops: float
+        self,
+        log: MetricsLog,
+        bar: ProgressBar,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        log_every: int,
+        step_tokens: int,
+        step_flops: float,
     ) -> None:
+        self._checkpoints = checkpoints
         self._log, self._bar, self._clock, self._log_every = log, bar, clock, log_every
         self._step_tokens, self._step_flops = step_tokens, step_flops
         self._pending: tuple[int, Metrics, dict[str, float]] | None = None
@@ -244,7 +245,7 @@ class Meter:
         """Waits for the last step and reads its metrics.
 
         Raises:
-            NonFiniteError: if its loss or gradient norm isn't a number.
+            TrainingFailed: if its loss or gradient norm isn't finite.
         """
         if self._pending is None:
             return
@@ -252,7 +253,7 @@ class Meter:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         self._tick()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(f"step {step} has loss {loss} and gradient norm {grad_norm}")
+            raise non_finite(step, loss, grad_norm, self._checkpoints)
         speed = self._step_tokens * len(self._recent) / sum(self._recent) if self._recent else None
         if step % self._log_every == 0 or step == 1:
             scalars = {name: float(value) for name, value in metrics.items()}

@@ -1,12 +1,15 @@
 """The run directory: ``config.gin``, ``result.json``, and what they must agree on."""
 
+import contextlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from peer_jax.errors import InputError
@@ -18,18 +21,25 @@ CONFIG = "config.gin"
 RESULT = "result.json"
 
 
-def make(workdir: Path) -> None:
-    """Makes the directory.
+@contextlib.contextmanager
+def owned(workdir: Path) -> Iterator[None]:
+    """Makes the directory and keeps other processes from training in it at the same time.
 
     Raises:
-        InputError: if it can't be made or written to.
+        InputError: if it can't be made or written to, or another process has it.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"--workdir {workdir} is in use by another process: wait for it, or choose another") from None
     except OSError as error:
-        raise InputError(f"--workdir {workdir} can't be made ({error.strerror}): choose another") from error
-    if not os.access(workdir, os.W_OK):
-        raise InputError(f"--workdir {workdir} can't be written to: choose another")
+        raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def keep_config(workdir: Path, config: str) -> None:

@@ -1,0 +1,3 @@
+from peer_jax.cli import main
+
+main()

@@ -1,0 +1,173 @@
+"""The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peer_jax.errors import InputError, Interrupted, TrainingFailed
+
+app = typer.Typer(
+    name="peer-jax",
+    help="Train and compare decoder-only language models with dense, MoE, PKM and PEER layers.",
+    epilog="A first run: peer-jax train --config configs/base.gin --config configs/layers/peer.gin --config "
+    "configs/sizes/tiny.gin --config configs/data/python_stdlib.gin --set Run.steps=300 --workdir runs/peer",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Configs = Annotated[
+    list[Path],
+    typer.Option("--config", metavar="FILE", help="A gin file; repeat to stack base, layer, size, data."),
+]
+Bindings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="NAME=VALUE", help="A gin binding over the files, such as PEER.top_k=8."),
+]
+Workdir = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="The run directory.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+WhichCheckpoint = Annotated[str, typer.Option("--checkpoint", help="'last', 'best' (by validation loss) or a step.")]
+
+
+@app.command()
+def prepare(config: Configs, set_: Bindings = [], quiet: Quiet = False) -> None:  # noqa: B006, typer copies it
+    """Tokenise and pack the config's text into the cache that training reads. `train` does it when it is missing."""
+    run = _load(config, set_)
+    from peer_jax.data.pipeline import ensure_prepared
+
+    for task in (run.task, *run.eval_tasks):
+        typer.echo(f"{ensure_prepared(task, progress=not quiet)}")
+
+
+@app.command()
+def train(config: Configs, workdir: Workdir, set_: Bindings = [], quiet: Quiet = False) -> None:  # noqa: B006
+    """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
+
+    DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json.
+    """
+    run = _load(config, set_)
+    from peer_jax import config as configs
+    from peer_jax.scaling.report import table
+    from peer_jax.training.loop import train as train_run
+
+    result = train_run(run, workdir, config=configs.text, progress=not quiet)
+    table([(workdir, result)])
+
+
+@app.command()
+def evaluate(
+    workdir: Workdir,
+    data: Annotated[
+        list[Path], typer.Option("--data", metavar="FILE", help="A gin file of other text to evaluate on; repeatable.")
+    ] = [],  # noqa: B006
+    set_: Bindings = [],  # noqa: B006
+    checkpoint: WhichCheckpoint = "last",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 16,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a trained run on the validation text of its own task, or of each --data, and add it to result.json."""
+    _prepare_process()
+    from peer_jax import config as configs
+    from peer_jax.training.restore import evaluate_run
+
+    runs = [configs.load(_with(workdir, [file]), set_) for file in data] or [configs.load(_with(workdir), set_)]
+    step, evaluations = evaluate_run(runs, workdir, checkpoint=checkpoint, batch_size=batch_size, progress=not quiet)
+    from peer_jax.scaling.report import evaluation_table
+
+    evaluation_table(step, evaluations)
+
+
+@app.command()
+def generate(
+    workdir: Workdir,
+    prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.", min=0)] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    checkpoint: WhichCheckpoint = "last",
+) -> None:
+    """Continue a prompt with a trained run."""
+    _prepare_process()
+    from peer_jax import config as configs
+    from peer_jax.training.restore import continue_text
+
+    run = configs.load(_with(workdir))
+    text = continue_text(
+        run, workdir, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, checkpoint=checkpoint
+    )
+    typer.echo(prompt + text)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or folders of them.")],
+) -> None:
+    """Print a table of finished runs."""
+    from peer_jax.scaling.report import find, table
+
+    table(find(directories))
+
+
+@app.command()
+def sentencepiece(
+    config: Configs,
+    model: Annotated[Path, typer.Option("--model", metavar="FILE", help="Where it goes, such as data/my.model.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces.", min=16)] = 8192,
+    set_: Bindings = [],  # noqa: B006
+) -> None:
+    """Train a SentencePiece model on the config's training text; then set TextTask.vocabulary to its path."""
+    run = _load(config, set_)
+    from peer_jax.data.tasks import train_sentencepiece
+
+    typer.echo(train_sentencepiece(run.task.corpus, model, vocab_size=vocab_size))
+
+
+def _load(files: list[Path], bindings: list[str]):
+    _prepare_process()
+    from peer_jax import config as configs
+
+    return configs.load(files, bindings)
+
+
+def _with(workdir: Path, files: list[Path] = []) -> list[Path]:  # noqa: B006, never changed
+    """The config of a run, and files on top."""
+    kept = workdir / "config.gin"
+    if not kept.is_file():
+        raise InputError(f"--workdir {workdir} has no config.gin: give the directory of a run made by `peer-jax train`")
+    return [kept, *files]
+
+
+def _prepare_process() -> None:
+    """Before JAX is imported: quiet libraries, and memory that glibc keeps instead of returning it every step."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def main() -> None:
+    """Runs a command; bad input is one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        _exit(error, 2)
+    except TrainingFailed as error:
+        _exit(error, 1)
+    except Interrupted as stopped:
+        _exit(stopped, 128 + stopped.signal_number)
+
+
+def _exit(error: Exception, status: int) -> None:
+    message = " ".join(str(error).split("\n  In call to configurable")[0].split())
+    print(f"peer-jax: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

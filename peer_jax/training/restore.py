@@ -1,0 +1,95 @@
+"""Using a finished or half-finished run: its model, evaluations of other text, continuations of a prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peer_jax.data.pipeline import decode, encode, ensure_prepared, open_cache
+from peer_jax.errors import InputError
+from peer_jax.models import Transformer, generate
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.checkpoint import Checkpoints
+from peer_jax.training.evaluate import evaluate
+from peer_jax.training.loop import Run
+
+BOS, EOS = 0, 1
+
+
+def restore_model(run: Run, workdir: Path, checkpoint: str = "last") -> tuple[int, Transformer]:
+    """The step and model, in evaluation mode, of a checkpoint: "last", "best" or a step.
+
+    Raises:
+        InputError: if there is no such checkpoint, or it can't be read.
+    """
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise InputError(f"--workdir {workdir} has no checkpoints: give one made by `peer-jax train`")
+    checkpoints = Checkpoints(folder, read_only=True)
+    steps = checkpoints.steps()
+    if checkpoint == "best":
+        step = checkpoints.best_step()
+    elif checkpoint == "last":
+        step = None
+    elif checkpoint.isdigit() and int(checkpoint) in steps:
+        step = int(checkpoint)
+    else:
+        raise InputError(f"--checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}")
+    trainer = run.trainer()
+    restored = checkpoints.restore(trainer.abstract_state(), step)
+    checkpoints.close()
+    if restored is None:
+        raise InputError(f"{folder} holds no checkpoint: train first")
+    return restored[0], trainer.model(restored[1])
+
+
+def evaluate_run(
+    runs: Sequence[Run], workdir: Path, *, checkpoint: str = "last", batch_size: int, progress: bool = True
+) -> tuple[int, dict[str, Any]]:
+    """Evaluates the model in ``workdir`` on the validation text of each run's task.
+
+    Returns:
+        The checkpoint's step, and by corpus what ``evaluate`` returns. Evaluations of the last checkpoint are added to
+        ``result.json``, if the run has one.
+    """
+    step, model = restore_model(runs[0], workdir, checkpoint)
+    evaluations = {}
+    for run in runs:
+        if run.task.vocabulary != runs[0].task.vocabulary:
+            raise InputError(
+                f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
+            )
+        source = open_cache(ensure_prepared(run.task, progress=progress), "validation")
+        evaluations[run.task.corpus.name] = evaluate(model, source, batch_size=batch_size, progress=progress)
+    result = workdirs.read_result(workdir)
+    if result is not None and step == result["steps"]:
+        workdirs.write_result(workdir, result | {"evaluations": result["evaluations"] | evaluations})
+    return step, evaluations
+
+
+def continue_text(
+    run: Run,
+    workdir: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    checkpoint: str = "last",
+) -> str:
+    """What the model writes after ``prompt``, until the document ends or ``max_new_tokens`` are made."""
+    _, model = restore_model(run, workdir, checkpoint)
+    vocabulary = run.task.vocabulary
+    (new,) = generate(
+        model,
+        [[BOS, *encode(prompt, vocabulary)]],
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_id=EOS,
+        key=jax.random.key(seed),
+        use_cache=not model.mixes_tokens,
+    )
+    return decode(new, vocabulary)
