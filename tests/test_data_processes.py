@@ -1,4 +1,4 @@
-"""Preparing among other processes: killed ones, one at the same time, and the one that keeps TensorFlow out of training."""
+"""Preparing among other processes: killed ones, one at the same time, and the one that keeps TensorFlow away."""
 
 import json
 import os

@@ -198,7 +198,7 @@ class MoE(FeedForward):
         gates, experts = jax.lax.top_k(jax.nn.softmax(logits), self.top_k)
         if self.top_k > 1:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        chosen = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32) * mask[..., None, None]
+        chosen = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32) * mask[..., None, None].astype(jnp.int32)
         b, s, k, e = chosen.shape
         # Token-major: all choices of a token queue before those of the next one, or later tokens could push out
         # earlier ones' second choices.
@@ -216,12 +216,13 @@ class MoE(FeedForward):
         run = self._dropless if self.capacity_factor is None else self._within_capacity
         y = jnp.einsum("bskd,bsk->bsd", run(x, experts, place), gates.astype(x.dtype))
 
-        tokens = jnp.maximum(jnp.sum(mask, axis=1), 1)
-        chosen = jnp.sum(jax.nn.one_hot(experts, self.num_experts) * mask[..., None, None], axis=(1, 2))
+        real = mask.astype(jnp.float32)
+        tokens = jnp.maximum(jnp.sum(real, axis=1), 1.0)
+        chosen = jnp.sum(jax.nn.one_hot(experts, self.num_experts) * real[..., None, None], axis=(1, 2))
         share = chosen / (tokens[:, None] * self.top_k)
-        probability = jnp.sum(jax.nn.softmax(logits) * mask[..., None], axis=1) / tokens[:, None]
+        probability = jnp.sum(jax.nn.softmax(logits) * real[..., None], axis=1) / tokens[:, None]
         balance = jnp.mean(self.num_experts * jnp.sum(share * probability, axis=-1))
-        z = jnp.mean(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * mask, axis=1) / tokens)
+        z = jnp.mean(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * real, axis=1) / tokens)
         dropped = jnp.mean(jnp.where(place < 0, 1.0, 0.0), where=mask[..., None])
         metrics = {"balance_loss": balance, "router_z_loss": z, "dropped": dropped}
         return y, Aux(self.balance_loss_weight * balance + self.z_loss_weight * z, metrics)
@@ -261,7 +262,9 @@ class MoE(FeedForward):
         return router + experts_per_token * 2 * self._expert_params()
 
     def num_active_params(self) -> int:
-        experts_per_token = self.top_k if self.routing == "token_choice" else self.capacity_factor
+        experts_per_token = (
+            self.top_k if self.routing == "token_choice" else min(self.capacity_factor, self.num_experts)
+        )
         return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params())
 
     def _expert_params(self) -> int:

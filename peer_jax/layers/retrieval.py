@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import Aux, FeedForward, Routing, check_choice, check_positive
-from peer_jax.ops import product_key_top_k
+from peer_jax.ops import check_implementation, product_key_top_k
 
 QUERY_NORMS = ("batch", "layer", None)
 SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
@@ -48,6 +48,7 @@ class ProductKeyRetrieval(FeedForward):
         check_positive(d_model=d_model, num_experts=num_experts, num_heads=num_heads, top_k=top_k, d_key=d_key)
         check_choice("query_norm", query_norm, QUERY_NORMS)
         check_choice("score_activation", score_activation, SCORE_ACTIVATIONS)
+        check_implementation(implementation)
         n = math.isqrt(num_experts)
         if n * n != num_experts:
             raise InputError(
@@ -101,7 +102,7 @@ class ProductKeyRetrieval(FeedForward):
         b, s, _ = x.shape
         queries = self.query_proj(x).astype(jnp.float32)
         if isinstance(norm, nnx.BatchNorm):
-            queries = norm(queries, mask=None if mask is None else mask[..., None])
+            queries = _batch_norm(norm, queries, mask)
         queries = queries.reshape(b, s, self.num_heads, self.d_key)
         if isinstance(norm, nnx.LayerNorm):
             queries = norm(queries)
@@ -111,7 +112,9 @@ class ProductKeyRetrieval(FeedForward):
     def _aux(self, routing: Routing, mask: Bool[Array, "b s"] | None) -> Aux:
         """No loss; the mean of the largest gate of a head, which nears 1 where softmax picks a single expert."""
         top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
-        return Aux(jnp.zeros(()), {"top_gate": jnp.mean(top, where=mask)})
+        mask = jnp.ones(top.shape, bool) if mask is None else mask
+        mean = jnp.sum(top, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+        return Aux(jnp.zeros(()), {"top_gate": mean})
 
     def _retrieval_flops(self) -> int:
         """Query projection, and the scores of both halves."""
@@ -121,3 +124,18 @@ class ProductKeyRetrieval(FeedForward):
     def _idle_experts(self) -> int:
         """Experts that a token doesn't use."""
         return max(0, self.num_experts - self.num_heads * self.top_k)
+
+
+def _batch_norm(
+    norm: nnx.BatchNorm, queries: Float[Array, "b s q"], mask: Bool[Array, "b s"] | None
+) -> Float[Array, "b s q"]:
+    """Batch-norm over the real tokens; a batch that has none leaves the running statistics as they are."""
+    if mask is None:
+        return norm(queries)
+    some = jnp.any(mask)
+    before = norm.mean[...], norm.var[...]
+    normed = norm(queries, mask=(mask | ~some)[..., None])
+    if not norm.use_running_average:
+        for statistic, old in zip((norm.mean, norm.var), before, strict=True):
+            statistic[...] = jnp.where(some, statistic[...], old)
+    return normed

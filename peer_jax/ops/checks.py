@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 
@@ -53,9 +53,21 @@ def check_not_nan(op: str, scores: Float[Array, "..."]) -> None:
     checkify.debug_check(count == 0, op + ": {count} scores are NaN; look for NaN in the queries or keys", count=count)
 
 
-def poison(
+def drop_invalid(
     gates: Float[Array, "*tokens h k"], indices: Int[Array, "*tokens h k"], size: int
-) -> tuple[Float[Array, "*tokens h k"], Int[Array, "*tokens h k"]]:
-    """Gates that are NaN wherever the index is not in [0, size), and indices that are safe to gather with."""
+) -> tuple[Float[Array, "*tokens h k"], Int[Array, "*tokens h k"], Bool[Array, "*tokens"]]:
+    """Indices that are safe to gather with, a gate of zero where one was not, and the tokens that had none such.
+
+    The others' outputs are to be NaN; no row of the table gets a gradient from a bad index.
+    """
     valid = (indices >= 0) & (indices < size)
-    return jnp.where(valid, gates, jnp.nan), jnp.where(valid, indices, 0)
+    return jnp.where(valid, gates, 0.0), jnp.where(valid, indices, 0), jnp.all(valid, axis=(-2, -1))
+
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """An InputError unless it is None or one of the implementations."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, nor None")

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.ops.checks import check_indices, poison
+from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
 
-IMPLEMENTATIONS = ("reference", "xla")
 Activation = Callable[[Array], Array]
 
 
@@ -52,20 +51,20 @@ def expert_mix(
     """
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    check_implementation(implementation)
     check_indices("expert_mix", indices, down.shape[0])
-    gates, indices = poison(gates, indices, down.shape[0])
+    gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
 
     *tokens, h, k = indices.shape
     mix = _reference if implementation == "reference" else _xla
     y = mix(x.reshape(-1, x.shape[-1]), down, up, indices.reshape(-1, h * k), gates.reshape(-1, h * k), activation)
-    return y.reshape(*tokens, x.shape[-1])
+    return jnp.where(valid[..., None], y.reshape(*tokens, x.shape[-1]), jnp.nan)
 
 
 def _reference(x, down, up, indices, gates, activation):
-    u = down[indices].astype(x.dtype)
-    v = up[indices].astype(x.dtype)
+    # Through float32, so that the gradients of a row add up in it.
+    u = down.astype(jnp.float32)[indices].astype(x.dtype)
+    v = up.astype(jnp.float32)[indices].astype(x.dtype)
     s = jnp.einsum("td,trd->tr", x, u, preferred_element_type=jnp.float32)
     a = gates.astype(jnp.float32) * activation(s)
     return jnp.einsum("tr,trd->td", a.astype(x.dtype), v, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.ops.checks import check_not_nan
+from peer_jax.ops.checks import check_implementation, check_not_nan
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 def product_key_top_k(
@@ -52,8 +50,7 @@ def product_key_top_k(
         raise InputError(f"k={k} keys can't be retrieved from {n}^2 = {n * n}: choose 1 <= k <= {n * n}")
     if sub_keys.ndim == 4 and sub_keys.shape[0] != queries.shape[-2]:
         raise InputError(f"sub_keys are for {sub_keys.shape[0]} heads, but queries have {queries.shape[-2]}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    check_implementation(implementation)
 
     *tokens, h, d_key = queries.shape
     retrieve = _reference if implementation == "reference" else _xla

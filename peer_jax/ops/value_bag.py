@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peer_jax.errors import InputError
-from peer_jax.ops.checks import check_indices, poison
+from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 def value_bag(
@@ -39,19 +36,19 @@ def value_bag(
     Raises:
         InputError: under ``checked``, if an index is out of range. Otherwise such a token's output is NaN.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    check_implementation(implementation)
     check_indices("value_bag", indices, values.shape[0])
-    gates, indices = poison(gates, indices, values.shape[0])
+    gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
 
     *tokens, h, k = indices.shape
     bag = _reference if implementation == "reference" else _xla
     y = bag(values, indices.reshape(-1, h * k), gates.reshape(-1, h * k))
-    return y.reshape(*tokens, values.shape[-1])
+    return jnp.where(valid[..., None], y.reshape(*tokens, values.shape[-1]), jnp.nan)
 
 
 def _reference(values, indices, gates):
-    rows = values[indices].astype(gates.dtype)
+    # Through float32, so that the gradients of a row add up in it.
+    rows = values.astype(jnp.float32)[indices].astype(gates.dtype)
     return jnp.einsum("tr,trd->td", gates, rows, preferred_element_type=jnp.float32).astype(gates.dtype)
 
 

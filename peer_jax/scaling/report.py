@@ -32,7 +32,7 @@ def find(directories: Sequence[Path]) -> Results:
 def table(results: Results) -> None:
     """Prints a row a run: losses on its own task, training FLOPs, parameters, speed."""
     columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
-    shown = Table(title="Validation loss [nats/token] at the training FLOPs spent", box=SIMPLE_HEAD)
+    shown = Table(title="Validation loss (nats per token) at the training FLOPs spent", box=SIMPLE_HEAD)
     for column in columns:
         shown.add_column(column, justify="left" if column in ("method", "run") else "right", overflow="fold")
     for directory, result in results:
@@ -71,7 +71,7 @@ def _console() -> Console:
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
     """Prints a row a task."""
-    shown = Table(title=f"Validation loss [nats/token], step {step}", box=SIMPLE_HEAD)
+    shown = Table(title=f"Validation loss (nats per token), step {step}", box=SIMPLE_HEAD)
     for heading in ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness"):
         shown.add_column(heading, justify="left" if heading == "task" else "right")
     for name, values in evaluations.items():
