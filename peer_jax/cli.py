@@ -1,5 +1,6 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
+import ctypes
 import logging
 import os
 import sys
@@ -44,7 +45,13 @@ def prepare(config: Configs, set_: Bindings = [], quiet: Quiet = False) -> None:
 
 
 @app.command()
-def train(config: Configs, workdir: Workdir, set_: Bindings = [], quiet: Quiet = False) -> None:  # noqa: B006
+def train(
+    config: Configs,
+    workdir: Workdir,
+    set_: Bindings = [],  # noqa: B006
+    quiet: Quiet = False,
+    show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
+) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
     DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json.
@@ -55,7 +62,8 @@ def train(config: Configs, workdir: Workdir, set_: Bindings = [], quiet: Quiet =
     from peer_jax.training.loop import train as train_run
 
     result = train_run(run, workdir, config=configs.text, progress=not quiet)
-    table([(workdir, result)])
+    if show_table:
+        table([(workdir, result)])
 
 
 @app.command()
@@ -143,12 +151,23 @@ def _with(workdir: Path, files: list[Path] = []) -> list[Path]:  # noqa: B006, n
 
 
 def _prepare_process() -> None:
-    """Before JAX is imported: quiet libraries, and memory that glibc keeps instead of returning it every step."""
+    """Before JAX is imported: quiet libraries, and no returning of memory to the system after every step."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what a step frees: on CPU fetching it anew costs up to a third of the step (docs/log.md)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # not glibc
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    for parameter, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (top_pad, 2**27)):
+        mallopt(parameter, value)
 
 
 def main() -> None:

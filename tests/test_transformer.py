@@ -1,0 +1,409 @@
+"""The whole decoder: against a NumPy one, causality, packing, padding, remat, types, block placement, errors."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from reference import relative_error
+
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.models import Transformer
+from peer_jax.models.transformer import sparse_block_indices
+
+V, D, HEADS, BLOCKS = 11, 8, 2, 2
+B, S = 2, 9
+# float32 against float64 through some 15 products, 11 wide at most; partial sums are of the results' size, and RMSNorm
+# brings every block's input back to size 1. About 15 * 11**0.5 roundings of 6e-8, with room for cancellation.
+FP32 = 2e-5
+# A leak moves logits by their own size; another order of the same sums moves them by a few roundings a block.
+UNCHANGED = 5e-6
+
+LOSSES = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
+RETRIEVAL = {"num_experts": 16, "num_heads": 2, "d_key": 4, "top_k": 4}
+KINDS = {
+    "dense": (Dense, {"d_ff": 12}),
+    "dense swiglu": (Dense, {"d_ff": 12, "activation": "swiglu"}),
+    "expert choice": (MoE, {"num_experts": 3, "d_ff": 5, "routing": "expert_choice"}),
+    "token choice": (
+        MoE,
+        {"num_experts": 3, "d_ff": 5, "routing": "token_choice", "top_k": 2, "capacity_factor": 0.8, **LOSSES},
+    ),
+    "dropless": (
+        MoE,
+        {"num_experts": 3, "d_ff": 5, "routing": "token_choice", "top_k": 2, "capacity_factor": None, **LOSSES},
+    ),
+    "pkm": (PKM, RETRIEVAL),
+    "peer": (PEER, RETRIEVAL),
+    "peer, layer norm": (PEER, {**RETRIEVAL, "query_norm": "layer"}),
+}
+CAUSAL = [kind for kind in KINDS if kind != "expert choice"]
+
+
+def build(kind, *, rngs=None, **options):
+    """Every second block has the layer, the others a dense one; weights and norm scales are all random."""
+    layer, sizes = KINDS[kind]
+    dense = functools.partial(Dense, d_ff=12)
+    options = {"sparse_blocks": "every 2", **options}
+    model = Transformer(
+        V, D, BLOCKS, HEADS, ffw=dense, sparse_ffw=functools.partial(layer, **sizes), rngs=rngs or nnx.Rngs(0), **options
+    )
+    randomise(model)
+    return model
+
+
+def randomise(model):
+    """Kernels that keep the sizes of what they multiply, and everything else about 1."""
+    rng = np.random.default_rng(5)
+
+    def draw(p):
+        spread = rng.normal(size=p.shape)
+        return jnp.asarray(1 + 0.2 * spread if p.ndim == 1 else spread * p.shape[-2] ** -0.5, p.dtype)
+
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(draw, params))
+    # Rows of tables and embeddings are not summed over: give them the size of one.
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] in ("embedding", "values", "sub_keys") or (path[-1] in ("up", "down") and variable.ndim == 2):
+            variable.set_value(jnp.asarray(rng.normal(size=variable.shape), jnp.float32))
+    statistics = nnx.state(model, nnx.BatchStat)
+    nnx.update(model, jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape), s.dtype), statistics))
+
+
+@functools.cache
+def compiled(kind, training=False, **options):
+    """The model's parts and jitted (params, rest, tokens, segment_ids) -> logits, loss, the rest of the state."""
+    model = build(kind, **dict(options))
+    if not training:
+        model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(params, rest, tokens, segment_ids):
+        model = nnx.merge(graph, params, rest, copy=True)
+        logits, aux = model(tokens, segment_ids)
+        return logits, aux.loss, nnx.state(model, nnx.Not(nnx.Param))
+
+    def total(params, rest, tokens, segment_ids, weights):
+        model = nnx.merge(graph, params, rest, copy=True)
+        logits, aux = model(tokens, segment_ids)
+        return jnp.sum(logits * weights) + aux.loss, (logits, aux.loss, nnx.state(model, nnx.Not(nnx.Param)))
+
+    return model, params, rest, run, jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def packed(rng):
+    """Tokens, and segment ids with two documents and padding in the first row, padding first in the second."""
+    tokens = rng.integers(V, size=(B, S)).astype(np.int32)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
+    return tokens, segment_ids
+
+
+# An independent decoder, in float64.
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def rope(x, position, theta=10_000.0):
+    """One head's vector: the pair (i, i + c/2) as a complex number, turned by position * theta^(-2i/c)."""
+    half = x.shape[-1] // 2
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def attention(kernel, out, x, segments):
+    """One row [S, D]: every token over those before it in its document, positions counted within it."""
+    width = D // HEADS
+    query, key, value = (a.reshape(-1, HEADS, width) for a in np.split(x @ kernel, 3, axis=-1))
+    y = np.zeros_like(x)
+    for t, head in np.ndindex(len(x), HEADS):
+        seen = [s for s in range(t + 1) if segments[s] == segments[t] and len(set(segments[s : t + 1])) == 1]
+        scores = [rope(query[t, head], t - seen[0]) @ rope(key[s, head], s - seen[0]) for s in seen]
+        weights = np.exp(np.array(scores) / math.sqrt(width))
+        mixed = sum(w * value[s, head] for w, s in zip(weights / weights.sum(), seen, strict=True))
+        y[t, head * width : (head + 1) * width] = mixed
+    return y @ out
+
+
+def feed_forward(kind, params, x, mask, running):
+    layer, sizes = KINDS[kind]
+    sizes = {name: size for name, size in sizes.items() if name not in ("routing", "d_ff", "d_key", "num_experts")}
+    if layer is Dense:
+        return reference.dense(params, x, **sizes), 0.0
+    if kind == "expert choice":
+        return reference.moe_expert_choice(params, x, mask, **sizes)[0], 0.0
+    if layer is MoE:
+        return reference.moe_token_choice(params, x, mask, **sizes)[:2]
+    return {PKM: reference.pkm, PEER: reference.peer}[layer](params, x, mask, running=running, **sizes), 0.0
+
+
+def decoder(kind, params, tokens, segments, running=None, ffw_inputs=None):
+    """Logits and the auxiliary loss; `ffw_inputs` collects the inputs of the feed-forward layers."""
+
+    def part(prefix):
+        return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+    x, loss, mask = params["embed.embedding"][tokens], 0.0, segments > 0
+    for index in range(BLOCKS):
+        p = part(f"blocks.{index}.")
+        normed = rms_norm(x, p["attention_norm.scale"])
+        kernels = p["attention.query_key_value.kernel"], p["attention.out.kernel"]
+        x = x + np.stack([attention(*kernels, row, ids) for row, ids in zip(normed, segments, strict=True)])
+        normed = rms_norm(x, p["ffw_norm.scale"])
+        if ffw_inputs is not None:
+            ffw_inputs.append(normed)
+        block_kind = kind if index % 2 == 1 else "dense"
+        y, aux_loss = feed_forward(block_kind, part(f"blocks.{index}.ffw."), normed, mask, running)
+        x, loss = x + y, loss + aux_loss
+    x = rms_norm(x, params["final_norm.scale"])
+    return x @ (params["head.kernel"] if "head.kernel" in params else params["embed.embedding"].T), loss
+
+
+def running_of(rest):
+    flat = {path[-1]: np.asarray(variable.get_value(), np.float64) for path, variable in nnx.to_flat_state(rest)}
+    return (flat["mean"], flat["var"]) if "mean" in flat else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_equals_the_numpy_decoder(rng, params_of, kind):
+    _, params, rest, run, _ = compiled(kind)
+    tokens, segments = packed(rng)
+    logits, loss, rest_after = run(params, rest, tokens, segments)
+    assert logits.dtype == jnp.float32
+    expected, expected_loss = decoder(kind, params_of(params), tokens, segments, running_of(rest))
+    real = segments > 0
+    assert relative_error(np.asarray(logits)[real], expected[real]) < FP32
+    assert relative_error(loss, expected_loss) < FP32
+    jax.tree.map(np.testing.assert_array_equal, rest_after, rest)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [*((kind, False) for kind in KINDS), ("peer", True)])
+def test_training_forward_and_gradient_equal_those_of_the_numpy_decoder(rng, params_of, kind, tied):
+    model, params, rest, _, gradient = compiled(kind, training=True, tie_embeddings=tied)
+    tokens, segments = packed(rng)
+    real = segments > 0
+    weights = np.where(real[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
+    (_, (logits, loss, rest_after)), grads = gradient(params, rest, tokens, segments, weights)
+    params, grads = params_of(params), params_of(grads)
+    assert ("head.kernel" not in params) == tied
+    assert model.num_params() == sum(p.size for p in params.values())
+    ffw_inputs = []
+    expected, expected_loss = decoder(kind, params, tokens, segments, ffw_inputs=ffw_inputs)
+    assert relative_error(np.asarray(logits)[real], expected[real]) < FP32
+    assert relative_error(loss, expected_loss) < FP32
+
+    def total(params):
+        logits, loss = decoder(kind, params, tokens, segments)
+        return np.sum(logits * np.asarray(weights, np.float64)) + loss
+
+    assert grads.keys() == params.keys()
+    for name, grad in grads.items():
+        direction = rng.normal(size=grad.shape)
+        slope = reference.directional_derivative(total, params, name, direction)
+        terms = grad * direction
+        # Against the size of the terms, since their sum may cancel.
+        assert abs(terms.sum() - slope) < FP32 * max(np.abs(terms).sum(), abs(slope)), name
+
+    if (before := running_of(rest)) is not None:
+        kernel = params["blocks.1.ffw.query_proj.kernel"]
+        batch = reference.batch_statistics(ffw_inputs[1] @ kernel, real)
+        for old, new, after in zip(before, batch, running_of(rest_after), strict=True):
+            assert relative_error(after, 0.9 * old + 0.1 * new) < FP32
+
+
+def test_route_gives_the_routing_of_every_routed_block(rng, params_of):
+    model, params, rest, _, _ = compiled("peer")
+    tokens, segments = packed(rng)
+    routings = nnx.jit(lambda model, tokens, segments: model.route(tokens, segments))(model, tokens, segments)
+    assert list(routings) == [1]
+    ffw_inputs = []
+    params = params_of(params)
+    decoder("peer", params, tokens, segments, running_of(rest), ffw_inputs)
+    layer = {name.removeprefix("blocks.1.ffw."): value for name, value in params.items() if "blocks.1.ffw." in name}
+    options = {"num_heads": 2, "top_k": 4, "running": running_of(rest)}
+    indices, gates = reference.route(layer, ffw_inputs[1], segments > 0, **options)
+    real = (segments > 0).reshape(-1)
+    np.testing.assert_array_equal(np.asarray(routings[1].indices).reshape(indices.shape)[real], indices[real])
+    assert relative_error(np.asarray(routings[1].gates).reshape(gates.shape)[real], gates[real]) < FP32
+
+
+# What a token may see
+
+
+def changed_by_the_future(kind, rng):
+    """For t = 1 ... S-1: by how much logits before t, and at t, move when the tokens from t on are others."""
+    model, params, rest, run, _ = compiled(kind)
+    tokens = np.tile(rng.integers(V, size=S).astype(np.int32), (S, 1))
+    for t in range(1, S):
+        tokens[t, t:] = (tokens[t, t:] + rng.integers(1, V, size=S - t)) % V
+    logits = np.asarray(run(params, rest, tokens, None)[0])
+    size = np.abs(logits).max()
+    before = [np.abs(logits[t, :t] - logits[0, :t]).max() / size for t in range(1, S)]
+    at = [np.abs(logits[t, t] - logits[0, t]).max() / size for t in range(1, S)]
+    return model, before, at
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_no_token_sees_the_future(rng, kind):
+    model, before, at = changed_by_the_future(kind, rng)
+    assert model.is_causal
+    assert max(before) < UNCHANGED
+    assert min(at) > 1e-2
+
+
+def test_expert_choice_sees_the_future_and_says_so(rng):
+    model, before, _ = changed_by_the_future("expert choice", rng)
+    assert not model.is_causal
+    assert model.mixes_tokens
+    assert max(before) > 1e-2
+
+
+def test_flags_are_those_of_any_block():
+    mixing = {"expert choice", "token choice"}
+    assert {kind for kind in KINDS if compiled(kind)[0].mixes_tokens} == mixing
+    # Placed nowhere, the layer says nothing.
+    assert build("expert choice", sparse_blocks=()).is_causal
+
+
+@pytest.mark.parametrize("kind", ["dense", "dropless", "pkm", "peer", "peer, layer norm"])
+def test_packed_documents_equal_documents_alone(rng, kind):
+    _, params, rest, run, _ = compiled(kind)
+    long, short = rng.integers(V, size=(2, 5)).astype(np.int32), rng.integers(V, size=(1, 3)).astype(np.int32)
+    tokens = np.array([[*long[0], *short[0], *long[1], 7, 7]], np.int32)
+    segments = np.array([[4] * 5 + [2] * 3 + [9] * 5 + [0] * 2], np.int32)
+    logits = np.asarray(run(params, rest, tokens, segments)[0])[0]
+    alone = np.asarray(run(params, rest, long, None)[0])
+    assert relative_error(np.stack([logits[:5], logits[8:13]]), alone) < UNCHANGED
+    assert relative_error(logits[5:8], np.asarray(run(params, rest, short, None)[0])[0]) < UNCHANGED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_s_contents_touch_nothing(rng, kind):
+    """Neither logits of real tokens, nor losses, gradients or statistics."""
+    _, params, rest, _, gradient = compiled(kind, training=True, tie_embeddings=False)
+    tokens, segments = packed(rng)
+    real = segments > 0
+    weights = np.where(real[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
+    other = np.where(real, tokens, (tokens + 3) % V).astype(np.int32)
+    (_, (first, loss, after)), grads = gradient(params, rest, tokens, segments, weights)
+    (_, (second, other_loss, other_after)), other_grads = gradient(params, rest, other, segments, weights)
+    assert relative_error(np.asarray(second)[real], np.asarray(first)[real]) < UNCHANGED
+    assert relative_error(other_loss, loss) < UNCHANGED
+    for old, new in zip(jax.tree.leaves((after, grads)), jax.tree.leaves((other_after, other_grads)), strict=True):
+        assert relative_error(new, old) < UNCHANGED
+
+
+@pytest.mark.parametrize("kind", ["dense", "token choice", "peer"])
+def test_remat_changes_nothing(rng, kind):
+    """The recomputed block is the same one: its loss, gradients and batch-norm statistics, updated once."""
+    tokens, segments = packed(rng)
+    weights = np.where((segments > 0)[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
+    results = []
+    for remat in (False, True):
+        _, params, rest, _, gradient = compiled(kind, training=True, **({"remat": True} if remat else {}))
+        results.append(gradient(params, rest, tokens, segments, weights))
+    for old, new in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        assert relative_error(new, old) < UNCHANGED
+
+
+def test_remat_draws_router_noise_once(rng):
+    layer = functools.partial(MoE, num_experts=3, d_ff=5, router_noise=3.0)
+    tokens, segments = packed(rng)
+
+    def run(remat):
+        model = Transformer(V, D, 1, HEADS, ffw=layer, remat=remat, rngs=nnx.Rngs(0))
+        randomise(model)
+
+        def loss(model):
+            return jnp.sum(jnp.sin(model(tokens, segments)[0]))
+
+        return nnx.jit(nnx.value_and_grad(loss))(model)
+
+    for old, new in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True):
+        assert relative_error(new, old) < UNCHANGED
+
+
+# Types
+
+
+@pytest.mark.parametrize("kind", ["dense", "token choice", "peer, layer norm"])
+def test_bfloat16_computes_on_float32_parameters(rng, kind):
+    _, params, rest, run, _ = compiled(kind)
+    _, half_params, half_rest, _, gradient = compiled(kind, training=True, dtype=jnp.bfloat16)
+    assert {p.dtype for p in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
+    tokens, segments = packed(rng)
+    real = segments > 0
+    weights = np.where(real[..., None], 1, 0).astype(np.float32) * np.ones((B, S, V), np.float32)
+    (_, (logits, loss, _)), grads = gradient(half_params, half_rest, tokens, segments, weights)
+    assert logits.dtype == loss.dtype == jnp.float32
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    expected = np.asarray(run(params, rest, tokens, segments)[0])[real]
+    # Most tokens choose the same experts; theirs are off by some ten roundings of 2^-9.
+    error = np.abs(np.asarray(logits)[real] - expected).max(-1) / np.abs(expected).max()
+    assert 1e-6 < np.median(error) < 10 * 2**-9
+
+
+# Sizes and places
+
+
+def test_sparse_block_indices():
+    assert [sparse_block_indices("middle", n) for n in (1, 2, 3, 4, 12)] == [(0,), (1,), (1,), (2,), (6,)]
+    assert sparse_block_indices("all", 3) == (0, 1, 2)
+    assert sparse_block_indices("every 1", 3) == (0, 1, 2)
+    assert sparse_block_indices("every 2", 5) == (1, 3)
+    assert sparse_block_indices("every 4", 4) == (3,)
+    assert sparse_block_indices([2, 0], 3) == (2, 0)
+    assert sparse_block_indices([], 3) == ()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "named"),
+    [
+        ("sometimes", "'sometimes'"),
+        ("every", "'every'"),
+        ("every two", "'every two'"),
+        ("every 0", "'every 0'"),
+        ("every 5", "num_blocks=4"),
+        ("every -1", "'every -1'"),
+        ("every \N{SUPERSCRIPT TWO}", "every"),
+        ([0, 4], "block 4.*0 to 3"),
+        ([-1], "block -1"),
+    ],
+)
+def test_blocks_that_do_not_exist(blocks, named):
+    with pytest.raises(InputError, match=named):
+        sparse_block_indices(blocks, 4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sparse"), [("middle", {2}), ("all", {0, 1, 2, 3}), ("every 2", {1, 3}), ([0, 3], {0, 3})]
+)
+def test_the_named_blocks_carry_the_sparse_layer(blocks, sparse):
+    options = {"ffw": Dense, "sparse_ffw": functools.partial(PKM, **RETRIEVAL), "sparse_blocks": blocks}
+    model = nnx.eval_shape(lambda: Transformer(V, D, 4, HEADS, **options, rngs=nnx.Rngs(0)))
+    assert {index for index, block in enumerate(model.blocks) if isinstance(block.ffw, PKM)} == sparse
+    assert all(isinstance(block.ffw, (PKM, Dense)) for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ((0, 8, 1, 2), "vocab_size=0"),
+        ((11, -8, 1, 2), "d_model=-8"),
+        ((11, 8, 0, 2), "num_blocks=0"),
+        ((11, 8, 1, 0), "num_heads=0"),
+        ((11, 10, 1, 4), "d_model=10.*num_heads=4.*multiple of 8"),
+        ((11, 6, 1, 2), "d_model=6.*num_heads=2.*multiple of 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, named):
+    with pytest.raises(InputError, match=named):
+        Transformer(*sizes, ffw=Dense, rngs=nnx.Rngs(0))
