@@ -16,47 +16,63 @@ from peer_jax.models.generate import sample
 V, D, HEADS = 13, 8, 2
 NEW = 8
 RETRIEVAL = {"num_experts": 16, "num_heads": 2, "d_key": 4, "top_k": 4}
-LAYERS = {
-    "dense": functools.partial(Dense, d_ff=12),
-    "dropless": functools.partial(
-        MoE, num_experts=3, d_ff=5, routing="token_choice", top_k=2, capacity_factor=None, activation="swiglu"
+DENSE = functools.partial(Dense, d_ff=12)
+DROPLESS = functools.partial(
+    MoE, num_experts=3, d_ff=5, routing="token_choice", top_k=2, capacity_factor=None, activation="swiglu"
+)
+# The feed-forward layers of a model's blocks.
+MODELS = {
+    "every layer that can use a cache": (
+        functools.partial(PKM, **RETRIEVAL),
+        DENSE,
+        functools.partial(PEER, **RETRIEVAL),
+        DROPLESS,
     ),
-    "pkm": functools.partial(PKM, **RETRIEVAL),
-    "peer": functools.partial(PEER, **RETRIEVAL),
-    "token choice": functools.partial(MoE, num_experts=3, d_ff=5, routing="token_choice"),
-    "expert choice": functools.partial(MoE, num_experts=3, d_ff=5),
+    "dense": (DENSE,),
+    "token choice": (functools.partial(MoE, num_experts=3, d_ff=5, routing="token_choice"),),
+    "both choices": (
+        functools.partial(MoE, num_experts=3, d_ff=5),
+        functools.partial(MoE, num_experts=3, d_ff=5, routing="token_choice"),
+    ),
 }
-UNMIXED = ["dense", "dropless", "pkm", "peer"]
-MIXING = ["token choice", "expert choice"]
+EVERY = "every layer that can use a cache"
 RAGGED = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [3, 5, 8, 9]]
 
 
 @functools.cache
-def build(kind):
-    """Two blocks whose logits depend on the whole context and are far apart, so that tokens vary and don't tie."""
-    model = Transformer(V, D, 2, HEADS, ffw=LAYERS[kind], rngs=nnx.Rngs(0))
+def build(name):
+    """Weights and statistics all random, so that logits depend on the whole context and tokens vary."""
+    layers = iter(MODELS[name])
+
+    def ffw(*args, **kwargs):
+        return next(layers)(*args, **kwargs)
+
+    model = nnx.eval_shape(lambda: Transformer(V, D, len(MODELS[name]), HEADS, ffw=ffw, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(3)
-    params = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params))
-    statistics = nnx.state(model, nnx.BatchStat)
-    nnx.update(model, jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape), s.dtype), statistics))
+
+    def draw(variable):
+        if isinstance(variable, nnx.BatchStat):
+            return variable.replace(jnp.asarray(rng.uniform(0.5, 1.5, variable.shape), variable.dtype))
+        return variable.replace(jnp.asarray(rng.normal(size=variable.shape), variable.dtype))
+
+    nnx.update(model, jax.tree.map(draw, nnx.state(model), is_leaf=lambda v: isinstance(v, nnx.Variable)))
     model.eval()
     return model
 
 
 @functools.cache
-def logits_of(kind):
-    graph, state = nnx.split(build(kind))
+def logits_of(name):
+    graph, state = nnx.split(build(name))
     return jax.jit(lambda tokens, segment_ids=None: nnx.merge(graph, state)(tokens, segment_ids)[0])
 
 
-def greedy_loop(kind, prompt, new):
+def greedy_loop(name, prompt, new):
     """Calls the model on the text so far, appends the most probable token, and again."""
     text = list(prompt)
     for _ in range(new):
         row = np.zeros((1, 16), np.int32)  # causal: what follows the text is not seen
         row[0, : len(text)] = text
-        text.append(int(np.argmax(logits_of(kind)(row)[0, len(text) - 1])))
+        text.append(int(np.argmax(logits_of(name)(row)[0, len(text) - 1])))
     return text[len(prompt) :]
 
 
@@ -67,46 +83,32 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("kind", UNMIXED)
 @pytest.mark.parametrize("how", HOW)
-def test_cached_tokens_equal_recomputed_ones(kind, how):
-    model = build(kind)
+def test_cached_tokens_equal_recomputed_ones(how):
+    model = build(EVERY)
+    assert not model.mixes_tokens
     options = {**HOW[how], "key": jax.random.key(11)}
     cached = generate(model, RAGGED, NEW, **options)
     assert cached == generate(model, RAGGED, NEW, use_cache=False, **options)
     assert [len(row) for row in cached] == [NEW] * len(RAGGED)
     assert len({token for row in cached for token in row}) > 4
-    if how != "greedy":
-        assert cached != generate(model, RAGGED, NEW, **HOW[how], key=jax.random.key(12))
+    if how == "greedy":
+        assert cached == [greedy_loop(EVERY, prompt, NEW) for prompt in RAGGED]
 
 
-@pytest.mark.parametrize("kind", UNMIXED)
-def test_greedy_tokens_equal_a_plain_loop(kind):
-    assert generate(build(kind), RAGGED, NEW) == [greedy_loop(kind, prompt, NEW) for prompt in RAGGED]
-
-
-@pytest.mark.parametrize("prompts", [[[3]], [[3], [5]], [[2], [4, 4, 1, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]]])
-@pytest.mark.parametrize("new", [1, 6])
+@pytest.mark.parametrize(
+    ("prompts", "new"),
+    [([[3]], 6), ([[2], [4, 4, 1, 7]], 5), ([[5, 1, 2], [6, 1, 3]], 1)],
+)
 def test_prompts_of_any_length(prompts, new):
-    expected = [greedy_loop("dense", prompt, new) for prompt in prompts]
-    assert generate(build("dense"), prompts, new) == expected
+    assert generate(build("dense"), prompts, new) == [greedy_loop("dense", prompt, new) for prompt in prompts]
 
 
-def test_a_model_that_recomputes_without_segment_ids_agrees():
-    """The loop once with no padding at all: the model called on exactly the text so far."""
-    graph, state = nnx.split(build("peer"))
-    text = list(RAGGED[1])
-    for _ in range(3):
-        logits, _ = jax.jit(lambda tokens: nnx.merge(graph, state)(tokens))(np.array([text], np.int32))
-        text.append(int(np.argmax(logits[0, -1])))
-    assert generate(build("peer"), RAGGED, NEW)[1][:3] == text[6:]
-
-
-@pytest.mark.parametrize("kind", MIXING)
-def test_layers_that_mix_tokens_refuse_the_cache(kind):
-    model = build(kind)
-    with pytest.raises(InputError, match="use_cache=False"):
-        generate(model, RAGGED, 2)
+def test_layers_that_mix_tokens_refuse_the_cache():
+    for name in ("token choice", "both choices"):
+        with pytest.raises(InputError, match="use_cache=False"):
+            generate(build(name), RAGGED, 2)
+    model = build("both choices")
     new = generate(model, RAGGED, 2, use_cache=False)
     # The plain loop, over rows of the same size, for the experts' capacity depends on it.
     tokens = np.zeros((3, 8), np.int32)
@@ -114,39 +116,34 @@ def test_layers_that_mix_tokens_refuse_the_cache(kind):
         row[: len(prompt)] = prompt
     for index in range(2, 7):
         seen = np.tile((np.arange(8) <= index).astype(np.int32), (3, 1))
-        chosen = np.argmax(logits_of(kind)(tokens, seen)[:, index], -1)
+        chosen = np.argmax(logits_of("both choices")(tokens, seen)[:, index], -1)
         for row, prompt, token in zip(tokens, RAGGED, chosen, strict=True):
             if index + 1 >= len(prompt):
                 row[index + 1] = token
-    expected = [row[len(prompt) : len(prompt) + 2].tolist() for row, prompt in zip(tokens, RAGGED, strict=True)]
-    assert new == expected
+    assert new == [row[len(prompt) : len(prompt) + 2].tolist() for row, prompt in zip(tokens, RAGGED, strict=True)]
 
 
 def test_eos_ends_a_continuation_and_is_not_part_of_it():
-    model = build("dense")
-    whole = generate(model, RAGGED, NEW)
-    eos_id = whole[0][3]
-    expected = [row[: row.index(eos_id)] if eos_id in row else row for row in whole]
-    assert len(expected[0]) <= 3
-    for use_cache in (True, False):
-        assert generate(model, RAGGED, NEW, eos_id=eos_id, use_cache=use_cache) == expected
-    absent = next(token for token in range(V) if all(token not in row for row in whole))
-    assert generate(model, RAGGED, NEW, eos_id=absent) == whole
-    # In a prompt it ends nothing.
-    assert generate(model, [[eos_id, 1, 2, 3]], 1) == generate(model, [[eos_id, 1, 2, 3]], 1, eos_id=absent)
+    """Whichever token it is: a new one, one that only the prompts have, or one that never comes."""
+    whole = generate(build(EVERY), RAGGED, NEW)
+    lengths = set()
+    for eos_id in range(V):
+        expected = [row[: row.index(eos_id)] if eos_id in row else row for row in whole]
+        assert generate(build(EVERY), RAGGED, NEW, eos_id=eos_id) == expected
+        lengths |= {len(row) for row in expected}
+    assert {0, NEW} < lengths
+    assert generate(build(EVERY), RAGGED, NEW, eos_id=whole[0][0], use_cache=False)[0] == []
 
 
 def test_a_tiny_nucleus_or_temperature_is_greedy():
-    model = build("dense")
+    model = build(EVERY)
     greedy = generate(model, RAGGED, NEW)
     assert generate(model, RAGGED, NEW, temperature=2.0, top_p=1e-6, key=jax.random.key(1)) == greedy
     assert generate(model, RAGGED, NEW, temperature=1e-4, key=jax.random.key(1)) == greedy
 
 
 def test_the_key_decides():
-    draws = [
-        generate(build("dense"), RAGGED, NEW, temperature=2.0, key=jax.random.key(seed)) for seed in (0, 0, 1, 2)
-    ]
+    draws = [generate(build(EVERY), RAGGED, NEW, temperature=2.0, key=jax.random.key(seed)) for seed in (0, 0, 1, 2)]
     assert draws[0] == draws[1]
     assert draws[2] != draws[0] != draws[3] != draws[2]
 
@@ -154,6 +151,7 @@ def test_the_key_decides():
 # What is drawn
 
 DRAWS = 20_000
+draw = jax.jit(sample)
 PROBABILITY = np.array([0.05, 0.4, 0.02, 0.3, 0.08, 0.15])
 
 
@@ -173,7 +171,7 @@ def assert_frequencies(tokens, probability):
 )
 def test_sampling_frequencies(temperature, top_p, kept):
     logits = jnp.asarray(np.log(PROBABILITY) + 7, jnp.float32)  # softmax takes no notice of a constant
-    tokens = sample(jnp.tile(logits, (DRAWS, 1)), jax.random.key(0), jnp.asarray(temperature), jnp.asarray(top_p))
+    tokens = draw(jnp.tile(logits, (DRAWS, 1)), jax.random.key(0), temperature, top_p)
     p = PROBABILITY ** (1 / temperature)
     p /= p.sum()
     order = np.argsort(-p)
@@ -193,13 +191,13 @@ def test_sampling_frequencies(temperature, top_p, kept):
 def test_rows_are_drawn_apart_and_zero_is_greedy():
     logits = jnp.asarray(np.log(np.stack([PROBABILITY, PROBABILITY[::-1]])), jnp.float32)
     many = jnp.tile(logits, (DRAWS // 2, 1))
-    tokens = np.asarray(sample(many, jax.random.key(3), 1.0, 1.0)).reshape(-1, 2)
+    tokens = np.asarray(draw(many, jax.random.key(3), 1.0, 1.0)).reshape(-1, 2)
     assert_frequencies(tokens[:, 0], PROBABILITY)
     assert_frequencies(tokens[:, 1], PROBABILITY[::-1])
     # Independent: a pair's probability is the product.
     assert_frequencies(tokens[:, 0] * 6 + tokens[:, 1], np.outer(PROBABILITY, PROBABILITY[::-1]).reshape(-1))
-    np.testing.assert_array_equal(sample(logits, jax.random.key(3), 0.0, 1.0), [1, 4])
-    np.testing.assert_array_equal(sample(jnp.zeros((1, 4)), jax.random.key(3), 0.0, 1.0), [0])
+    np.testing.assert_array_equal(draw(logits, jax.random.key(3), 0.0, 1.0), [1, 4])
+    np.testing.assert_array_equal(draw(jnp.zeros((1, 4)), jax.random.key(3), 0.0, 1.0), [0])
 
 
 def test_generated_tokens_have_the_model_s_probabilities():

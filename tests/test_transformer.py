@@ -28,7 +28,6 @@ LOSSES = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
 RETRIEVAL = {"num_experts": 16, "num_heads": 2, "d_key": 4, "top_k": 4}
 KINDS = {
     "dense": (Dense, {"d_ff": 12}),
-    "dense swiglu": (Dense, {"d_ff": 12, "activation": "swiglu"}),
     "expert choice": (MoE, {"num_experts": 3, "d_ff": 5, "routing": "expert_choice"}),
     "token choice": (
         MoE,
@@ -40,61 +39,67 @@ KINDS = {
     ),
     "pkm": (PKM, RETRIEVAL),
     "peer": (PEER, RETRIEVAL),
-    "peer, layer norm": (PEER, {**RETRIEVAL, "query_norm": "layer"}),
 }
 CAUSAL = [kind for kind in KINDS if kind != "expert choice"]
 
 
-def build(kind, *, rngs=None, **options):
-    """Every second block has the layer, the others a dense one; weights and norm scales are all random."""
+def build(kind, **options):
+    """Every second block has the layer, the others a dense one; parameters and statistics are all random."""
     layer, sizes = KINDS[kind]
-    dense = functools.partial(Dense, d_ff=12)
-    options = {"sparse_blocks": "every 2", **options}
-    model = Transformer(
-        V, D, BLOCKS, HEADS, ffw=dense, sparse_ffw=functools.partial(layer, **sizes), rngs=rngs or nnx.Rngs(0), **options
-    )
-    randomise(model)
-    return model
-
-
-def randomise(model):
-    """Kernels that keep the sizes of what they multiply, and everything else about 1."""
+    sparse = {"sparse_ffw": functools.partial(layer, **sizes), "sparse_blocks": "every 2"}
+    options = {"ffw": functools.partial(Dense, d_ff=12), **sparse, **options}
+    model = nnx.eval_shape(lambda: Transformer(V, D, BLOCKS, HEADS, **options, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(5)
 
-    def draw(p):
-        spread = rng.normal(size=p.shape)
-        return jnp.asarray(1 + 0.2 * spread if p.ndim == 1 else spread * p.shape[-2] ** -0.5, p.dtype)
+    def draw(path, variable):
+        spread = rng.normal(size=variable.shape)
+        if isinstance(variable, nnx.BatchStat):
+            spread = rng.uniform(0.5, 1.5, variable.shape)
+        elif variable.ndim == 1:
+            spread = 1 + 0.2 * spread
+        elif path[-1] == "kernel" or (variable.ndim == 3 and path[-1] != "sub_keys"):
+            spread *= variable.shape[-2] ** -0.5  # keeps the size of what it multiplies
+        return variable.replace(jnp.asarray(spread, variable.dtype))
 
-    params = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(draw, params))
-    # Rows of tables and embeddings are not summed over: give them the size of one.
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[-1] in ("embedding", "values", "sub_keys") or (path[-1] in ("up", "down") and variable.ndim == 2):
-            variable.set_value(jnp.asarray(rng.normal(size=variable.shape), jnp.float32))
-    statistics = nnx.state(model, nnx.BatchStat)
-    nnx.update(model, jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape), s.dtype), statistics))
+    flat = [(path, draw(path, variable)) for path, variable in nnx.to_flat_state(nnx.state(model))]
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
 
 
 @functools.cache
 def compiled(kind, training=False, **options):
-    """The model's parts and jitted (params, rest, tokens, segment_ids) -> logits, loss, the rest of the state."""
-    model = build(kind, **dict(options))
+    """The model, its parameters, the rest of its state, and jitted
+
+    evaluating, (params, rest, tokens, segment_ids) -> logits, loss, the rest of the state;
+    training, (params, rest, tokens, segment_ids, weights) -> that of sum(weights * logits) + loss, and gradients.
+    """
+    model = build(kind, **options)
     if not training:
         model.eval()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    @jax.jit
     def run(params, rest, tokens, segment_ids):
         model = nnx.merge(graph, params, rest, copy=True)
         logits, aux = model(tokens, segment_ids)
         return logits, aux.loss, nnx.state(model, nnx.Not(nnx.Param))
 
     def total(params, rest, tokens, segment_ids, weights):
-        model = nnx.merge(graph, params, rest, copy=True)
-        logits, aux = model(tokens, segment_ids)
-        return jnp.sum(logits * weights) + aux.loss, (logits, aux.loss, nnx.state(model, nnx.Not(nnx.Param)))
+        results = run(params, rest, tokens, segment_ids)
+        return jnp.sum(results[0] * weights) + results[1], results
 
-    return model, params, rest, run, jax.jit(jax.value_and_grad(total, has_aux=True))
+    return model, params, rest, jax.jit(jax.grad(total, has_aux=True) if training else run)
+
+
+def evaluate(kind, tokens, segment_ids):
+    """Logits and loss in evaluation mode, the rows filled up to S with padding tokens: one compilation a kind."""
+    _, params, rest, run = compiled(kind)
+    rows, size = tokens.shape
+    fill = ((0, 0), (0, S - size))
+    tokens, segment_ids = np.pad(tokens, fill, constant_values=7), np.pad(segment_ids, fill)
+    spread = np.resize(np.arange(rows), S)  # a batch of S rows always
+    logits, loss, rest_after = run(params, rest, tokens[spread], segment_ids[spread])
+    jax.tree.map(np.testing.assert_array_equal, rest_after, rest)  # evaluation changes no state
+    return np.asarray(logits)[:rows, :size], loss
 
 
 def packed(rng):
@@ -173,26 +178,25 @@ def running_of(rest):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_equals_the_numpy_decoder(rng, params_of, kind):
-    _, params, rest, run, _ = compiled(kind)
+    _, params, rest, _ = compiled(kind)
     tokens, segments = packed(rng)
-    logits, loss, rest_after = run(params, rest, tokens, segments)
-    assert logits.dtype == jnp.float32
-    expected, expected_loss = decoder(kind, params_of(params), tokens, segments, running_of(rest))
+    repeated = np.resize(np.arange(B), S)  # what `evaluate` fills the batch with: the loss is a mean over rows
+    logits, loss = evaluate(kind, tokens, segments)
+    assert logits.dtype == np.float32
+    expected, expected_loss = decoder(kind, params_of(params), tokens[repeated], segments[repeated], running_of(rest))
     real = segments > 0
-    assert relative_error(np.asarray(logits)[real], expected[real]) < FP32
+    assert relative_error(logits[real], expected[:B][real]) < FP32
     assert relative_error(loss, expected_loss) < FP32
-    jax.tree.map(np.testing.assert_array_equal, rest_after, rest)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [*((kind, False) for kind in KINDS), ("peer", True)])
-def test_training_forward_and_gradient_equal_those_of_the_numpy_decoder(rng, params_of, kind, tied):
-    model, params, rest, _, gradient = compiled(kind, training=True, tie_embeddings=tied)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_forward_and_gradient_equal_those_of_the_numpy_decoder(rng, params_of, kind):
+    model, params, rest, gradient = compiled(kind, training=True)
     tokens, segments = packed(rng)
     real = segments > 0
     weights = np.where(real[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
-    (_, (logits, loss, rest_after)), grads = gradient(params, rest, tokens, segments, weights)
+    grads, (logits, loss, rest_after) = gradient(params, rest, tokens, segments, weights)
     params, grads = params_of(params), params_of(grads)
-    assert ("head.kernel" not in params) == tied
     assert model.num_params() == sum(p.size for p in params.values())
     ffw_inputs = []
     expected, expected_loss = decoder(kind, params, tokens, segments, ffw_inputs=ffw_inputs)
@@ -218,8 +222,28 @@ def test_training_forward_and_gradient_equal_those_of_the_numpy_decoder(rng, par
             assert relative_error(after, 0.9 * old + 0.1 * new) < FP32
 
 
+def test_tied_embeddings(rng, params_of):
+    """The table's gradient is that of lookup and logits together."""
+    model, params, rest, gradient = compiled("dense", training=True, tie_embeddings=True)
+    tokens, segments = packed(rng)
+    weights = np.where((segments > 0)[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
+    grads, (logits, _, _) = gradient(params, rest, tokens, segments, weights)
+    params, grad = params_of(params), params_of(grads)["embed.embedding"]
+    assert "head.kernel" not in params
+    assert model.num_params() == compiled("dense", training=True)[0].num_params() - V * D
+    expected, _ = decoder("dense", params, tokens, segments)
+    assert relative_error(logits, expected) < FP32
+
+    def total(params):
+        return np.sum(decoder("dense", params, tokens, segments)[0] * np.asarray(weights, np.float64))
+
+    direction = rng.normal(size=grad.shape)
+    slope = reference.directional_derivative(total, params, "embed.embedding", direction)
+    assert abs(np.sum(grad * direction) - slope) < FP32 * np.abs(grad * direction).sum()
+
+
 def test_route_gives_the_routing_of_every_routed_block(rng, params_of):
-    model, params, rest, _, _ = compiled("peer")
+    model, params, rest, _ = compiled("peer")
     tokens, segments = packed(rng)
     routings = nnx.jit(lambda model, tokens, segments: model.route(tokens, segments))(model, tokens, segments)
     assert list(routings) == [1]
@@ -239,92 +263,96 @@ def test_route_gives_the_routing_of_every_routed_block(rng, params_of):
 
 def changed_by_the_future(kind, rng):
     """For t = 1 ... S-1: by how much logits before t, and at t, move when the tokens from t on are others."""
-    model, params, rest, run, _ = compiled(kind)
     tokens = np.tile(rng.integers(V, size=S).astype(np.int32), (S, 1))
     for t in range(1, S):
         tokens[t, t:] = (tokens[t, t:] + rng.integers(1, V, size=S - t)) % V
-    logits = np.asarray(run(params, rest, tokens, None)[0])
+    logits, _ = evaluate(kind, tokens, np.ones_like(tokens))
     size = np.abs(logits).max()
     before = [np.abs(logits[t, :t] - logits[0, :t]).max() / size for t in range(1, S)]
     at = [np.abs(logits[t, t] - logits[0, t]).max() / size for t in range(1, S)]
-    return model, before, at
+    return before, at
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_no_token_sees_the_future(rng, kind):
-    model, before, at = changed_by_the_future(kind, rng)
-    assert model.is_causal
+    before, at = changed_by_the_future(kind, rng)
+    assert compiled(kind)[0].is_causal
     assert max(before) < UNCHANGED
     assert min(at) > 1e-2
 
 
 def test_expert_choice_sees_the_future_and_says_so(rng):
-    model, before, _ = changed_by_the_future("expert choice", rng)
-    assert not model.is_causal
-    assert model.mixes_tokens
+    before, _ = changed_by_the_future("expert choice", rng)
+    assert not compiled("expert choice")[0].is_causal
     assert max(before) > 1e-2
 
 
 def test_flags_are_those_of_any_block():
-    mixing = {"expert choice", "token choice"}
-    assert {kind for kind in KINDS if compiled(kind)[0].mixes_tokens} == mixing
+    assert {kind for kind in KINDS if compiled(kind)[0].mixes_tokens} == {"expert choice", "token choice"}
     # Placed nowhere, the layer says nothing.
     assert build("expert choice", sparse_blocks=()).is_causal
 
 
-@pytest.mark.parametrize("kind", ["dense", "dropless", "pkm", "peer", "peer, layer norm"])
+@pytest.mark.parametrize("kind", ["dense", "dropless", "pkm", "peer"])
 def test_packed_documents_equal_documents_alone(rng, kind):
-    _, params, rest, run, _ = compiled(kind)
-    long, short = rng.integers(V, size=(2, 5)).astype(np.int32), rng.integers(V, size=(1, 3)).astype(np.int32)
-    tokens = np.array([[*long[0], *short[0], *long[1], 7, 7]], np.int32)
-    segments = np.array([[4] * 5 + [2] * 3 + [9] * 5 + [0] * 2], np.int32)
-    logits = np.asarray(run(params, rest, tokens, segments)[0])[0]
-    alone = np.asarray(run(params, rest, long, None)[0])
-    assert relative_error(np.stack([logits[:5], logits[8:13]]), alone) < UNCHANGED
-    assert relative_error(logits[5:8], np.asarray(run(params, rest, short, None)[0])[0]) < UNCHANGED
+    tokens = rng.integers(V, size=(1, 8)).astype(np.int32)
+    packed, _ = evaluate(kind, tokens, np.array([[4, 4, 4, 2, 2, 9, 9, 9]], np.int32))
+    for start, stop in [(0, 3), (3, 5), (5, 8)]:
+        alone, _ = evaluate(kind, tokens[:, start:stop], np.ones((1, stop - start), np.int32))
+        assert relative_error(packed[:, start:stop], alone) < UNCHANGED
+
+
+def test_without_segment_ids_a_row_is_one_document(rng):
+    _, params, rest, run = compiled("dense")
+    tokens = rng.integers(V, size=(S, S)).astype(np.int32)
+    logits, _, _ = run(params, rest, tokens, None)
+    assert relative_error(logits, evaluate("dense", tokens, np.ones_like(tokens))[0]) < UNCHANGED
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_s_contents_touch_nothing(rng, kind):
     """Neither logits of real tokens, nor losses, gradients or statistics."""
-    _, params, rest, _, gradient = compiled(kind, training=True, tie_embeddings=False)
+    _, params, rest, gradient = compiled(kind, training=True)
     tokens, segments = packed(rng)
     real = segments > 0
     weights = np.where(real[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
     other = np.where(real, tokens, (tokens + 3) % V).astype(np.int32)
-    (_, (first, loss, after)), grads = gradient(params, rest, tokens, segments, weights)
-    (_, (second, other_loss, other_after)), other_grads = gradient(params, rest, other, segments, weights)
+    grads, (first, *rest_of_first) = gradient(params, rest, tokens, segments, weights)
+    other_grads, (second, *rest_of_second) = gradient(params, rest, other, segments, weights)
     assert relative_error(np.asarray(second)[real], np.asarray(first)[real]) < UNCHANGED
-    assert relative_error(other_loss, loss) < UNCHANGED
-    for old, new in zip(jax.tree.leaves((after, grads)), jax.tree.leaves((other_after, other_grads)), strict=True):
-        assert relative_error(new, old) < UNCHANGED
+    pairs = zip(jax.tree.leaves((grads, rest_of_first)), jax.tree.leaves((other_grads, rest_of_second)), strict=True)
+    assert all(relative_error(new, old) < UNCHANGED for old, new in pairs)
 
 
-@pytest.mark.parametrize("kind", ["dense", "token choice", "peer"])
-def test_remat_changes_nothing(rng, kind):
+def test_remat_changes_nothing(rng):
     """The recomputed block is the same one: its loss, gradients and batch-norm statistics, updated once."""
     tokens, segments = packed(rng)
     weights = np.where((segments > 0)[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
     results = []
-    for remat in (False, True):
-        _, params, rest, _, gradient = compiled(kind, training=True, **({"remat": True} if remat else {}))
+    for remat in ({}, {"remat": True}):
+        _, params, rest, gradient = compiled("peer", training=True, **remat)
         results.append(gradient(params, rest, tokens, segments, weights))
     for old, new in zip(*(jax.tree.leaves(result) for result in results), strict=True):
         assert relative_error(new, old) < UNCHANGED
 
 
 def test_remat_draws_router_noise_once(rng):
-    layer = functools.partial(MoE, num_experts=3, d_ff=5, router_noise=3.0)
-    tokens, segments = packed(rng)
+    """Noise that the backward pass drew anew would give the gradient of another function."""
+    layer = functools.partial(MoE, num_experts=3, d_ff=5, router_noise=9.0)
+    tokens = jnp.asarray(rng.integers(V, size=(B, S)), jnp.int32)
 
     def run(remat):
-        model = Transformer(V, D, 1, HEADS, ffw=layer, remat=remat, rngs=nnx.Rngs(0))
-        randomise(model)
+        def split():
+            return nnx.split(Transformer(V, D, 1, HEADS, ffw=layer, remat=remat, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
-        def loss(model):
-            return jnp.sum(jnp.sin(model(tokens, segments)[0]))
+        def loss(params, rest):
+            return jnp.sum(jnp.sin(nnx.merge(split()[0], params, rest, copy=True)(tokens)[0]))
 
-        return nnx.jit(nnx.value_and_grad(loss))(model)
+        @jax.jit
+        def at_the_start():
+            return jax.value_and_grad(loss)(*split()[1:])
+
+        return at_the_start()
 
     for old, new in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True):
         assert relative_error(new, old) < UNCHANGED
@@ -333,22 +361,22 @@ def test_remat_draws_router_noise_once(rng):
 # Types
 
 
-@pytest.mark.parametrize("kind", ["dense", "token choice", "peer, layer norm"])
+@pytest.mark.parametrize("kind", ["token choice", "peer"])
 def test_bfloat16_computes_on_float32_parameters(rng, kind):
-    _, params, rest, run, _ = compiled(kind)
-    _, half_params, half_rest, _, gradient = compiled(kind, training=True, dtype=jnp.bfloat16)
-    assert {p.dtype for p in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
     tokens, segments = packed(rng)
     real = segments > 0
-    weights = np.where(real[..., None], 1, 0).astype(np.float32) * np.ones((B, S, V), np.float32)
-    (_, (logits, loss, _)), grads = gradient(half_params, half_rest, tokens, segments, weights)
+    weights = np.where(real[..., None], np.ones((B, S, V)), 0).astype(np.float32)
+    # Flax's norms promote bfloat16 to float32 themselves.
+    with jax.numpy_dtype_promotion("standard"):
+        _, params, rest, gradient = compiled(kind, training=True, dtype=jnp.bfloat16)
+        grads, (logits, loss, _) = gradient(params, rest, tokens, segments, weights)
+    assert {p.dtype for p in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
     assert logits.dtype == loss.dtype == jnp.float32
-    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    expected = np.asarray(run(params, rest, tokens, segments)[0])[real]
-    # Most tokens choose the same experts; theirs are off by some ten roundings of 2^-9.
+    expected = evaluate(kind, tokens, segments)[0][real]
+    # Tokens that choose the same experts are off by some ten roundings of 2^-9, and that is most of them.
     error = np.abs(np.asarray(logits)[real] - expected).max(-1) / np.abs(expected).max()
-    assert 1e-6 < np.median(error) < 10 * 2**-9
+    assert 1e-5 < np.median(error) < 10 * 2**-9
 
 
 # Sizes and places

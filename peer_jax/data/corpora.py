@@ -48,11 +48,12 @@ class Corpus(Protocol):
         ...
 
 
-def python_stdlib(*, validation_share: float = 0.02) -> "LocalCorpus":
+def python_stdlib(*, validation_share: float = 0.05) -> "LocalCorpus":
     """The `.py` files of the running interpreter's standard library: real text on any machine, nothing to download.
 
     A module's relative path decides its split, so that it keeps it from one Python release to the next. Files that
     aren't UTF-8 (tests of codecs) or empty are skipped, and so are training files whose text is also in validation.
+    Validation has the beginning of each held-out file, up to 16 KiB, so that a few large files don't outweigh the rest.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
@@ -69,6 +70,7 @@ def python_stdlib(*, validation_share: float = 0.02) -> "LocalCorpus":
         validation_share=validation_share,
         split_by="path",
         skip_undecodable=True,
+        validation_document_chars=2**14,
     )
 
 
@@ -137,6 +139,7 @@ class LocalCorpus:
     text_key: str = "text"
     split_by: str = "content"  # or "path"
     skip_undecodable: bool = False
+    validation_document_chars: int | None = None  # a longer validation document is cut there, at the end of a line
     _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what one pass found out
 
     def __post_init__(self):
@@ -165,7 +168,7 @@ class LocalCorpus:
                 )
             return iter([Document(lone.name, head if split == "train" else tail)])
         if split == "validation":
-            return (doc for doc in self._read(self.files) if self._held_out(doc))
+            return (self._beginning(doc) for doc in self._read(self.files) if self._held_out(doc))
         kept = (doc for doc in self._read(self.files) if not self._held_out(doc))
         return kept if self.split_by == "content" else self._drop(kept)
 
@@ -179,8 +182,19 @@ class LocalCorpus:
 
     def _drop(self, documents) -> Iterator[Document]:
         """Leaves out the documents whose text validation has too."""
-        texts = self._remember("texts", lambda: {_digest(doc.text) for doc in self.documents("validation")})
+        texts = self._remember("texts", self._validation_texts)
         return (doc for doc in documents if _digest(doc.text) not in texts)
+
+    def _validation_texts(self) -> set[bytes]:
+        if self.validation_files is not None:
+            return {_digest(doc.text) for doc in self._read(self.validation_files)}
+        return {_digest(doc.text) for doc in self._read(self.files) if self._held_out(doc)}
+
+    def _beginning(self, doc: Document) -> Document:
+        limit = self.validation_document_chars
+        if limit is None or len(doc.text) <= limit:
+            return doc
+        return Document(doc.name, doc.text[: doc.text.rfind("\n", 0, limit) + 1 or limit])
 
     def _held_out(self, doc: Document) -> bool:
         key = self._key(doc)
@@ -214,6 +228,7 @@ class LocalCorpus:
 
     def _fingerprint(self) -> str:
         rules = [self.validation_share, self.text_key, self.split_by, self.skip_undecodable]
+        rules.append(self.validation_document_chars)
         parts = [("rules", json.dumps(rules))]
         for role, files in (("documents", self.files), ("validation", self.validation_files or ())):
             parts += [(role, file.relative, text_files.sha256(file)) for file in files]

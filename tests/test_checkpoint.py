@@ -1,0 +1,447 @@
+"""Checkpoints: killed processes, damaged files, full disks; what is restored is what was saved, or it is said."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import (
+    arrays,
+    assert_same,
+    environment,
+    leaves,
+    lines,
+    load,
+    losses,
+    stack,
+    tiny_config,
+    train,
+    training,
+    without_times,
+)
+
+from peer_jax.errors import InputError
+from peer_jax.training import loop
+from peer_jax.training.checkpoint import Checkpoints
+
+SIZE = 1000
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_config(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting(tmp_path_factory):
+    with training(tmp_path_factory.getbasetemp()):
+        yield
+
+
+# Processes that are killed
+
+STEPS = 150
+BINDINGS = (f"Run.steps={STEPS}", "Run.checkpoint_every=15", "Run.evaluate_every=50")
+
+
+def start(tiny, folder, **variables):
+    command = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--workdir", str(folder)]
+    command += [f"--config={file}" for file in stack(tiny, "peer")] + [f"--set={binding}" for binding in BINDINGS]
+    return subprocess.Popen(
+        command, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+
+
+def signal_when(process, condition, number):
+    """Sends a signal at the moment that a condition holds; the process's standard error."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.0005)
+    process.send_signal(number)
+    return process.communicate(timeout=60)[1]
+
+
+def logged(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def being_written(folder):
+    return any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
+    never, killed = tmp_path / "never", tmp_path / "killed"
+    finish(start(tiny, never))
+
+    # Programs compiled by the first of these serve the others: that saves time, and the run above compiles its own.
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    moments = (
+        (lambda: (killed / "config.gin").exists(), signal.SIGKILL),  # nothing is trained yet
+        (lambda: logged(killed) >= 10 and being_written(killed), signal.SIGKILL),
+        (lambda: logged(killed) >= 85, signal.SIGKILL),
+        (lambda: logged(killed) >= 115, signal.SIGTERM),
+    )
+    for condition, number in moments:
+        process = start(tiny, killed, **compiled)
+        errors = signal_when(process, condition, number)
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], errors
+        assert not (killed / "result.json").exists()
+    stopped = lines(killed)[-1]["step"]
+    assert errors == f"peer-jax: stopped at step {stopped} and saved; the same command resumes\n"
+    assert (killed / "checkpoints" / str(stopped)).is_dir()
+
+    finish(start(tiny, killed, **compiled))
+    assert losses(killed) == losses(never)  # and none twice
+    run = load(tiny, *BINDINGS, layer="peer")
+    assert_same(leaves(killed, run), leaves(never, run))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (killed, never)]
+    assert without_times(results[0]) == without_times(results[1])
+    assert [path.name for path in (killed / "checkpoints").glob("*") if not path.name.isdigit()] == []
+
+
+# What is saved
+
+
+def state_of(seed):
+    """Something like a TrainState: nested, of several types, with a random key."""
+    draw = np.random.default_rng(seed)
+    return {
+        "step": jnp.asarray(seed, jnp.int32),
+        "params": {"table": jnp.asarray(draw.normal(size=(SIZE, 8)), jnp.float32), "bias": jnp.zeros(3) + seed},
+        "others": {"half": jnp.asarray(draw.normal(size=5), jnp.bfloat16), "key": jax.random.key(seed)},
+    }
+
+
+ABSTRACT = jax.eval_shape(lambda: state_of(0))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with checkpoints of steps 1, 2 and 3."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=3)
+    for step in (1, 2, 3):
+        assert checkpoints.save(step, state_of(step), {"next": step})
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restore(folder, **options):
+    checkpoints = Checkpoints(folder, **options)
+    try:
+        return checkpoints.restore(ABSTRACT)
+    finally:
+        checkpoints.close()
+
+
+def test_restored_is_what_was_saved(saved):
+    step, state, data = restore(saved)
+    assert (step, data) == (3, {"next": 3})
+    assert_same(arrays(state), arrays(state_of(3)))
+
+
+def test_empty_folder_has_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_saving_goes_on_beside_steps_that_donate_the_state(tmp_path):
+    @jax.jit
+    def init():
+        return {f"table_{i}": jax.random.normal(jax.random.key(i), (500, 500)) for i in range(8)}
+
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0.5 + 1, state), donate_argnums=0)
+    checkpoints, state = Checkpoints(tmp_path, keep_last=3), init()
+    for _ in range(3):
+        state = step(state)
+    at_save = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    checkpoints.save(3, state, {})
+    for _ in range(50):
+        state = step(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    _, restored, _ = checkpoints.restore(jax.eval_shape(init), 3)
+    checkpoints.close()
+    for name in at_save:
+        np.testing.assert_array_equal(restored[name], at_save[name])
+
+
+def test_last_ones_and_the_best_remain(tmp_path):
+    validation = {1: 5.0, 2: 1.0, 3: 3.0, 4: None, 5: 2.0, 6: 4.0, 7: None}
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    remaining = {}
+    for step, loss in validation.items():
+        checkpoints.save(step, state_of(step), {}, loss)
+        checkpoints.wait()
+        remaining[step] = checkpoints.steps()
+    checkpoints.close()
+    assert remaining == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6], 7: [2, 6, 7]}
+    again = Checkpoints(tmp_path, keep_last=2)
+    assert again.steps() == [2, 6, 7]
+    assert again.best_step() == 2
+    again.save(8, state_of(8), {}, 0.5)  # the new best; that of another process goes
+    again.wait()
+    assert again.steps() == [7, 8]
+    assert again.best_step() == 8
+    again.close()
+
+
+def test_best_is_the_last_where_none_was_measured(saved):
+    checkpoints = Checkpoints(saved, read_only=True)
+    assert checkpoints.best_step() == 3
+    checkpoints.close()
+
+
+def test_saving_a_step_again_changes_nothing(saved):
+    checkpoints = Checkpoints(saved, keep_last=3)
+    assert checkpoints.save(3, state_of(9), {})
+    assert_same(arrays(checkpoints.restore(ABSTRACT, 3)[1]), arrays(state_of(3)))
+    checkpoints.close()
+
+
+# Damage
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    if data:
+        data[len(data) // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, zero, flip, empty, lambda path: path.unlink()])
+def test_damaged_file_is_noticed_or_harmless(saved, tmp_path, caplog, damage):
+    """Each file of the newest checkpoint in turn: what is restored is whole, and an older step is never silent."""
+    files = [path.relative_to(saved) for path in sorted((saved / "3").rglob("*")) if path.is_file()]
+    assert len(files) > 5
+    wrong = []
+    for file in files:
+        folder = tmp_path / "copy"
+        shutil.copytree(saved, folder)
+        damage(folder / file)
+        caplog.clear()
+        try:
+            step, state, data = restore(folder)
+        except InputError as error:
+            wrong.append(f"{file}: {error}")
+        else:
+            expected, found = arrays(state_of(step)), arrays(state)
+            differing = [name for name in expected if not np.array_equal(expected[name], found[name])]
+            if differing or data != {"next": step}:
+                wrong.append(f"{file}: step {step} restored with other values: {differing}, {data}")
+            # Without the marker of having been finished it is a checkpoint that was never made, as after a kill.
+            if step != 3 and "checkpoint of step 3" not in caplog.text and file.name != "commit_success.txt":
+                wrong.append(f"{file}: fell back to {step} in silence")
+        shutil.rmtree(folder)
+    assert wrong == []
+
+
+def test_fallback_is_reported_and_training_saves_the_step_again(saved, caplog):
+    shutil.rmtree(saved / "3" / "state")
+    with caplog.at_level(logging.WARNING):
+        checkpoints = Checkpoints(saved, keep_last=3)
+        step, state, data = checkpoints.restore(ABSTRACT)
+    assert (step, data) == (2, {"next": 2})
+    assert_same(arrays(state), arrays(state_of(2)))
+    assert "the checkpoint of step 3 can't be read" in caplog.text
+    assert checkpoints.save(3, state_of(3), {"next": 3})
+    checkpoints.close()
+    assert restore(saved)[0] == 3
+
+
+def test_foreign_folder_named_like_a_step(saved, caplog):
+    (saved / "999").mkdir()
+    (saved / "999" / "notes.txt").write_text("mine")
+    checkpoints = Checkpoints(saved, keep_last=3)
+    step, state, _ = checkpoints.restore(ABSTRACT)
+    assert step == 3
+    assert_same(arrays(state), arrays(state_of(3)))
+    assert "999" in caplog.text
+    assert checkpoints.save(4, state_of(4), {})
+    checkpoints.close()
+    assert restore(saved)[0] == 4
+    assert [path.read_text() for path in saved.rglob("notes.txt")] == ["mine"]
+
+
+def test_foreign_files_are_let_be(saved):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "old").mkdir()
+    assert restore(saved)[0] == 3
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / "old").is_dir()
+
+
+def damage_all(saved):
+    for path in saved.rglob("*"):
+        if path.is_file() and "ocdbt" in str(path):
+            truncate(path)
+
+
+def test_all_damaged_is_refused(saved):
+    damage_all(saved)
+    with pytest.raises(InputError, match=r"none of the checkpoints of steps \[3, 2, 1\]"):
+        restore(saved)
+
+
+def test_all_damaged_is_refused_the_second_time_too(saved):
+    """Or the same command again would begin at step 1, over the metrics of the run that was lost."""
+    damage_all(saved)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            restore(saved)
+
+
+def test_reading_only_changes_nothing(saved):
+    """`evaluate` and `generate` look at the folder of a run that may be training."""
+    truncate(next((saved / "3").rglob("manifest.ocdbt")))
+    shutil.rmtree(saved / "3" / "state" / "d")
+    before = sorted(path.name for path in saved.iterdir())
+    assert restore(saved, read_only=True)[0] == 2
+    assert sorted(path.name for path in saved.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["params"].update(bias=jnp.zeros(4)), r"params/bias of shape \(3,\), but the config gives \(4,\)"),
+        (lambda s: s["params"].update(gate=jnp.zeros(4)), r"params/gate of shape none, but the config gives \(4,\)"),
+        (lambda s: s["params"].pop("bias"), r"params/bias of shape \(3,\), but the config gives none"),
+    ],
+)
+def test_other_shapes_are_refused_by_name(saved, change, message):
+    state = state_of(0)
+    change(state)
+    checkpoints = Checkpoints(saved)
+    with pytest.raises(InputError, match=message):
+        checkpoints.restore(jax.eval_shape(lambda: state))
+    checkpoints.close()
+    assert restore(saved)[0] == 3
+
+
+def test_run_of_other_shapes_names_the_parameter(tiny, tmp_path):
+    train(tiny, tmp_path, "Run.steps=2")
+    with pytest.raises(InputError, match=r"params/blocks/0/.* of shape .*16.*, but the config gives .*32"):
+        train(tiny, tmp_path, "Run.steps=2", "Transformer.d_model=32")
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts file systems of a few hundred kB; gone after the test."""
+    mounted = []
+
+    def mount(folder, size):
+        folder.mkdir(parents=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small tmpfs takes root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """Takes all the space that is left."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+
+
+def at_batch(monkeypatch, actions):
+    """Calls actions[step] while the batch of that step is fetched."""
+    make = loop.train_batches
+
+    def make_acting(*args, **kwargs):
+        batches = make(*args, **kwargs)
+
+        class Acting:
+            fetched = 0
+
+            def __next__(self):
+                self.fetched += 1
+                actions.get(self.fetched, lambda: None)()
+                return next(batches)
+
+            def __getattr__(self, name):
+                return getattr(batches, name)
+
+        return Acting()
+
+    monkeypatch.setattr(loop, "train_batches", make_acting)
+
+
+def test_disk_that_is_full_for_a_while(tiny, tmp_path, monkeypatch, small_disk, caplog):
+    """Checkpoint 6 fails; training goes on with a warning, 3 stays whole, 9 and 12 are written."""
+    disk = small_disk(tmp_path / "run" / "checkpoints", "4m")
+    seen = []
+    actions = {
+        5: lambda: fill(disk),
+        8: lambda: (disk / "filler").unlink(),
+        9: lambda: seen.append(sorted(path.name for path in disk.iterdir() if path.name.isdigit())),
+    }
+    at_batch(monkeypatch, actions)
+    train(tiny, tmp_path / "run", "Run.steps=12", "Run.checkpoint_every=3")
+    assert "could not be written" in caplog.text
+    assert seen == [["3"]]
+    assert {"9", "12"} <= {path.name for path in disk.iterdir()}
+    (tmp_path / "whole").mkdir()
+    monkeypatch.undo()
+    train(tiny, tmp_path / "whole", "Run.steps=12", "Run.checkpoint_every=3")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_disk_that_stays_full(tiny, tmp_path, monkeypatch, small_disk):
+    disk = small_disk(tmp_path / "run" / "checkpoints", "4m")
+    at_batch(monkeypatch, {5: lambda: fill(disk)})
+    with pytest.raises(InputError, match="the last checkpoint could not be written to"):
+        train(tiny, tmp_path / "run", "Run.steps=12", "Run.checkpoint_every=3")
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.undo()
+    (disk / "filler").unlink()
+    step, _, _ = Checkpoints(disk, read_only=True).restore(load(tiny, "Run.steps=12").trainer().abstract_state())
+    assert step == 3
+    train(tiny, tmp_path / "run", "Run.steps=12", "Run.checkpoint_every=3")  # goes on from there
+
+
+def test_whole_run_directory_is_full(tiny, tmp_path, monkeypatch, small_disk):
+    """Metrics can't be written either: one sentence, not a traceback."""
+    disk = small_disk(tmp_path / "run", "4m")
+    at_batch(monkeypatch, {5: lambda: fill(disk)})
+    with pytest.raises(InputError, match=str(disk)):
+        train(tiny, disk, "Run.steps=12", "Run.checkpoint_every=3")

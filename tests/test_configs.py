@@ -1,0 +1,104 @@
+"""Every file in configs/ is parsed and built, without memory for its parameters and without the network."""
+
+import itertools
+import re
+
+import jax
+import pytest
+from flax import nnx
+from test_loop import CONFIGS, training
+
+from peer_jax import config
+from peer_jax.data.corpora import TfdsCorpus
+from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.training import loop
+
+LAYERS, SIZES, DATA = (sorted((CONFIGS / folder).glob("*.gin")) for folder in ("layers", "sizes", "data"))
+METHODS = {"dense": Dense, "moe": MoE, "moe_token_choice": MoE, "pkm": PKM, "peer": PEER}
+
+
+def name(path):
+    return path.stem
+
+
+def files(layer, size, data):
+    return [CONFIGS / "base.gin", layer, size, data]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting(tmp_path_factory):
+    with training(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture
+def needed(tmp_path):
+    """Bindings for what the user has to give: a length, and a path where the data are the user's own."""
+    text = tmp_path / "text.txt"
+    text.write_text("some text\n" * 100)
+
+    def needed(data):
+        local = "@local_files()" in data.read_text()
+        paths = [f"local_files.{key}={str(text)!r}" for key in ("path", "validation_path")]
+        return ["Run.steps=10", *(paths if local else ())]
+
+    return needed
+
+
+def test_there_are_configs():
+    assert {path.stem for path in LAYERS} == METHODS.keys()
+    assert {path.stem for path in DATA} >= {"python_stdlib"}
+    assert {path.stem for path in SIZES} >= {"tiny"}
+    assert all(
+        path.parent in (CONFIGS, *(CONFIGS / f for f in ("layers", "sizes", "data", "sweeps")))
+        for path in CONFIGS.rglob("*.gin")
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.gin")), ids=name)
+def test_file_opens_with_what_it_is(path):
+    text = path.read_text().splitlines()
+    assert re.match(r"# \w.* \w", text[0]), text[0]
+    assert all(len(line) <= 120 for line in text)
+
+
+@pytest.mark.parametrize(("layer", "size"), list(itertools.product(LAYERS, SIZES)), ids=name)
+def test_model_is_built(needed, layer, size):
+    data = CONFIGS / "data" / "python_stdlib.gin"
+    run = config.load(files(layer, size, data), needed(data))
+    trainer = run.trainer()
+    model = trainer.abstract_model
+    sparse = [type(block.ffw) for block in model.blocks if type(block.ffw) is not Dense]
+    assert sparse == ([] if layer.stem == "dense" else [METHODS[layer.stem]])
+    state = trainer.abstract_state()
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model.num_params()
+    tokens = jax.ShapeDtypeStruct((run.batch_size, run.task.seq_len), "int32")
+    logits, _ = nnx.eval_shape(lambda model, tokens: model(tokens), model, tokens)
+    assert logits.shape == (*tokens.shape, model.vocab_size)
+    assert run.num_steps(model) == 10
+    run.optimizer.rates(trainer.labels, 0, 10)  # every table has its rate
+
+
+@pytest.mark.parametrize("data", DATA, ids=name)
+def test_data_are_named(needed, data):
+    run = config.load(files(CONFIGS / "layers" / "peer.gin", CONFIGS / "sizes" / "tiny.gin", data), needed(data))
+    assert run.task.corpus.name
+    for task in (run.task, *run.eval_tasks):
+        assert task.seq_len == run.task.seq_len
+        if isinstance(task.corpus, TfdsCorpus):  # its fingerprint is that of the names: nothing is downloaded
+            assert ":" in task.corpus.builder
+            assert task.corpus.fingerprint()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=name)
+def test_kept_config_reads_back(needed, tmp_path, layer):
+    """config.gin of a run is itself a config, of the same run, and describes itself in the same words."""
+    data = CONFIGS / "data" / "python_stdlib.gin"
+    config.load(files(layer, CONFIGS / "sizes" / "tiny.gin", data), needed(data)).trainer()
+    kept = tmp_path / "config.gin"
+    kept.write_text(config.text())
+    run = config.load([kept])
+    run.trainer()
+    assert config.text() == kept.read_text()
+    assert isinstance(run, loop.Run)
+    assert run.steps == 10

@@ -1,0 +1,495 @@
+"""Training from end to end, in this process; also the small text and model that other files of tests train."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from peer_jax import config
+from peer_jax.data.corpora import local_files
+from peer_jax.data.pipeline import TextTask, ensure_prepared
+from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.training import loop, workdir
+from peer_jax.training.checkpoint import Checkpoints
+from peer_jax.training.restore import restore_model
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+SEQ_LEN = 32
+BATCH = 4
+
+TINY = """
+Transformer.d_model = 16
+Transformer.num_blocks = 2
+Transformer.num_heads = 2
+NUM_EXPERTS = 64
+MOE_EXPERTS = 4
+D_KEY = 8
+PEER.top_k = 4
+PKM.top_k = 4
+TextTask.corpus = @local_files()
+TextTask.seq_len = {seq_len}
+TextTask.cache_dir = {cache!r}
+local_files.path = {corpus!r}
+local_files.validation_share = 0.1
+Run.batch_size = {batch}
+Run.log_every = 1
+AdamW.learning_rate = 0.01
+AdamW.warmup_steps = 5
+"""
+
+
+def write_text(path, seed=0):
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "small",
+        "birds",
+        "sing",
+    ]
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(150)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def tiny_config(base):
+    """A gin file over base, layer and size: a model that trains in seconds, on text that is prepared once a session."""
+    folder = base / "tiny_run"
+    path = folder / "tiny.gin"
+    if not path.exists():
+        folder.mkdir()
+        corpus = write_text(folder / "corpus.jsonl")
+        task = TextTask(local_files(corpus, validation_share=0.1), SEQ_LEN, cache_dir=folder / "cache")
+        ensure_prepared(task, progress=False)
+        path.write_text(TINY.format(seq_len=SEQ_LEN, cache=str(folder / "cache"), corpus=str(corpus), batch=BATCH))
+    return path
+
+
+def stack(tiny, layer="dense"):
+    """The files of a run."""
+    return [CONFIGS / "base.gin", CONFIGS / "layers" / f"{layer}.gin", CONFIGS / "sizes" / "tiny.gin", tiny]
+
+
+def load(tiny, *bindings, layer="dense"):
+    return config.load(stack(tiny, layer), bindings)
+
+
+def train(tiny, folder, *bindings, layer="dense"):
+    return loop.train(load(tiny, *bindings, layer=layer), folder, config=config.text, progress=False)
+
+
+def environment(**more):
+    """That of processes the tests start: bytecode is kept, or importing takes most of their time."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """(step, kind) -> loss; a step stands there once."""
+    found = {}
+    for line in lines(folder):
+        for kind in ("loss", "validation_loss"):
+            if kind in line:
+                assert (line["step"], kind) not in found, f"{kind} of step {line['step']} twice"
+                found[line["step"], kind] = line[kind]
+    return found
+
+
+def leaves(folder, run, step=None):
+    """Every array of a checkpoint, by its path."""
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
+    checkpoints.close()
+    return arrays(state)
+
+
+def arrays(state):
+    def plain(leaf):
+        return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+    return {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same(a, b):
+    """Equal bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def without_times(result):
+    return {name: value for name, value in result.items() if name not in ("wall_seconds", "tokens_per_second")}
+
+
+def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
+    """Has this process get a signal while it fetches the batch of a step."""
+    make = loop.train_batches
+
+    def make_interrupting(*args, **kwargs):
+        batches = make(*args, **kwargs)
+
+        class Interrupting:
+            fetched = 0
+
+            def __next__(self):
+                self.fetched += 1
+                if self.fetched == step:
+                    os.kill(os.getpid(), signal_number)
+                return next(batches)
+
+            def __getattr__(self, name):
+                return getattr(batches, name)
+
+        return Interrupting()
+
+    monkeypatch.setattr(loop, "train_batches", make_interrupting)
+
+
+@contextlib.contextmanager
+def training(folder):
+    """For a module of tests: what runs in here may use optax, and a second run of a config compiles nothing."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_numpy_dtype_promotion": "standard",  # optax raises a float to an int32 power, flax's norms meet bfloat16
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_config(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting(tmp_path_factory):
+    with training(tmp_path_factory.getbasetemp()):
+        yield
+
+
+# Learning
+
+
+@pytest.mark.parametrize("layer", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
+    result = train(tiny, tmp_path, "Run.steps=40", layer=layer)
+    logged = [line["loss"] for line in lines(tmp_path) if "loss" in line]
+    assert len(logged) == 40
+    assert abs(logged[0] - np.log(259)) < 1.0  # it starts from uniform over bytes and special ids
+    assert np.mean(logged[-5:]) < logged[0] - 1.5
+
+    model = load(tiny, "Run.steps=40", layer=layer).trainer().abstract_model
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["schema"] == 1
+    assert (
+        result["method"]
+        == {
+            "dense": "Dense",
+            "moe": "MoE (expert choice)",
+            "moe_token_choice": "MoE (token choice)",
+            "pkm": "PKM",
+            "peer": "PEER",
+        }[layer]
+    )
+    assert result["is_causal"] == (layer != "moe")
+    assert (result["d_model"], result["num_blocks"]) == (16, 2)
+    assert result["num_experts"] == {"dense": None, "moe": 4, "moe_token_choice": 4}.get(layer, 64)
+    assert (result["seed"], result["steps"], result["batch_size"], result["seq_len"]) == (0, 40, BATCH, SEQ_LEN)
+    assert result["tokens"] == 40 * BATCH * SEQ_LEN
+    assert result["forward_flops_per_token"] == sum(result["forward_flops_by_part"].values())
+    assert result["forward_flops_per_token"] == model.flops_per_token(SEQ_LEN)
+    assert result["training_flops"] == 3 * result["forward_flops_per_token"] * result["tokens"]
+    assert result["params_total"] == model.num_params()
+    assert result["params_active"] == model.num_active_params() <= result["params_total"]
+    assert result["wall_seconds"] > 0
+    assert result["tokens_per_second"] > 0
+    assert result["corpus"]["name"] == "corpus"
+    assert set(result["versions"]) == {"peer-jax", "jax", "flax", "optax", "numpy", "python"}
+    assert set(result["machine"]) == {"platform", "device", "devices"}
+    (own,) = result["evaluations"].values()
+    assert own["loss"] == lines(tmp_path)[-1]["validation_loss"]
+    assert own["loss"] < logged[0] - 1.5
+    assert ("experts" in own) == (layer != "dense")
+
+
+def test_schedule_ends_with_the_last_step(tiny, tmp_path):
+    train(tiny, tmp_path, "Run.steps=12", "AdamW.warmup_steps=4", "AdamW.final_fraction=0.25")
+    rates = {line["step"]: line["learning_rate/backbone"] for line in lines(tmp_path) if "loss" in line}
+    assert max(rates, key=rates.get) == 4
+    assert rates[4] == 0.01
+    assert rates[12] == pytest.approx(0.0025)
+
+
+def test_eval_tasks_join_the_result(tiny, tmp_path):
+    other = write_text(tmp_path / "other.jsonl", seed=1)
+    run = load(tiny, "Run.steps=2")
+    more = TextTask(local_files(other, validation_share=0.1), SEQ_LEN, cache_dir=run.task.cache_dir)
+    result = loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+    assert set(result["evaluations"]) == {"corpus", "other"}
+    assert result["evaluations"]["other"]["loss"] != result["evaluations"]["corpus"]["loss"]
+
+
+def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
+    """Results go by the corpus's name, so another text under the same name must be refused or kept apart."""
+    other = tmp_path / "other"
+    other.mkdir()
+    run = load(tiny, "Run.steps=2")
+    more = TextTask(
+        local_files(write_text(other / "corpus.jsonl", seed=1), validation_share=0.1),
+        SEQ_LEN,
+        cache_dir=run.task.cache_dir,
+    )
+    try:
+        result = loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+    except InputError as error:
+        assert "corpus" in str(error)  # noqa: PT017, either is right
+    else:
+        assert len(result["evaluations"]) == 2
+
+
+def test_eval_task_of_another_vocabulary_is_refused(tiny):
+    run = load(tiny, "Run.steps=2")
+    other = loop.dataclasses.replace(run.task, vocabulary="pieces.model")
+    with pytest.raises(InputError, match=r"pieces\.model"):
+        loop.dataclasses.replace(run, eval_tasks=(other,))
+
+
+# Length
+
+
+def test_steps_come_nearest_to_the_budget(tiny):
+    step = load(tiny, "Run.steps=1").trainer().abstract_model.flops_per_token(SEQ_LEN) * 3 * BATCH * SEQ_LEN
+    for wanted in (1.0, 1.4, 1.6, 7.49, 1000.5):
+        run = load(tiny, f"Run.training_flops={wanted * step!r}")
+        steps = run.num_steps(run.trainer().abstract_model)
+        assert abs(steps * step - wanted * step) <= step / 2
+    with pytest.raises(InputError, match=r"training_flops=.*less than .* one step"):
+        run.num_steps.__func__(load(tiny, f"Run.training_flops={0.5 * step}"), run.trainer().abstract_model)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["Run.steps=None"], "steps=None and training_flops=None"),
+        (["Run.steps=5", "Run.training_flops=1e9"], r"steps=5 and training_flops=1000000000\.0"),
+        (["Run.steps=0"], "steps=0 must be above zero"),
+        (["Run.steps=5", "Run.batch_size=-4"], "batch_size=-4 must be above zero"),
+        (["Run.steps=5", "Run.accumulation=3"], "batch_size=4 does not divide into accumulation=3"),
+        (["Run.steps=5", "Run.log_every=0"], "log_every=0"),
+        (["Run.steps=5", "Run.evaluate_every=0"], "evaluate_every=0"),
+        (["Run.steps=5", "Run.checkpoint_every=0"], "checkpoint_every=0"),
+        (["Run.steps=5", "Run.keep_checkpoints=0"], "keep_checkpoints=0"),
+        (["Run.training_flops=-1.0"], r"training_flops=-1\.0"),
+    ],
+)
+def test_run_refuses(tiny, bindings, message):
+    with pytest.raises(InputError, match=message):
+        load(tiny, *bindings)
+
+
+def test_accumulation_under_query_batch_norm_is_refused(tiny):
+    with pytest.raises(InputError, match=r"accumulation=2 .* query_norm"):
+        load(tiny, "Run.steps=5", "Run.accumulation=2", layer="peer").trainer()
+
+
+def test_accumulated_steps_equal_whole_batches(tiny, tmp_path):
+    train(tiny, tmp_path / "whole", "Run.steps=5")
+    train(tiny, tmp_path / "parts", "Run.steps=5", "Run.accumulation=2")
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    # Sums in another order, five updates on: float32's 6e-8, times a few hundred terms.
+    np.testing.assert_allclose(list(parts.values()), list(whole.values()), rtol=2e-5)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize(
+    ("layer", "bindings"),
+    [
+        ("dense", []),
+        ("moe", ["MoE.router_noise=1.0"]),  # its random stream has to go on, too
+    ],
+)
+def test_sigterm_saves_within_the_step_and_resumes_to_the_same(tiny, tmp_path, monkeypatch, layer, bindings):
+    bindings = ["Run.steps=12", "Run.evaluate_every=5", *bindings]
+    never = train(tiny, tmp_path / "never", *bindings, layer=layer)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(Interrupted, match="stopped at step 7") as stopped:
+            train(tiny, tmp_path / "stopped", *bindings, layer=layer)
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert lines(tmp_path / "stopped")[-1]["step"] == 7
+    assert Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).steps() == [7]
+    resumed = train(tiny, tmp_path / "stopped", *bindings, layer=layer)
+    assert without_times(resumed) == without_times(never)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "never")
+    run = load(tiny, *bindings, layer=layer)
+    assert_same(leaves(tmp_path / "stopped", run), leaves(tmp_path / "never", run))
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, monkeypatch, step):
+    bindings = ["Run.steps=8", "Run.evaluate_every=5"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted):
+            train(tiny, tmp_path, *bindings)
+    train(tiny, tmp_path, *bindings)
+    assert {at for at, kind in losses(tmp_path) if kind == "validation_loss"} == {5, 8}
+
+
+def test_stopping_says_so_when_the_state_could_not_be_saved(tiny, tmp_path, monkeypatch):
+    def fails(self, step, *args, **kwargs):
+        return False
+
+    monkeypatch.setattr(Checkpoints, "save", fails)
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises((Interrupted, InputError)) as stopped:
+        train(tiny, tmp_path, "Run.steps=8")
+    assert "and saved" not in str(stopped.value)
+
+
+def test_killed_between_the_last_checkpoint_and_the_result(tiny, tmp_path):
+    first = train(tiny, tmp_path, "Run.steps=4")
+    before = losses(tmp_path)
+    (tmp_path / "result.json").unlink()
+    again = train(tiny, tmp_path, "Run.steps=4")
+    assert without_times(again) == without_times(first)
+    assert losses(tmp_path) == before
+
+
+def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
+    result = train(tiny, tmp_path, "Run.steps=4")
+    monkeypatch.setattr(loop.Trainer, "step", None)
+    monkeypatch.setattr(loop.Trainer, "init", None)
+    assert train(tiny, tmp_path, "Run.steps=4") == result
+
+
+def test_another_config_is_refused_by_name_and_values(tiny, tmp_path):
+    train(tiny, tmp_path, "Run.steps=4")
+    with pytest.raises(InputError, match=r"AdamW\.learning_rate = 0\.01, now it is 0\.5"):
+        train(tiny, tmp_path, "Run.steps=4", "AdamW.learning_rate=0.5")
+    with pytest.raises(InputError, match=r"Run\.steps = 4, now it is 5"):
+        train(tiny, tmp_path, "Run.steps=5")
+
+
+def test_a_changed_default_of_a_layer_is_part_of_the_config(tiny, tmp_path):
+    """Every default of what the run used is in config.gin, so that it still means the same when one changes."""
+    train(tiny, tmp_path, "Run.steps=1", layer="peer")
+    kept = (tmp_path / "config.gin").read_text()
+    for name in ("PEER.score_activation", "PEER.share_sub_keys", "Transformer.tie_embeddings", "Dense.activation"):
+        assert f"{name} =" in kept
+
+
+def test_second_process_is_kept_out(tiny, tmp_path):
+    run = load(tiny, "Run.steps=4")
+    with workdir.owned(tmp_path), pytest.raises(InputError, match="in use by another process"):
+        loop.train(run, tmp_path, progress=False)
+    loop.train(run, tmp_path, progress=False)
+
+
+# Failing
+
+
+def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_path):
+    bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e30", "AdamW.warmup_steps=3"]
+    with pytest.raises(TrainingFailed, match=r"step (\d+) has loss .* learning_rate") as failed:
+        train(tiny, tmp_path, *bindings)
+    steps = Checkpoints(tmp_path / "checkpoints", read_only=True).steps()
+    assert steps
+    assert f"the last good checkpoint is that of step {steps[-1]}" in str(failed.value)
+    for name, value in leaves(tmp_path, load(tiny, *bindings)).items():
+        assert np.isfinite(value).all(), name
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path) if "loss" in line)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_update_that_is_not_finite_is_never_saved(tiny, tmp_path):
+    """A rate beyond float32 makes the parameters infinite while loss and gradient of that step are still finite."""
+    bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e39", "AdamW.warmup_steps=0"]
+    with pytest.raises(TrainingFailed, match="step 1 "):
+        train(tiny, tmp_path, *bindings)
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == []
+
+
+def test_failure_before_any_checkpoint_says_that_there_is_none(tiny, tmp_path):
+    with pytest.raises(TrainingFailed, match="there is no checkpoint yet"):
+        train(tiny, tmp_path, "Run.steps=20", "AdamW.learning_rate=1e30", "AdamW.warmup_steps=0")
+
+
+def test_checked_run_names_the_op_that_meets_nan(tiny, tmp_path, monkeypatch):
+    make = loop.Trainer.init
+
+    def corrupted(self, seed):
+        state = make(self, seed)
+        keys = state.params["blocks"][1]["ffw"]["sub_keys"]
+        keys.set_value(keys.get_value().at[0, 3].set(np.nan))
+        return state
+
+    monkeypatch.setattr(loop.Trainer, "init", corrupted)
+    with pytest.raises(InputError, match=r"product_key_top_k.* NaN"):
+        train(tiny, tmp_path / "checked", "Run.steps=2", "Run.checked=True", layer="peer")
+    with pytest.raises(TrainingFailed, match=r"step 1 has loss nan.*Run\.checked=True"):
+        train(tiny, tmp_path / "unchecked", "Run.steps=2", layer="peer")
+
+
+def test_training_never_imports_tensorflow(tiny, tmp_path):
+    program = """
+import sys
+from peer_jax import config
+from peer_jax.training.loop import train
+*files, folder = sys.argv[1:]
+train(config.load(files, ["Run.steps=2"]), __import__("pathlib").Path(folder), config=config.text, progress=False)
+heavy = {"tensorflow", "seqio", "tensorflow_datasets", "torch"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run(
+        [sys.executable, "-c", program, *map(str, stack(tiny)), str(tmp_path / "run")],
+        env=environment(),
+        check=True,
+        timeout=120,
+    )
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_restored_model_is_that_of_the_step(tiny, tmp_path):
+    bindings = ["Run.steps=4", "Run.checkpoint_every=2", "Run.evaluate_every=2"]
+    train(tiny, tmp_path, *bindings)
+    run = load(tiny, *bindings)
+    assert restore_model(run, tmp_path)[0] == 4
+    assert restore_model(run, tmp_path, "2")[0] == 2
+    for wrong in ("3", "newest", "-1"):
+        with pytest.raises(InputError, match=rf"--checkpoint '{wrong}'.*\[2, 4\]"):
+            restore_model(run, tmp_path, wrong)

@@ -1,0 +1,265 @@
+"""AdamW: the schedule in closed form, updates against NumPy in float64, groups, clipping, rates."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import relative_error
+
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers.interface import Table
+from peer_jax.models import Transformer
+from peer_jax.training.optimizer import AdamW, label_params, scale
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """optax's bias correction raises a float to the power of an integer count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# The schedule
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 50), st.integers(1, 200), st.floats(0, 1), st.data())
+def test_schedule_is_optax_s_warm_up_and_cosine(warmup, more, final, data):
+    """optax counts updates made, so its first rate is 0; ours is the rate of the update being made."""
+    steps = warmup + more
+    step = data.draw(st.integers(0, steps - 1))
+    ours = AdamW(learning_rate=1.0, warmup_steps=warmup, final_fraction=final)
+    theirs = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps, end_value=final)
+    # Ours is float64, theirs float32.
+    assert abs(ours.schedule(step, steps) - float(theirs(jnp.asarray(step + 1)))) < 1e-6
+
+
+@given(st.integers(0, 10_000), st.integers(1, 10_000), st.floats(0, 1))
+def test_schedule_s_landmarks_are_exact(warmup, more, final):
+    optimizer = AdamW(learning_rate=1.0, warmup_steps=warmup, final_fraction=final)
+    steps = warmup + more
+    assert optimizer.schedule(steps - 1, steps) == final
+    if warmup:
+        assert optimizer.schedule(warmup - 1, steps) == 1.0
+        assert optimizer.schedule(0, steps) == 1 / warmup
+    if more % 2 == 0:
+        assert abs(optimizer.schedule(warmup + more // 2 - 1, steps) - (final + 1) / 2) < 1e-12
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_the_rate_grows_and_then_falls(warmup, more):
+    optimizer = AdamW(learning_rate=1.0, warmup_steps=warmup)
+    rates = [optimizer.schedule(step, warmup + more) for step in range(warmup + more)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup - 1 :] == sorted(rates[warmup - 1 :], reverse=True)
+
+
+# Groups
+
+
+class Model(nnx.Module):
+    """One of everything the groups tell apart."""
+
+    def __init__(self, rng):
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+        self.kernel, self.stacked = nnx.Param(normal(3, 4)), nnx.Param(normal(2, 2, 3))
+        self.scale, self.bias = nnx.Param(normal(4)), nnx.Param(normal(4))
+        self.down, self.up, self.values = Table(normal(5, 4)), Table(normal(5, 4)), Table(normal(6, 4))
+        self.inner = nnx.Dict(up=nnx.Param(normal(4, 2)), down=Table(normal(3, 4)))
+
+
+GROUP = {
+    "kernel": "backbone",
+    "stacked": "backbone",
+    "scale": "backbone",
+    "bias": "backbone",
+    "inner.up": "backbone",
+    "down": "down",
+    "inner.down": "down",
+    "up": "up",
+    "values": "values",
+}
+
+
+def by_name(state):
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def like(state, arrays):
+    return nnx.from_flat_state(
+        [(path, v.replace(jnp.asarray(arrays[".".join(path)]))) for path, v in nnx.to_flat_state(state)]
+    )
+
+
+def test_labels_of_parameters(rng):
+    params = nnx.state(Model(rng), nnx.Param)
+    labels = label_params(params)
+    assert by_name(labels) == GROUP
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
+
+
+def test_labels_of_a_transformer():
+    """Of PEER and PKM the tables, and nothing else: not the kernels called up and down of Dense and MoE."""
+    layers = iter(
+        [
+            functools.partial(PEER, num_experts=16, num_heads=2, d_key=4, top_k=4),
+            functools.partial(PKM, num_experts=16, num_heads=2, d_key=4, top_k=4),
+            functools.partial(MoE, num_experts=3, d_ff=4),
+            functools.partial(Dense, activation="swiglu"),
+        ]
+    )
+
+    def build():
+        return Transformer(11, 8, 4, 2, ffw=lambda *sizes, **more: next(layers)(*sizes, **more), rngs=nnx.Rngs(0))
+
+    labels = by_name(label_params(nnx.state(nnx.eval_shape(build), nnx.Param)))
+    tables = {"blocks.0.ffw.down": "down", "blocks.0.ffw.up": "up", "blocks.1.ffw.values": "values"}
+    assert {name: label for name, label in labels.items() if label != "backbone"} == tables
+    backbone = {"blocks.0.ffw.sub_keys", "blocks.2.ffw.up", "blocks.2.ffw.down", "blocks.3.ffw.up.kernel"}
+    assert backbone < labels.keys()
+
+
+@pytest.mark.parametrize(
+    ("table_rate", "expected"),
+    [
+        (None, {"down": 0.5, "up": 0.5, "values": 0.5}),
+        (0.25, {"down": 0.25, "up": 0.25, "values": 0.25}),
+        ({"down": 0.1, "up": 0.2, "values": 0.3}, {"down": 0.1, "up": 0.2, "values": 0.3}),
+    ],
+)
+def test_rates_by_group(rng, table_rate, expected):
+    labels = label_params(nnx.state(Model(rng), nnx.Param))
+    optimizer = AdamW(learning_rate=0.5, table_learning_rate=table_rate, warmup_steps=4, final_fraction=0.0)
+    for step, relative in [(0, 0.25), (3, 1.0), (7, 0.5 * (1 + math.cos(math.pi * 4 / 6))), (9, 0.0)]:
+        rates = optimizer.rates(labels, step, 10)
+        assert rates == pytest.approx({"backbone": 0.5 * relative} | {k: v * relative for k, v in expected.items()})
+
+
+def test_a_table_without_a_rate_is_named(rng):
+    labels = label_params(nnx.state(Model(rng), nnx.Param))
+    optimizer = AdamW(learning_rate=0.5, table_learning_rate={"down": 0.1, "up": 0.2})
+    with pytest.raises(InputError, match="'values'"):
+        optimizer.rates(labels, 0, 10)
+
+
+# Updates
+
+
+def numpy_adamw(params, gradients, optimizer, rates):
+    """Loshchilov & Hutter 2017, algorithm 2, after clipping each group; gradients and rates by step."""
+    params = {name: p.astype(np.float64) for name, p in params.items()}
+    first, second = ({name: np.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        for name, p in params.items():
+            table = GROUP[name] != "backbone"
+            clip = optimizer.table_clip_norm if table else optimizer.clip_norm
+            decay = optimizer.table_weight_decay if table else optimizer.weight_decay
+            same_group = [gradient[other].astype(np.float64) for other in params if GROUP[other] == GROUP[name]]
+            norm = math.sqrt(sum((g**2).sum() for g in same_group))
+            g = gradient[name].astype(np.float64) * (1.0 if clip is None else min(1.0, clip / norm))
+            first[name] = optimizer.b1 * first[name] + (1 - optimizer.b1) * g
+            second[name] = optimizer.b2 * second[name] + (1 - optimizer.b2) * g**2
+            m, v = first[name] / (1 - optimizer.b1**t), second[name] / (1 - optimizer.b2**t)
+            update = m / (np.sqrt(v) + optimizer.eps) + (decay * p if p.ndim > 1 else 0.0)
+            params[name] = p - rate[GROUP[name]] * update
+    return params
+
+
+def three_steps(rng, optimizer, gradients=None):
+    """Parameters after three updates, ours and NumPy's, and those before."""
+    params = nnx.state(Model(rng), nnx.Param)
+    labels = label_params(params)
+    transformation = optimizer.transformation(labels)
+
+    @jax.jit
+    def update(grads, state, params, rates):
+        updates, state = transformation.update(grads, state, params)
+        return state, optax.apply_updates(params, scale(updates, labels, rates))
+
+    gradients = gradients or [
+        {name: rng.normal(size=p.shape).astype(np.float32) for name, p in by_name(params).items()} for _ in range(3)
+    ]
+    rates = [optimizer.rates(labels, step, 3) for step in range(3)]
+    before, ours, state = by_name(params), params, transformation.init(params)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        state, ours = update(like(ours, gradient), state, ours, rate)
+    before = {name: np.asarray(p) for name, p in before.items()}
+    return by_name(ours), numpy_adamw(before, gradients, optimizer, rates), before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # all groups are clipped: their norms are 3 and more
+        {"clip_norm": None, "table_clip_norm": 2.0, "table_weight_decay": 0.3},
+        {"clip_norm": 2.0, "table_clip_norm": None, "weight_decay": 0.0},
+        {"clip_norm": 1e3, "table_clip_norm": 1e3, "b1": 0.5, "b2": 0.7, "eps": 0.1},
+    ],
+)
+def test_three_updates_equal_numpy_s(rng, options):
+    rates = {"learning_rate": 0.1, "table_learning_rate": {"down": 0.2, "up": 0.05, "values": 0.4}}
+    optimizer = AdamW(**rates, warmup_steps=1, **options)
+    ours, expected, before = three_steps(rng, optimizer)
+    for name, p in ours.items():
+        # Of the change: a dozen float32 roundings of numbers of size 1, on steps of 0.05 and more.
+        assert np.max(np.abs(p - expected[name])) < 5e-6, name
+        assert np.max(np.abs(p - before[name])) > 0.05, name
+
+
+def test_weight_decay_spares_vectors_and_is_the_table_s_own(rng):
+    """Without gradients only decay is left: p * product of (1 - rate * decay)."""
+    optimizer = AdamW(learning_rate=0.1, table_learning_rate=0.5, weight_decay=0.2, table_weight_decay=0.4)
+    zeros = {name: np.zeros(p.shape, np.float32) for name, p in by_name(nnx.state(Model(rng), nnx.Param)).items()}
+    ours, _, before = three_steps(rng, optimizer, [zeros] * 3)
+    left = {"vector": 1.0, "matrix": 1.0, "table": 1.0}
+    for step in range(3):
+        left["matrix"] *= 1 - 0.1 * optimizer.schedule(step, 3) * 0.2
+        left["table"] *= 1 - 0.5 * optimizer.schedule(step, 3) * 0.4
+    for name, p in ours.items():
+        kind = "table" if GROUP[name] != "backbone" else "vector" if p.ndim == 1 else "matrix"
+        assert relative_error(p, before[name] * left[kind]) < 1e-6, name
+
+
+@pytest.mark.parametrize("large", ["kernel", "inner.down", "values"])
+def test_a_large_gradient_scales_down_its_own_group_only(rng, large):
+    """eps far above the gradients makes the update their clipped value, over eps."""
+    params = by_name(nnx.state(Model(np.random.default_rng(0)), nnx.Param))
+    gradient = {name: rng.normal(size=p.shape).astype(np.float32) * 1e-3 for name, p in params.items()}
+    gradient[large] *= 1e5
+    optimizer = AdamW(learning_rate=1.0, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, eps=1e6, b1=0.0, b2=0.0)
+    model = nnx.state(Model(rng), nnx.Param)
+    transformation = optimizer.transformation(label_params(model))
+    updates, _ = transformation.update(like(model, gradient), transformation.init(model), model)
+    norms = {
+        group: math.sqrt(sum((g.astype(np.float64) ** 2).sum() for name, g in gradient.items() if GROUP[name] == group))
+        for group in set(GROUP.values())
+    }
+    assert norms[GROUP[large]] > 10
+    for name, update in by_name(updates).items():
+        clip = min(1.0, 1.0 / norms[GROUP[name]])
+        assert relative_error(np.asarray(update) * 1e6, gradient[name] * clip) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": 0.1, "warmup_steps": -1}, "warmup_steps=-1"),
+        ({"learning_rate": 0.1, "final_fraction": 1.5}, "final_fraction=1.5"),
+        ({"learning_rate": 0.1, "final_fraction": -0.5}, "final_fraction=-0.5"),
+    ],
+)
+def test_values_out_of_range_are_named(options, named):
+    with pytest.raises(InputError, match=named):
+        AdamW(**options)
