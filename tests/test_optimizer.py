@@ -167,7 +167,7 @@ def numpy_adamw(params, gradients, optimizer, rates):
             decay = optimizer.table_weight_decay if table else optimizer.weight_decay
             same_group = [gradient[other].astype(np.float64) for other in params if GROUP[other] == GROUP[name]]
             norm = math.sqrt(sum((g**2).sum() for g in same_group))
-            g = gradient[name].astype(np.float64) * (1.0 if clip is None else min(1.0, clip / norm))
+            g = gradient[name].astype(np.float64) * (1.0 if clip is None else min(1.0, clip / (norm or 1.0)))
             first[name] = optimizer.b1 * first[name] + (1 - optimizer.b1) * g
             second[name] = optimizer.b2 * second[name] + (1 - optimizer.b2) * g**2
             m, v = first[name] / (1 - optimizer.b1**t), second[name] / (1 - optimizer.b2**t)
