@@ -260,7 +260,7 @@ def test_eval_tasks_join_the_result(tiny, tmp_path):
 
 
 def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
-    """Results go by the corpus's name, so another text under the same name must be refused or kept apart."""
+    """Results go by the corpus's name, so another text under the same name must be refused."""
     other = tmp_path / "other"
     other.mkdir()
     run = load(tiny, "Run.steps=2")
@@ -269,12 +269,8 @@ def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
         SEQ_LEN,
         cache_dir=run.task.cache_dir,
     )
-    try:
-        result = loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
-    except InputError as error:
-        assert "corpus" in str(error)  # noqa: PT017, either is right
-    else:
-        assert len(result["evaluations"]) == 2
+    with pytest.raises(InputError, match="corpus"):
+        loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
 
 
 def test_eval_task_of_another_vocabulary_is_refused(tiny):
@@ -436,6 +432,7 @@ def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_pat
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 def test_update_that_is_not_finite_is_never_saved(tiny, tmp_path):
     """A rate beyond float32 makes the parameters infinite while loss and gradient of that step are still finite."""
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e39", "AdamW.warmup_steps=0"]

@@ -81,6 +81,10 @@ class Run:
 
         return Trainer(build, self.optimizer, accumulation=self.accumulation)
 
+    def eval_batch_size(self) -> int:
+        """Rows at a time in evaluation: a batch, but at least 4096 tokens, or small ones would take long."""
+        return max(self.batch_size, -(-4096 // self.task.seq_len))
+
     def num_steps(self, model: Transformer) -> int:
         """Updates to make, given or from the budget."""
         if self.steps is not None:
@@ -113,6 +117,8 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
     own_validation = open_cache(cache, "validation")
     validation = {run.task.corpus.name: own_validation}
     for task in run.eval_tasks:
+        if task.corpus.name in validation:
+            raise InputError(f"two of the tasks to evaluate are named {task.corpus.name!r}: rename a file or folder")
         validation[task.corpus.name] = open_cache(ensure_prepared(task, progress=progress), "validation")
 
     with workdirs.owned(workdir):
@@ -149,7 +155,9 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
                 meter.flush()
                 loss = None
                 if evaluating:
-                    measured = evaluate(trainer.model(state), own_validation, batch_size=run.batch_size, routing=last)
+                    measured = evaluate(
+                        trainer.model(state), own_validation, batch_size=run.eval_batch_size(), routing=last
+                    )
                     loss = measured["loss"]
                     log.write(step, {"validation_loss": loss})
                     if last:
@@ -166,7 +174,9 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
 
         for name, source in validation.items():
             if name not in evaluations:
-                evaluations[name] = evaluate(trainer.model(state), source, batch_size=run.batch_size, progress=progress)
+                evaluations[name] = evaluate(
+                    trainer.model(state), source, batch_size=run.eval_batch_size(), progress=progress
+                )
         checkpoints.close()
     return workdirs.write_result(
         workdir,

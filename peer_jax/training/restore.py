@@ -60,6 +60,8 @@ def evaluate_run(
             raise InputError(
                 f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
             )
+        if run.task.corpus.name in evaluations:
+            raise InputError(f"two of the tasks to evaluate are named {run.task.corpus.name!r}: evaluate one at a time")
         source = open_cache(ensure_prepared(run.task, progress=progress), "validation")
         evaluations[run.task.corpus.name] = evaluate(model, source, batch_size=batch_size, progress=progress)
     result = workdirs.read_result(workdir)
