@@ -394,8 +394,10 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder):
-    """Takes all the space that is left."""
+def fill(folder, checkpoint):
+    """Takes all the space that is left, once a checkpoint is written."""
+    while not checkpoint.is_dir():
+        time.sleep(0.001)
     with open(folder / "filler", "wb", buffering=0) as file:
         try:
             while file.write(bytes(4096)):
@@ -432,7 +434,7 @@ def test_disk_that_is_full_for_a_while(tiny, tmp_path, monkeypatch, small_disk, 
     disk = small_disk(tmp_path / "run" / "checkpoints", "4m")
     seen = []
     actions = {
-        5: lambda: fill(disk),
+        5: lambda: fill(disk, disk / "3"),
         8: lambda: (disk / "filler").unlink(),
         9: lambda: seen.append(sorted(path.name for path in disk.iterdir() if path.name.isdigit())),
     }
@@ -449,7 +451,7 @@ def test_disk_that_is_full_for_a_while(tiny, tmp_path, monkeypatch, small_disk, 
 
 def test_disk_that_stays_full(tiny, tmp_path, monkeypatch, small_disk):
     disk = small_disk(tmp_path / "run" / "checkpoints", "4m")
-    at_batch(monkeypatch, {5: lambda: fill(disk)})
+    at_batch(monkeypatch, {5: lambda: fill(disk, disk / "3")})
     with pytest.raises(InputError, match="the last checkpoint could not be written to"):
         train(tiny, tmp_path / "run", "Run.steps=12", "Run.checkpoint_every=3")
     assert not (tmp_path / "run" / "result.json").exists()
@@ -460,9 +462,10 @@ def test_disk_that_stays_full(tiny, tmp_path, monkeypatch, small_disk):
     train(tiny, tmp_path / "run", "Run.steps=12", "Run.checkpoint_every=3")  # goes on from there
 
 
+@pytest.mark.timeout(60)
 def test_whole_run_directory_is_full(tiny, tmp_path, monkeypatch, small_disk):
     """Metrics can't be written either: one sentence, not a traceback."""
     disk = small_disk(tmp_path / "run", "4m")
-    at_batch(monkeypatch, {5: lambda: fill(disk)})
+    at_batch(monkeypatch, {5: lambda: fill(disk, disk / "checkpoints" / "3")})
     with pytest.raises(InputError, match=str(disk)):
         train(tiny, disk, "Run.steps=12", "Run.checkpoint_every=3")

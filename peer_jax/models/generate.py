@@ -48,6 +48,8 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not min(lengths):
         raise InputError("prompts must hold at least one token each")
+    if bad := [token for prompt in prompts for token in prompt if not 0 <= token < model.vocab_size]:
+        raise InputError(f"prompts hold the token {bad[0]}, but ids run from 0 to {model.vocab_size - 1}")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature < 0 or not 0 < top_p <= 1:

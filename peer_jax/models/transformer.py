@@ -30,7 +30,7 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
         return tuple(range(num_blocks))
     if isinstance(blocks, str):
         word, _, number = blocks.partition(" ")
-        if word != "every" or not number.isdigit() or not 1 <= int(number) <= num_blocks:
+        if word != "every" or not number.isdecimal() or not 1 <= int(number) <= num_blocks:
             raise InputError(
                 f"sparse_blocks={blocks!r} is not 'middle', 'all', 'every n' with n up to num_blocks={num_blocks}, "
                 "or a list of blocks"
@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         b, s = tokens.shape
         positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
         size = cache[0].key.shape[1]
-        mask = jnp.broadcast_to(jnp.arange(size) <= positions[..., None], (b, s, size))
+        mask = jnp.broadcast_to(jnp.arange(size)[None, None] <= positions[..., None], (b, s, size))
         x = self.embed(tokens)
         longer = []
         for block, block_cache in zip(self.blocks, cache, strict=True):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
+from peer_jax.ops.rows import dot_rows, gather_rows, sort_pairs, sum_rows, table_gradients
 
 Activation = Callable[[Array], Array]
 
@@ -90,11 +90,8 @@ def _chunk(indices: Int[Array, "t r"], d: int) -> int:
 def _xla_forward(x, down, up, indices, gates, activation):
     def body(_, chunk):
         x, indices, gates = chunk
-        s = jnp.einsum("td,trd->tr", x, gather_rows(down, indices, x.dtype), preferred_element_type=jnp.float32)
-        a = gates.astype(jnp.float32) * activation(s)
-        y = jnp.einsum(
-            "tr,trd->td", a.astype(x.dtype), gather_rows(up, indices, x.dtype), preferred_element_type=jnp.float32
-        )
+        s = dot_rows(x, gather_rows(down, indices, x.dtype))
+        y = sum_rows(gates.astype(jnp.float32) * activation(s), gather_rows(up, indices, x.dtype))
         return None, (y.astype(x.dtype), s)
 
     _, (y, s) = scan_chunks(body, None, (x, indices, gates), x.shape[0], _chunk(indices, x.shape[1]))
@@ -109,14 +106,9 @@ def _xla_backward(activation, residuals, dy):
         indices, gates, s, dy = chunk
         g = gates.astype(jnp.float32)
         a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
-        r = jnp.einsum("td,trd->tr", dy, gather_rows(up, indices, dy.dtype), preferred_element_type=jnp.float32)
+        r = dot_rows(dy, gather_rows(up, indices, dy.dtype))
         ds = r * g * slope
-        dx = jnp.einsum(
-            "tr,trd->td",
-            ds.astype(dy.dtype),
-            gather_rows(down, indices, dy.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        dx = sum_rows(ds, gather_rows(down, indices, dy.dtype))
         return None, (dx.astype(dy.dtype), (r * a).astype(gates.dtype), ds, g * a)
 
     t, d = x.shape

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import gather_rows, sort_pairs, table_gradients
+from peer_jax.ops.rows import dot_rows, gather_rows, sort_pairs, sum_rows, table_gradients
 
 
 def value_bag(
@@ -60,9 +60,7 @@ def _xla(values: Float[Array, "N d"], indices: Int[Array, "t r"], gates: Float[A
 def _xla_forward(values, indices, gates):
     def body(_, chunk):
         indices, gates = chunk
-        rows = gather_rows(values, indices, gates.dtype)
-        y = jnp.einsum("tr,trd->td", gates, rows, preferred_element_type=jnp.float32)
-        return None, y.astype(gates.dtype)
+        return None, sum_rows(gates, gather_rows(values, indices, gates.dtype)).astype(gates.dtype)
 
     t, r = indices.shape
     _, y = scan_chunks(body, None, (indices, gates), t, chunk_size(t, 4 * r * values.shape[1]))
@@ -75,8 +73,7 @@ def _xla_backward(residuals, dy):
 
     def body(_, chunk):
         indices, dy = chunk
-        rows = gather_rows(values, indices, dy.dtype)
-        return None, jnp.einsum("td,trd->tr", dy, rows, preferred_element_type=jnp.float32)
+        return None, dot_rows(dy, gather_rows(values, indices, dy.dtype))
 
     t, r = indices.shape
     _, d_gates = scan_chunks(body, None, (indices, dy), t, chunk_size(t, 4 * r * values.shape[1]))

@@ -25,7 +25,7 @@ class AdamW:
         learning_rate: peak rate of the backbone.
         table_learning_rate: peak rate of the tables: one for all, or one by name, {"down": ..., "up": ...}; None: as
             the backbone's.
-        warmup_steps: of linear growth from zero.
+        warmup_steps: of linear growth from zero; in a run that is shorter, all steps but the last.
         final_fraction: of the peak rate, reached by a cosine exactly at the last step.
         weight_decay, table_weight_decay: times the rate.
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
@@ -53,9 +53,10 @@ class AdamW:
 
     def schedule(self, step: int, steps: int) -> float:
         """Rate at ``step``, counted from 0, of ``steps``, relative to the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step + 1 - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        warmup = min(self.warmup_steps, steps - 1)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step + 1 - warmup) / (steps - warmup)
         return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def rates(self, labels: nnx.State, step: int, steps: int) -> dict[str, float]:
@@ -78,6 +79,10 @@ class AdamW:
 
         Rates stay outside so that one compiled step serves all rates and lengths of a run.
         """
+
+        named = self.table_learning_rate if isinstance(self.table_learning_rate, Mapping) else {}
+        if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
+            raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
         def group(clip: float | None, decay: float) -> optax.GradientTransformation:
             return optax.chain(

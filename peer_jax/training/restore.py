@@ -32,7 +32,7 @@ def restore_model(run: Run, workdir: Path, checkpoint: str = "last") -> tuple[in
         step = checkpoints.best_step()
     elif checkpoint == "last":
         step = None
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
+    elif checkpoint.isdecimal() and int(checkpoint) in steps:
         step = int(checkpoint)
     else:
         raise InputError(f"--checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}")

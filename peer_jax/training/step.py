@@ -92,9 +92,9 @@ class Trainer:
         updates = scale(updates, self.labels, rates)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, others, optimizer), metrics
 
