@@ -83,7 +83,7 @@ class _one_sentence:  # noqa: N801, a context manager that reads as a phrase
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, InputError):
             raise InputError(sentence(error)) from None
-        if isinstance(error, (ValueError, TypeError, RuntimeError, SyntaxError, NameError, LookupError, OSError)):
+        if isinstance(error, Exception):  # gin's parser raises anything, tokenize.TokenError included
             raise InputError(f"{self._where}: {sentence(error)}") from error
 
 
@@ -103,22 +103,32 @@ def _register() -> None:
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same call, with missing arguments and arguments of the wrong type refused by name."""
-    signature = inspect.signature(function)
-    target = function.__init__ if inspect.isclass(function) else function
-    hints = typing.get_type_hints(target)
+    signature = _signature(function)
+    name = function.__name__
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     conf = BeartypeConf(is_pep484_tower=True)  # an int is a float, too
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
+        if unknown := sorted(kwargs.keys() - signature.parameters.keys()):
+            raise InputError(f"{name} has no argument {unknown[0]!r}: it takes {', '.join(signature.parameters)}")
         given = signature.bind_partial(*args, **kwargs).arguments
-        for name, parameter in signature.parameters.items():
-            if name not in given:
-                if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-                    raise InputError(f"{function.__name__}.{name} is not set: add it to the config, or --set it")
-            elif name in hints and not is_bearable(given[name], hints[name], conf=conf):
-                expected = inspect.formatannotation(hints[name]).replace("typing.", "")
-                raise InputError(f"{function.__name__}.{name} = {given[name]!r} is not of type {expected}")
+        for argument, parameter in signature.parameters.items():
+            if argument not in given:
+                if parameter.default is parameter.empty:
+                    raise InputError(f"{name}.{argument} is not set: add it to the config, or --set it")
+            elif argument in hints and not is_bearable(given[argument], hints[argument], conf=conf):
+                expected = inspect.formatannotation(hints[argument]).replace("typing.", "")
+                raise InputError(f"{name}.{argument} = {given[argument]!r} is not of type {expected}")
         return function(*args, **kwargs)
 
     call.__signature__ = signature
     return call
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The arguments of a call; those of ``__init__`` for a class, since a Flax module's metaclass hides them."""
+    if not inspect.isclass(function):
+        return inspect.signature(function)
+    signature = inspect.signature(function.__init__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])

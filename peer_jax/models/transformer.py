@@ -115,6 +115,11 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_positive(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            try:
+                jnp.dtype(value)
+            except TypeError:
+                raise InputError(f"{name}={value!r} is no type: try float32 or bfloat16") from None
         sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 

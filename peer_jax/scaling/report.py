@@ -1,6 +1,5 @@
 """Finished runs as a table."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.errors import InputError
+from peer_jax.training.workdir import read_result
 
 Results = Sequence[tuple[Path, dict[str, Any]]]
 
@@ -25,7 +25,10 @@ def find(directories: Sequence[Path]) -> Results:
         paths = sorted(directory.rglob("result.json"))
         if not paths:
             raise InputError(f"{directory} holds no finished run (no result.json): give another directory")
-        found += [(path.parent, json.loads(path.read_text())) for path in paths]
+        for path in paths:
+            if (result := read_result(path.parent)) is None:
+                raise InputError(f"{path} is not the result of a run of this version: remove it, or report others")
+            found.append((path.parent, result))
     return found
 
 

@@ -1,6 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, the last few and the best; restored from the newest that is whole."""
 
+import json
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Checkpoints:
             ),
         ]
         self.directory = directory.absolute()
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(
             epath.Path(self.directory),
             item_names=("state", "data"),
@@ -51,13 +54,18 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], validation_loss: float | None = None) -> bool:
-        """Starts to write a checkpoint. Whether all before it were written: a disk may be full for a while."""
+        """Starts to write a checkpoint. Whether it could; if not, a warning says why: a disk may be full for a while."""
+        self._settle()
         if step in self._manager.all_steps():
-            return self.wait()
+            return True
+        text = json.dumps(dict(data), sort_keys=True)
         try:
             self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave({"text": text, "crc32": zlib.crc32(text.encode())}),
+                ),
                 metrics=None if validation_loss is None else {METRIC: validation_loss},
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -74,19 +82,26 @@ class Checkpoints:
             return False
         return True
 
+    def _settle(self) -> None:
+        """Waits until nothing is left to write or to complain about: Orbax raises an old error more than once."""
+        for _ in range(3):
+            if self.wait():
+                return
+
     def _complain(self, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.warning("a checkpoint could not be written to %s: %s; training goes on", self.directory, reason)
+        logger.warning("a checkpoint could not be written to %s: %s", self.directory, _reason(error))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and data position of the newest whole checkpoint (or that of ``step``); None if there is none.
 
-        One that can't be read is set aside and the one before it is tried.
+        One that can't be read is passed over, saying so, for the one before it; then it is set aside as ``damaged-*``,
+        unless this is read-only.
 
         Raises:
             InputError: if a checkpoint is of other shapes, naming the parameter; or if there are some, but none whole.
         """
         steps = [s for s in reversed(self.steps()) if step is None or s == step]
+        damaged = []
         for candidate in steps:
             self._check_shapes(candidate, abstract_state)
             try:
@@ -96,13 +111,15 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
                     ),
                 )
-                return candidate, items["state"], items["data"]
+                data = _verified(items["data"])
             except Exception as error:  # whatever a damaged file makes the reader raise
-                self._set_aside(candidate, error)
+                logger.warning("the checkpoint of step %d can't be read: %s", candidate, _reason(error))
+                damaged.append(candidate)
+                continue
+            self._set_aside(damaged)
+            return candidate, items["state"], data
         if steps:
-            raise InputError(
-                f"none of the checkpoints of steps {steps} in {self.directory} can be read: use another --workdir"
-            )
+            raise InputError(f"no checkpoint of steps {steps} in {self.directory} can be read: use another --workdir")
         return None
 
     def best_step(self) -> int | None:
@@ -121,7 +138,9 @@ class Checkpoints:
             saved = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
         except Exception:  # metadata is damaged, which restoring will find too
             return
-        wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+        wanted = {
+            _name(path): _stored_shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)
+        }
         differing = [name for name in wanted if saved.get(name) != wanted[name]] or sorted(saved.keys() - wanted.keys())
         if differing:
             name = differing[0]
@@ -130,21 +149,42 @@ class Checkpoints:
                 f"the config gives {wanted.get(name, 'none')}: use its config, or another --workdir"
             )
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        folder = self.directory / str(step)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.warning("the checkpoint of step %d can't be read (%s); trying the one before it", step, reason)
-        if folder.exists():
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Makes room for these steps to be saved again."""
+        if self._read_only:
+            return
+        for step in damaged:
             target = self.directory / f"damaged-{step}"
             while target.exists():
                 target = target.with_name(target.name + "-again")
-            folder.rename(target)
-        self._manager.reload()
+            (self.directory / str(step)).rename(target)
+            logger.warning("it is now %s; going on from the one before it", target)
+        if damaged:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for what is being written and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+
+def _verified(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data position, if it is the one that was saved."""
+    if zlib.crc32(data["text"].encode()) != data["crc32"]:
+        raise ValueError("the checksum of its data position is wrong")
+    return json.loads(data["text"])
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _stored_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The shape on disk: random keys are stored as their data."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, leaf).shape
+    return leaf.shape
 
 
 def _name(path: tuple) -> str:

@@ -69,6 +69,11 @@ class Run:
             raise InputError(
                 f"steps={self.steps} and training_flops={self.training_flops}: give one of them, the length of the run"
             )
+        for task in self.eval_tasks:
+            if task.vocabulary != self.task.vocabulary:
+                raise InputError(
+                    f"eval_tasks has vocabulary {task.vocabulary!r}, but the model's is {self.task.vocabulary!r}"
+                )
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
 
@@ -76,7 +81,7 @@ class Run:
         """The functions of this run."""
         vocab_size = vocabulary_size(self.task.vocabulary)
 
-        def build(*, rngs: nnx.Rngs) -> Transformer:
+        def build(*, rngs: nnx.Rngs) -> nnx.Module:
             return self.model(vocab_size, rngs=rngs)
 
         return Trainer(build, self.optimizer, accumulation=self.accumulation)
@@ -141,13 +146,19 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
             MetricsLog(workdir, start) as log,
             ProgressBar("train", steps, start, enabled=progress) as bar,
         ):
+            if position and position["validation_due"]:
+                loss = evaluate(trainer.model(state), own_validation, batch_size=run.eval_batch_size(), routing=False)[
+                    "loss"
+                ]
+                log.write(start, {"validation_loss": loss})
             meter = Meter(log, bar, clock, checkpoints, run.log_every, step_tokens, step_flops)
             for step in range(start + 1, steps + 1):
                 rates = run.optimizer.rates(trainer.labels, step - 1, steps)
                 state, metrics = step_function(state, next(batches), rates)
                 meter.add(step, metrics, rates)
                 last, stopping = step == steps, stop.signal_number is not None
-                evaluating = (last or step % run.evaluate_every == 0) and not stopping
+                validating = last or step % run.evaluate_every == 0
+                evaluating = validating and not stopping
                 saving = last or step % run.checkpoint_every == 0 or stopping
                 if not (evaluating or saving):
                     continue
@@ -163,11 +174,20 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
                     if last:
                         evaluations[run.task.corpus.name] = measured
                 if saving:
-                    position = {"batches": batches.get_state(), "clock": clock.state()}
+                    position = {
+                        "batches": batches.get_state(),
+                        "clock": clock.state(),
+                        "validation_due": validating and stopping,
+                    }
                     checkpoints.save(step, state, position, loss)
                 if stopping:
                     checkpoints.close()
-                    raise Interrupted(stop.signal_number, f"stopped at step {step} and saved; the same command resumes")
+                    saved = f"and saved step {max(checkpoints.steps(), default=None)}"
+                    raise Interrupted(
+                        stop.signal_number,
+                        f"stopped at step {step} {saved if checkpoints.steps() else 'before anything was saved'}; "
+                        "the same command resumes",
+                    )
                 meter.resume()
             if not checkpoints.wait() or steps not in checkpoints.steps():
                 raise InputError(f"the last checkpoint could not be written to {workdir}: free space and run again")
@@ -196,14 +216,15 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
     )
 
 
-def non_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints) -> TrainingFailed:
-    """What to say when a step's loss or gradient is NaN or infinite."""
+def non_finite(step: int, values: dict[str, float], checkpoints: Checkpoints) -> TrainingFailed:
+    """What to say when a step has made NaN or infinity."""
     checkpoints.wait()
     steps = checkpoints.steps()
     saved = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+    shown = ", ".join(f"{name} {value}" for name, value in values.items())
     return TrainingFailed(
-        f"step {step} has loss {loss} and gradient norm {grad_norm}; {saved}. Try a lower learning_rate or "
-        "table_learning_rate, more warmup_steps or a smaller clip_norm; Run.checked=True tells where NaN starts"
+        f"step {step} has {shown}; {saved}. Try a lower learning_rate or table_learning_rate, more warmup_steps or a "
+        "smaller clip_norm; Run.checked=True tells where NaN starts"
     )
 
 
@@ -255,15 +276,16 @@ class Meter:
         """Waits for the last step and reads its metrics.
 
         Raises:
-            TrainingFailed: if its loss or gradient norm isn't finite.
+            TrainingFailed: if its loss, or the norm of its gradient or of the parameters, isn't finite.
         """
         if self._pending is None:
             return
         (step, metrics, rates), self._pending = self._pending, None
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        watched = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
+        loss = watched["loss"]
         self._tick()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise non_finite(step, loss, grad_norm, self._checkpoints)
+        if not all(math.isfinite(value) for value in watched.values()):
+            raise non_finite(step, watched, self._checkpoints)
         speed = self._step_tokens * len(self._recent) / sum(self._recent) if self._recent else None
         if step % self._log_every == 0 or step == 1:
             scalars = {name: float(value) for name, value in metrics.items()}

@@ -1,39 +1,55 @@
 """Metrics of a run: ``metrics.jsonl``, TensorBoard and a progress bar."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from peer_jax.errors import InputError
 
 
 class MetricsLog:
     """Scalars by step, appended to ``metrics.jsonl`` and to TensorBoard's event files in ``tensorboard/``.
 
     A resumed run goes on from the checkpoint: lines of later steps, and a half-written one, are dropped first, so each
-    step stands there once.
+    step stands there once. Events are written in the caller's thread: tensorboardX's own thread dies on a full disk
+    and leaves its caller waiting.
+
+    Raises:
+        InputError: if the files can't be written, at any time.
     """
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
+        self._workdir = workdir
         path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        rewritten = path.with_suffix(".jsonl.tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        os.replace(rewritten, path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        with self._naming_the_directory():
+            rewritten = path.with_suffix(".jsonl.tmp")
+            rewritten.write_text("".join(line + "\n" for line in _lines(path, resume_step)))
+            os.replace(rewritten, path)
+            self._file = path.open("a")
+            (workdir / "tensorboard").mkdir(exist_ok=True)
+            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+            restart = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
+            self._events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=restart))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with self._naming_the_directory():
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
+            for name, value in scalars.items():
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._events.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -41,15 +57,28 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # what write() left to write, it has complained about
+            self._file.close()
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _naming_the_directory(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"metrics can't be written to {self._workdir} ({error.strerror}): mend that and run again"
+            ) from error
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; what a kill cut short is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line.startswith("{") and line.endswith("}")]
+def _lines(path: Path, last_step: int) -> list[str]:
+    """The whole lines of a log up to a step; what a kill or a fault spoilt is left out."""
+    kept = []
+    for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    return kept
 
 
 class ProgressBar:

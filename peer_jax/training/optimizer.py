@@ -46,10 +46,15 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_positive(learning_rate=self.learning_rate)
-        if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps={self.warmup_steps} must not be negative")
-        if not 0 <= self.final_fraction <= 1:
-            raise InputError(f"final_fraction={self.final_fraction} must lie in [0, 1]")
+        for name in ("clip_norm", "table_clip_norm"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        for name in ("warmup_steps", "weight_decay", "table_weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1]")
 
     def schedule(self, step: int, steps: int) -> float:
         """Rate at ``step``, counted from 0, of ``steps``, relative to the peak."""
@@ -95,7 +100,7 @@ class AdamW:
             label: group(self.clip_norm, self.weight_decay)
             if label == BACKBONE
             else group(self.table_clip_norm, self.table_weight_decay)
-            for label in set(jax.tree.leaves(labels))
+            for label in sorted(set(jax.tree.leaves(labels)))
         }
         return optax.partition(groups, labels)
 

@@ -49,9 +49,11 @@ class Trainer:
         InputError: if gradients are to be accumulated over a batch whose statistics the model needs whole.
     """
 
-    def __init__(self, build: Callable[..., Transformer], optimizer: AdamW, *, accumulation: int = 1) -> None:
+    def __init__(self, build: Callable[..., nnx.Module], optimizer: AdamW, *, accumulation: int = 1) -> None:
         self.build, self.optimizer, self.accumulation = build, optimizer, accumulation
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+        if not isinstance(abstract, Transformer):
+            raise InputError(f"the model is a {type(abstract).__name__}, but only a Transformer can be trained")
         if accumulation > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(abstract)):
             raise InputError(
                 f"accumulation={accumulation} can't give query batch-norm the statistics of the whole batch: "

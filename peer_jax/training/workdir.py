@@ -101,12 +101,12 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``result.json``, all of it or nothing, with the versions that made it; returns it."""
+    """Writes ``result.json``, all of it or nothing, with the machine and versions that made it; returns it."""
     packages = ("peer-jax", "jax", "flax", "optax", "numpy")
     versions = {name: _version(name) for name in packages} | {"python": platform.python_version()}
     device = jax.devices()[0]
     machine = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
-    result = {"schema": SCHEMA, **result, "machine": machine, "versions": versions}
+    result = {"schema": SCHEMA, "machine": machine, "versions": versions} | result
     _write(workdir / RESULT, json.dumps(result, indent=2) + "\n")
     return result
 
