@@ -74,7 +74,7 @@ def evaluate(
     ] = [],  # noqa: B006
     set_: Bindings = [],  # noqa: B006
     checkpoint: WhichCheckpoint = "last",
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 16,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time; as the run has it.", min=1)] = None,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a trained run on the validation text of its own task, or of each --data, and add it to result.json."""

@@ -123,6 +123,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     call.__signature__ = signature
+    del call.__wrapped__  # gin would look through to it, and a Flax module's metaclass takes any argument
     return call
 
 

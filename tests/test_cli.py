@@ -271,7 +271,7 @@ def test_diverging_run_exits_with_1(tiny, tmp_path, run_cli):
     arguments = command(tiny, "Run.steps=5", "AdamW.learning_rate=1e30", "AdamW.warmup_steps=0")
     status, _, errors = run_cli("train", *arguments, "--workdir", tmp_path, "--quiet")
     assert status == 1
-    assert errors.startswith("peer-jax: step 2 has loss ")
+    assert errors.startswith("peer-jax: step 1 has loss ")
     assert errors.count("\n") == 1
 
 

@@ -26,7 +26,7 @@ def test_stdlib_splits_share_no_text_and_hold_every_module_once():
     corpus = corpora.python_stdlib()
     train, validation = list(corpus.documents("train")), list(corpus.documents("validation"))
     assert len(train) > 400
-    assert 0.005 < len(validation) / len(train) < 0.05
+    assert 0.005 < len(validation) / len(train) < 0.1
     assert not {d.text for d in train} & {d.text for d in validation}
     names = [d.name for d in train + validation]
     assert len(set(names)) == len(names)
@@ -35,7 +35,9 @@ def test_stdlib_splits_share_no_text_and_hold_every_module_once():
     root = sysconfig.get_path("stdlib")
     for document in validation[:5]:
         with open(f"{root}/{document.name}", encoding="utf-8", newline="") as file:
-            assert file.read() == document.text
+            text = file.read()
+        assert text.startswith(document.text)
+        assert document.text == text or 2**13 < len(document.text) <= 2**14
 
 
 def test_folder_of_all_kinds(tmp_path):

@@ -225,7 +225,7 @@ def test_evaluate_on_other_text_adds_to_the_result(finished, tmp_path, run_cli):
 
 def test_evaluate_again_gives_the_same(finished, run_cli):
     before = json.loads((finished / "result.json").read_text())
-    assert run_cli("evaluate", "--workdir", finished, "--quiet", "--batch-size", BATCH)[0] == 0
+    assert run_cli("evaluate", "--workdir", finished, "--quiet")[0] == 0
     assert json.loads((finished / "result.json").read_text()) == before
 
 

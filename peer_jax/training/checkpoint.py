@@ -54,24 +54,24 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], validation_loss: float | None = None) -> bool:
-        """Starts to write a checkpoint. Whether it could; if not, a warning says why: a disk may be full for a while."""
-        self._settle()
-        if step in self._manager.all_steps():
-            return True
+        """Starts to write a checkpoint. Whether it could; if not, a warning says why: a disk may be full a while."""
         text = json.dumps(dict(data), sort_keys=True)
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave({"text": text, "crc32": zlib.crc32(text.encode())}),
-                ),
-                metrics=None if validation_loss is None else {METRIC: validation_loss},
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            self._complain(error)
-            return False
-        return True
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave({"text": text, "crc32": zlib.crc32(text.encode())}),
+        )
+        for _ in range(3):  # an old error of Orbax's comes up again, up to twice, in place of the new checkpoint
+            if step in self._manager.all_steps():
+                return True
+            try:
+                self._manager.wait_until_finished()
+                self._manager.save(
+                    step, args=arguments, metrics=None if validation_loss is None else {METRIC: validation_loss}
+                )
+                return True
+            except (OSError, ValueError, RuntimeError) as error:
+                self._complain(error)
+        return False
 
     def wait(self) -> bool:
         """Waits for the checkpoint being written. Whether it was."""
@@ -81,12 +81,6 @@ class Checkpoints:
             self._complain(error)
             return False
         return True
-
-    def _settle(self) -> None:
-        """Waits until nothing is left to write or to complain about: Orbax raises an old error more than once."""
-        for _ in range(3):
-            if self.wait():
-                return
 
     def _complain(self, error: Exception) -> None:
         logger.warning("a checkpoint could not be written to %s: %s", self.directory, _reason(error))

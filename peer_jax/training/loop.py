@@ -182,12 +182,11 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
                     checkpoints.save(step, state, position, loss)
                 if stopping:
                     checkpoints.close()
-                    saved = f"and saved step {max(checkpoints.steps(), default=None)}"
-                    raise Interrupted(
-                        stop.signal_number,
-                        f"stopped at step {step} {saved if checkpoints.steps() else 'before anything was saved'}; "
-                        "the same command resumes",
+                    saved = checkpoints.steps()
+                    outcome = (
+                        "and saved" if step in saved else f"but could not save it; there are checkpoints of {saved}"
                     )
+                    raise Interrupted(stop.signal_number, f"stopped at step {step} {outcome}; the same command resumes")
                 meter.resume()
             if not checkpoints.wait() or steps not in checkpoints.steps():
                 raise InputError(f"the last checkpoint could not be written to {workdir}: free space and run again")

@@ -57,9 +57,9 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # what write() left to write, it has complained about
-            self._file.close()
-            self._events.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # what write() left to write, it has complained about
+                file.close()
 
     @contextlib.contextmanager
     def _naming_the_directory(self) -> Iterator[None]:

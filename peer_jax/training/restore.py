@@ -45,7 +45,12 @@ def restore_model(run: Run, workdir: Path, checkpoint: str = "last") -> tuple[in
 
 
 def evaluate_run(
-    runs: Sequence[Run], workdir: Path, *, checkpoint: str = "last", batch_size: int, progress: bool = True
+    runs: Sequence[Run],
+    workdir: Path,
+    *,
+    checkpoint: str = "last",
+    batch_size: int | None = None,
+    progress: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates the model in ``workdir`` on the validation text of each run's task.
 
@@ -63,7 +68,8 @@ def evaluate_run(
         if run.task.corpus.name in evaluations:
             raise InputError(f"two of the tasks to evaluate are named {run.task.corpus.name!r}: evaluate one at a time")
         source = open_cache(ensure_prepared(run.task, progress=progress), "validation")
-        evaluations[run.task.corpus.name] = evaluate(model, source, batch_size=batch_size, progress=progress)
+        rows = batch_size or run.eval_batch_size()
+        evaluations[run.task.corpus.name] = evaluate(model, source, batch_size=rows, progress=progress)
     result = workdirs.read_result(workdir)
     if result is not None and step == result["steps"]:
         workdirs.write_result(workdir, result | {"evaluations": result["evaluations"] | evaluations})
