@@ -11,6 +11,7 @@ lint=0
 if [ $# = 0 ]; then
   ruff check . || lint=1
   ruff format --check . || lint=1
+  set -- -n auto --maxprocesses 4 --dist loadfile # files, not tests: those of a file share what they prepare
 fi
 status=0
 python -m pytest "$@" || status=$?

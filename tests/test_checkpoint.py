@@ -465,7 +465,6 @@ def test_disk_that_stays_full(tiny, tmp_path, monkeypatch, small_disk):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an event file that can't be flushed
 def test_whole_run_directory_is_full(tiny, tmp_path, monkeypatch, small_disk):
     """Metrics can't be written either: one sentence, not a traceback."""
     disk = small_disk(tmp_path / "run", "4m")

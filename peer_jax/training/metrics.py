@@ -3,16 +3,18 @@
 import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from peer_jax.errors import InputError
@@ -38,9 +40,11 @@ class MetricsLog:
             os.replace(rewritten, path)
             self._file = path.open("a")
             (workdir / "tensorboard").mkdir(exist_ok=True)
-            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+            name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+            self._events = RecordWriter(str(workdir / "tensorboard" / name))
+            self._add_event(file_version="brain.Event:2")
             restart = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
-            self._events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=restart))
+            self._add_event(step=resume_step + 1, session_log=restart)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step."""
@@ -48,8 +52,11 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
             for name, value in scalars.items():
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+                self._add_event(step=step, summary=scalar(name, value))
             self._events.flush()
+
+    def _add_event(self, **fields: Any) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def __enter__(self) -> "MetricsLog":
         return self
