@@ -296,7 +296,6 @@ def test_steps_come_nearest_to_the_budget(tiny):
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
-        (["Run.steps=None"], "steps=None and training_flops=None"),
         (["Run.steps=5", "Run.training_flops=1e9"], r"steps=5 and training_flops=1000000000\.0"),
         (["Run.steps=0"], "steps=0 must be above zero"),
         (["Run.steps=5", "Run.batch_size=-4"], "batch_size=-4 must be above zero"),
@@ -311,6 +310,12 @@ def test_steps_come_nearest_to_the_budget(tiny):
 def test_run_refuses(tiny, bindings, message):
     with pytest.raises(InputError, match=message):
         load(tiny, *bindings)
+
+
+def test_only_training_needs_a_length(tiny):
+    run = load(tiny, "Run.steps=None")
+    with pytest.raises(InputError, match="steps=None and training_flops=None"):
+        run.num_steps(run.trainer().abstract_model)
 
 
 def test_accumulation_under_query_batch_norm_is_refused(tiny):

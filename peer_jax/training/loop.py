@@ -65,10 +65,8 @@ class Run:
         lengths = ("steps", "training_flops")
         check_positive(**{name: getattr(self, name) for name in sizes})
         check_positive(**{name: getattr(self, name) for name in lengths if getattr(self, name) is not None})
-        if (self.steps is None) == (self.training_flops is None):
-            raise InputError(
-                f"steps={self.steps} and training_flops={self.training_flops}: give one of them, the length of the run"
-            )
+        if self.steps is not None and self.training_flops is not None:
+            raise InputError(f"steps={self.steps} and training_flops={self.training_flops}: give only one of them")
         for task in self.eval_tasks:
             if task.vocabulary != self.task.vocabulary:
                 raise InputError(
@@ -91,9 +89,15 @@ class Run:
         return max(self.batch_size, -(-4096 // self.task.seq_len))
 
     def num_steps(self, model: Transformer) -> int:
-        """Updates to make, given or from the budget."""
+        """Updates to make, given or from the budget.
+
+        Raises:
+            InputError: if neither is given, which is only needed to train; or if the budget is less than a step.
+        """
         if self.steps is not None:
             return self.steps
+        if self.training_flops is None:
+            raise InputError("steps=None and training_flops=None: give one of them, the length of the run")
         return steps_for(self.training_flops, model, self.batch_size, self.task.seq_len)
 
 
