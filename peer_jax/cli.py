@@ -4,6 +4,8 @@ import ctypes
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -112,6 +114,57 @@ def generate(
 
 
 @app.command()
+def sweep(
+    config: Configs,
+    workdir: Annotated[Path | None, typer.Option("--workdir", metavar="DIR", help="Gets a directory a run.")] = None,
+    set_: Bindings = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Measure some steps, for the time in --dry-run's table.")
+    ] = True,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time: by default one a GPU, one on a TPU, else one a core.", min=1)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the runs of a sweep, those that are not finished, and write results.csv; `peer-jax report DIR` draws them.
+
+    The config is one of configs/sweeps. --set Sweep.NAME=VALUE changes the sweep, such as 'Sweep.seeds=(0,1,2)'; any
+    other --set goes to all of its runs. Ctrl-C saves what is running, and the same command goes on. A run that fails
+    doesn't stop the others; the exit status is 1 then. Several sweep processes may share DIR.
+    """
+    if workdir is None and not dry_run:
+        raise InputError("--workdir is not given: name the directory that gets the runs, or --dry-run")
+    _prepare_process()
+    _keep_off_accelerators()
+    from peer_jax import config as configs
+    from peer_jax.scaling import plan, runner
+    from peer_jax.scaling.board import plan_table
+    from peer_jax.scaling.sweep import expand
+    from peer_jax.scaling.workers import default_workers
+
+    described, of_runs = configs.load_sweep(config, set_)
+    points = expand(described, config[0].parent, of_runs)
+    planned = plan.plan(points, load_run)
+    workers = workers or default_workers()
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
+            log = Path(folder, "log")
+            measured = runner.measure(planned, log, load=load_run, workers=workers) if estimate else ({}, {})
+        plan_table(planned, *measured, workers)
+        for note in plan.check(described, planned):
+            typer.echo(note)
+        return
+    runner.prepare_corpora(planned, progress=not quiet)
+    planned = plan.plan(points, load_run) if not all(run.is_prepared for run in planned) else planned
+    for note in plan.check(described, planned):
+        typer.echo(note, err=True)
+    plan.kept_configs_agree(planned, workdir)
+    runner.run_sweep(described, planned, workdir, load=load_run, workers=workers, progress=not quiet)
+    typer.echo(f"{workdir / 'results.csv'} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
+
+
+@app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or folders of them.")],
 ) -> None:
@@ -135,11 +188,16 @@ def sentencepiece(
     typer.echo(train_sentencepiece(run.task.corpus, model, vocab_size=vocab_size))
 
 
-def _load(files: list[Path], bindings: list[str]):
+def _load(files: Sequence[str | Path], bindings: Sequence[str]):
+    return load_run(files, bindings)[0]
+
+
+def load_run(files: Sequence[str | Path], bindings: Sequence[str]):
+    """A run, and the function that tells its config's text once it is built; workers of a sweep call it, too."""
     _prepare_process()
     from peer_jax import config as configs
 
-    return configs.load(files, bindings)
+    return configs.load(files, bindings), configs.text
 
 
 def _with(workdir: Path, files: list[Path] = []) -> list[Path]:  # noqa: B006, never changed
@@ -158,6 +216,21 @@ def _prepare_process() -> None:
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     keep_freed_memory()
+    _keep_programs()
+
+
+def _keep_programs() -> None:
+    """Has JAX keep compiled programs on disk: a run of the same shapes, or one that goes on, starts in a second."""
+    root = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the oldest go first
+
+
+def _keep_off_accelerators() -> None:
+    """This process plans a sweep and its workers have the devices, whose memory a second process would take."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def keep_freed_memory() -> None:

@@ -17,21 +17,26 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from flax import nnx
 
-from peer_jax.data.corpora import local_files, python_stdlib, tfds_corpus
+from peer_jax.data.corpora import local_files, python_packages, python_stdlib, tfds_corpus
 from peer_jax.data.pipeline import TextTask
+from peer_jax.data.prepared import prepared
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
+from peer_jax.scaling.sweep import Sweep
 from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW
 
 _configurables: list[Callable[..., Any]] = [
     Run,
+    Sweep,
     AdamW,
     TextTask,
     python_stdlib,
+    python_packages,
     local_files,
     tfds_corpus,
+    prepared,
     Transformer,
     Dense,
     MoE,
@@ -49,6 +54,21 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
     Raises:
         InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
     """
+    return _build("Run", files, bindings)
+
+
+def load_sweep(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Sweep, list[str]]:
+    """The sweep that files and bindings describe, and those of the bindings that are not the sweep's but its runs'.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    own = [binding for binding in bindings if binding.lstrip().startswith("Sweep.")]
+    return _build("Sweep", files, own), [binding for binding in bindings if binding not in own]
+
+
+def _build(name: str, files: Sequence[str | Path], bindings: Sequence[str]) -> Any:
+    """What the configurable of that name makes of the files and bindings."""
     _register()
     gin.clear_config()
     for file in files:
@@ -63,7 +83,7 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
             gin.parse_config(binding, skip_unknown=False)
     with _one_sentence("the config"):
         gin.finalize()
-        return gin.get_configurable("Run")()
+        return gin.get_configurable(name)()
 
 
 def text() -> str:

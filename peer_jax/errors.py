@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class InUse(InputError):
+    """A run directory that another process is training in."""
+
+
 class TrainingFailed(RuntimeError):  # noqa: N818, it names what happened
     """A run can't go on. The message says at which step, what is saved and what to try."""
 

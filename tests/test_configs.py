@@ -6,10 +6,11 @@ import re
 import jax
 import pytest
 from flax import nnx
-from test_loop import CONFIGS, training
+from test_loop import CONFIGS, SEQ_LEN, tiny_config, training
 
 from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
+from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.training import loop
 
@@ -32,22 +33,30 @@ def setting(tmp_path_factory):
 
 
 @pytest.fixture
-def needed(tmp_path):
+def needed(tmp_path, tmp_path_factory):
     """Bindings for what the user has to give: a length, and a path where the data are the user's own."""
-    text = tmp_path / "text.txt"
-    text.write_text("some text\n" * 100)
+
+    def local():
+        text = tmp_path / "text.txt"
+        text.write_text("some text\n" * 100)
+        return [f"local_files.{key}={str(text)!r}" for key in ("path", "validation_path")]
+
+    def prepared():
+        (cache,) = tiny_config(tmp_path_factory.getbasetemp()).parent.glob("cache/corpus-bytes-*")
+        return [f"prepared.path={str(cache)!r}", f"TextTask.seq_len={SEQ_LEN}"]
 
     def needed(data):
-        local = "@local_files()" in data.read_text()
-        paths = [f"local_files.{key}={str(text)!r}" for key in ("path", "validation_path")]
-        return ["Run.steps=10", *(paths if local else ())]
+        given = [
+            give() for give, name in ((local, "@local_files()"), (prepared, "@prepared()")) if name in data.read_text()
+        ]
+        return ["Run.steps=10", *itertools.chain(*given)]
 
     return needed
 
 
 def test_there_are_configs():
     assert {path.stem for path in LAYERS} == METHODS.keys()
-    assert {path.stem for path in DATA} >= {"python_stdlib"}
+    assert {path.stem for path in DATA} >= {"python_stdlib", "python_packages", "prepared"}
     assert {path.stem for path in SIZES} >= {"tiny"}
     assert all(
         path.parent in (CONFIGS, *(CONFIGS / f for f in ("layers", "sizes", "data", "sweeps")))
@@ -88,6 +97,8 @@ def test_data_are_named(needed, data):
         if isinstance(task.corpus, TfdsCorpus):  # its fingerprint is that of the names: nothing is downloaded
             assert ":" in task.corpus.builder
             assert task.corpus.fingerprint()
+        if isinstance(task.corpus, PreparedCorpus):
+            assert task.cache_path() == task.corpus.path
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=name)

@@ -40,6 +40,97 @@ def test_stdlib_splits_share_no_text_and_hold_every_module_once():
         assert document.text == text or 2**13 < len(document.text) <= 2**14
 
 
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """An interpreter's folders with files of our own: (stdlib, purelib, platlib)."""
+    roots = {name: tmp_path / name for name in ("stdlib", "purelib", "platlib")}
+    for root in roots.values():
+        root.mkdir()
+    real = sysconfig.get_path
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(roots[name]) if name in roots else real(name))
+    return tuple(roots.values())
+
+
+def write_modules(root, package, count):
+    (root / package).mkdir()
+    for i in range(count):
+        (root / package / f"m{i}.py").write_text(f"# {package} {i}\n" + f"x = {i}\n" * (i % 90) ** 2)
+
+
+def test_packages_and_stdlib_are_read_once_and_split_by_path(environment, tmp_path):
+    stdlib, purelib, platlib = environment
+    write_modules(stdlib, "json", 100)
+    write_modules(purelib, "numpy", 100)
+    write_modules(platlib, "jaxlib", 100)
+    for folder in ("site-packages", "dist-packages", "__pycache__"):
+        write_modules(stdlib, folder, 1)
+    (purelib / "numpy" / "latin.py").write_bytes("# é".encode("latin-1"))
+    (purelib / "numpy" / "binary.py").write_bytes(b"a\0b")
+    (purelib / "numpy" / "notes.txt").write_text("no module")
+    corpus = corpora.python_packages(validation_share=0.3)
+    documents = {split: list(corpus.documents(split)) for split in ("train", "validation")}
+    names = [document.name for split in documents.values() for document in split]
+    assert sorted(names) == sorted(f"{package}/m{i}.py" for package in ("json", "numpy", "jaxlib") for i in range(100))
+    assert corpus.name == "python_packages"
+    assert {name.split("/")[0] for name in names[:30]} == {"json", "numpy", "jaxlib"}  # not folder by folder
+    assert {document.name.split("/")[0] for document in documents["validation"][:20]} == {"json", "numpy", "jaxlib"}
+    assert all(len(document.text) <= 2**12 for document in documents["validation"])
+    assert max(len(document.text) for document in documents["train"]) > 2**14
+
+    held_out = {document.name for document in documents["validation"]}
+    alone = {d.name for d in corpora.python_stdlib(validation_share=0.3).documents("validation")}
+    assert alone == {name for name in held_out if name.startswith("json/")}
+
+    # A copy of a held-out file doesn't train, wherever it is; a new release of another package moves nothing.
+    copied = next(document for document in corpus.documents("validation") if document.name.startswith("numpy/"))
+    held = set(texts(corpus, "validation"))
+    for i in range(5):
+        (platlib / f"vendored{i}.py").write_bytes((purelib / copied.name).read_bytes())
+    (purelib / "numpy" / "m0.py").write_text("another release")
+    again = corpora.python_packages(validation_share=0.3)
+    assert not [d.name for d in again.documents("train") if d.name.startswith("vendored")]
+    assert held_out <= {d.name for d in again.documents("validation")}
+    assert len(held - set(texts(again, "validation"))) <= 1
+    assert again.fingerprint() != corpus.fingerprint()
+
+
+def test_one_folder_under_two_names_is_read_once(environment):
+    stdlib, purelib, platlib = environment
+    platlib.rmdir()
+    platlib.symlink_to(purelib)  # lib64, in many virtual environments
+    write_modules(stdlib, "json", 20)
+    write_modules(purelib, "numpy", 20)
+    assert len(corpora.python_packages().files) == 40
+
+
+def test_interpreter_without_sources_is_named(environment):
+    stdlib, purelib, _ = environment
+    write_modules(stdlib, "json", 2)
+    with pytest.raises(InputError, match=r"purelib and .*platlib holds no \.py files of installed packages; install"):
+        corpora.python_packages()
+    write_modules(purelib, "numpy", 2)
+    corpora.python_packages()
+    for file in stdlib.rglob("*.py"):
+        file.unlink()
+    for make in (corpora.python_packages, corpora.python_stdlib):
+        with pytest.raises(InputError, match=r"stdlib holds no \.py files of the standard library; use local_files"):
+            make()
+
+
+def test_validation_of_installed_packages_is_spread_over_them():
+    """What is left of it by the cut in configs/data/python_packages.gin."""
+    sizes, total, taken = {}, 0, 2**18
+    for document in corpora.python_packages().documents("validation"):
+        size = len(document.text.encode())
+        if total < taken:
+            package = document.name.split("/")[0]
+            sizes[package] = sizes.get(package, 0) + size
+        total += size
+    assert total > 2**20
+    assert len(sizes) > 15
+    assert max(sizes.values()) < taken / 2
+
+
 def test_folder_of_all_kinds(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / ".git").mkdir()

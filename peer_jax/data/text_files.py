@@ -52,13 +52,25 @@ def find(path: str | os.PathLike) -> tuple[TextFile, ...]:
         raise InputError(
             f"{path} holds no text files; expected names that end in {', '.join(TEXT[:3] + LINES[:1])} or .gz."
         )
-    return relative(found, path)
+    return in_hash_order(relative(found, path))
 
 
-def relative(files: Iterable[Path], root: Path) -> tuple[TextFile, ...]:
+def python_sources(root: Path) -> list[TextFile]:
+    """The `.py` files below a folder of modules, but for those of packages installed inside it."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__")]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return relative(found, root)
+
+
+def relative(files: Iterable[Path], root: Path) -> list[TextFile]:
+    return [TextFile(file, file.relative_to(root).as_posix()) for file in files]
+
+
+def in_hash_order(files: Iterable[TextFile]) -> tuple[TextFile, ...]:
     """Ordered by the hash of the relative path: a cap on tokens then takes a sample rather than the first folders."""
-    listed = [TextFile(file, file.relative_to(root).as_posix()) for file in files]
-    return tuple(sorted(listed, key=lambda file: hashlib.sha256(file.relative.encode(errors="replace")).digest()))
+    return tuple(sorted(files, key=lambda file: hashlib.sha256(file.relative.encode(errors="replace")).digest()))
 
 
 def corpus_name(path: str | os.PathLike) -> str:

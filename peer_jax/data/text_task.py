@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.corpora import Corpus, TfdsCorpus
+from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.errors import InputError
 
 _LAYOUT = 1  # raise it when the same task would give other rows
@@ -18,7 +19,8 @@ class TextTask:
     """A corpus as rows of `seq_len` tokens.
 
     Attributes:
-        corpus: from `peer_jax.data.corpora`, or any class with that protocol.
+        corpus: from `peer_jax.data.corpora`, or any class with that protocol; or `prepared(...)`, a cache made
+            elsewhere, of this seq_len and vocabulary. Its limits on tokens are its own: the two below don't apply.
         seq_len: tokens a row, EOS included.
         vocabulary: "bytes", or the path of a SentencePiece model.
         max_train_tokens: training stops after the document that passes it; None takes all, 0 leaves the split out.
@@ -52,15 +54,20 @@ class TextTask:
         """A hash of everything that determines the cache's contents.
 
         Raises:
-            InputError: the corpus or the vocabulary can't be read.
+            InputError: the corpus or the vocabulary can't be read, or a prepared cache has other rows.
         """
+        if isinstance(self.corpus, PreparedCorpus):
+            return self.corpus.task_fingerprint(self.seq_len, self.vocabulary)
         vocabulary = vocabularies.load(self.vocabulary)
         limits = [self.max_train_tokens, self.max_validation_tokens]
         parts = [_LAYOUT, self.corpus.fingerprint(), vocabulary.name, vocabulary.sha256, self.seq_len, limits]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def cache_path(self) -> Path:
-        """Where the cache of this task is, or will be."""
+        """Where the cache of this task is, or will be. Raises as `fingerprint` does."""
+        if isinstance(self.corpus, PreparedCorpus):
+            self.fingerprint()  # refuses a cache that is not this task's
+            return self.corpus.path
         root = self.cache_dir or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
         name = vocabularies.load(self.vocabulary).name
         return Path(root).expanduser() / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
@@ -67,12 +68,19 @@ def _combine(
     n: int,
     k: int,
 ) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"], Int[Array, "*b k"]]:
-    """Top k of the p * p sums of two halves' candidates: scores, i1, i2."""
+    """Top k of the sums of two halves' candidates: scores, i1, i2.
+
+    The pair of ranks (a, b), counted from 1, comes after the a * b - 1 other pairs of ranks up to a and up to b, so
+    only pairs with a * b <= k can be among the best k: 50 of 256 for k = 16, 119 of 1024 for k = 32.
+    """
     p = best1.shape[-1]
-    sums = best1[..., :, None] + best2[..., None, :]
-    scores, pair = jax.lax.top_k(sums.reshape(*best1.shape[:-1], p * p), k)
-    i1 = jnp.take_along_axis(index1, pair // p, axis=-1)
-    i2 = jnp.take_along_axis(index2, pair % p, axis=-1)
+    rank = np.arange(1, p + 1)
+    a, b = np.nonzero(np.outer(rank, rank) <= k)  # by the first rank, then by the second: the order of equal sums
+    partners = [best2[..., : k // r] for r in rank]  # slices, which are cheaper than a gather
+    sums = [best1[..., r - 1, None] + partner for r, partner in zip(rank, partners, strict=True)]
+    scores, pair = jax.lax.top_k(jnp.concatenate(sums, axis=-1), k)
+    i1 = jnp.take_along_axis(index1, jnp.asarray(a)[pair], axis=-1)
+    i2 = jnp.take_along_axis(index2, jnp.asarray(b)[pair], axis=-1)
     return scores, i1, i2
 
 

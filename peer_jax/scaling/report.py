@@ -1,69 +1,257 @@
-"""Finished runs as a table."""
+"""Finished runs as a report: ``report.html``, figures and ``results.csv``; and as tables in the terminal."""
 
+import base64
+import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from peer_jax.errors import InputError
-from peer_jax.training.workdir import read_result
+from peer_jax.scaling import ablations, curves, reading, results, tables
+from peer_jax.scaling.isoflop import Analysis, analyse
+from peer_jax.scaling.results import Row
+from peer_jax.scaling.tables import Table
+from peer_jax.training import workdir as workdirs
 
-Results = Sequence[tuple[Path, dict[str, Any]]]
+REPORT = "report.html"
+FIGURES = "figures"
+# Columns that a terminal keeps on one line.
+WHOLE = ("method", "series", "95% interval")
 
 
-def find(directories: Sequence[Path]) -> Results:
-    """The results below the directories, in the order of their paths.
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure in the page: its file's name, what it shows, its SVG as a data URI, its width in inches."""
+
+    name: str
+    alt: str
+    uri: str
+    width: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a sweep says of how its rates were chosen."""
+
+    directory: str
+    text: str
+    rates: Table
+    rules: list[str]
+
+
+def write_report(directories: Sequence[Path], out: Path, *, resamples: int = 1000) -> Path:
+    """Writes ``results.csv``, ``figures/`` and ``report.html``, one file that needs no other; returns its path.
+
+    Args:
+        directories: run directories, or folders of them.
+        out: is made if it is missing. The same runs give the same bytes.
+        resamples: for the intervals.
 
     Raises:
-        InputError: if a directory holds none.
+        InputError: if a directory holds no finished run, or ``out`` can't be written to.
     """
+    rows = results.read(directories)
+    analysis = analyse(rows, resamples=resamples)
+    try:
+        (out / FIGURES).mkdir(parents=True, exist_ok=True)
+        results.write_csv(rows, out / results.RESULTS)
+        page = _page(analysis, directories, out)
+        workdirs.write_whole(out / REPORT, page)
+    except OSError as error:
+        raise InputError(f"{out} can't be written to ({error.strerror}): choose another folder") from error
+    return out / REPORT
+
+
+def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
+    """The page; its figures are written on the way."""
+    import jinja2
+
+    from peer_jax.scaling import ablation_figures, figures
+
+    rows = analysis.rows
+    pictured = figures.in_picture(analysis)
+    trained = curves.read(pictured)
+    varied = ablations.find(rows)
+
+    def draw(name: str, alt: str, figure: Any) -> Drawing | None:
+        return None if figure is None else _draw(out / FIGURES, name, alt, figure)
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("peer_jax.scaling", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        rows=rows,
+        summary=_summary(analysis, directories),
+        analysis=analysis,
+        reading=reading.reading(analysis),
+        isoflop=draw("isoflop_active", _alt(analysis), figures.isoflop(analysis, "params_active")),
+        isoflop_total=draw("isoflop_total", "Loss against all parameters.", figures.isoflop(analysis, "params_total")),
+        isoflop_tokens=draw("isoflop_tokens", "Loss against training tokens.", figures.isoflop(analysis, "tokens")),
+        optimum=draw("optimum", "Compute-optimal size, tokens and loss against FLOPs.", figures.optimum(analysis)),
+        training=draw("training", "Smoothed training loss against FLOPs spent.", figures.training(trained)),
+        usage=draw("usage", "Usage and unevenness of experts.", figures.usage(rows)),
+        flops=draw("flops", "Shares of the forward FLOPs by part of the model.", figures.flops(rows)),
+        ablations=[
+            (
+                found,
+                draw(f"ablation_{number}", f"Validation loss by {found.title}.", ablation_figures.ablation(found)),
+                tables.ablation(found),
+            )
+            for number, found in enumerate(varied, 1)
+        ],
+        tables={
+            "points": tables.points(analysis),
+            "minima": tables.minima(analysis),
+            "unfitted": tables.unfitted(analysis),
+            "comparisons": tables.comparisons(analysis),
+            "laws": tables.laws(analysis),
+            "surfaces": tables.surfaces(analysis),
+            "training": tables.training([curve for curve in trained if curve.is_best]),
+            "usage": tables.usage(rows),
+            "flops": tables.flops_split(figures.models(rows)),
+            "runs": tables.runs(rows),
+            "failures": failures(directories),
+        },
+        tuning=tuning(rows),
+        untold=[row.run for row in rows if results.read_json(row.directory.parent / results.SWEEP) is None],
+        split=_split(rows),
+        left_out=sorted({c.series for c in analysis.shown()} - {c.series for c in pictured}),
+        most_bars=figures.MOST_BARS,
+        without_law=reading.without((law.series, law.is_causal, law.reason) for law in analysis.laws),
+        without_surface=reading.without((s.series, s.is_causal, s.reason) for s in analysis.surfaces),
+        not_causal=sorted({row.method for row in rows if not row.is_causal}),
+    )
+
+
+def _draw(folder: Path, name: str, alt: str, figure: Any) -> Drawing:
+    from peer_jax.scaling import style
+
+    vector = style.svg(figure)
+    for path, content in ((folder / f"{name}.svg", vector), (folder / f"{name}.png", style.png(figure))):
+        path.write_bytes(content)
+    return Drawing(name, alt, "data:image/svg+xml;base64," + base64.b64encode(vector).decode(), figure.get_figwidth())
+
+
+def _summary(analysis: Analysis, directories: Sequence[Path]) -> str:
+    rows = analysis.rows
+    methods = sorted({reading.named(row.method, row.is_causal) for row in rows})
+    budgets = [reading.budget(value) for value in analysis.budgets]
+    devices = sorted({row.device for row in rows})
+    return (
+        f"{reading.count(len(rows), 'finished run')} from {reading.joined([str(path) for path in directories])}: "
+        f"{reading.count(len(methods), 'method')} ({'; '.join(methods)}) at {reading.joined(budgets)} training FLOPs. "
+        f"Trained and validated on {reading.joined(analysis.texts)}, on {reading.joined(devices)}; losses are in nats "
+        "per token, on the validation split."
+    )
+
+
+def _split(rows: Sequence[Row]) -> str:
+    """How much of the FLOPs each part takes."""
+    shares = defaultdict(list)
+    for row in rows:
+        for part, value in row.flops_by_part.items():
+            shares[part].append(value / row.flops_per_token)
+    found = [f"{part} {min(own):.0%} to {max(own):.0%}" for part, own in shares.items()]
+    return f"Of the forward FLOPs of the models that have it: {reading.joined(found)}."
+
+
+def _alt(analysis: Analysis) -> str:
+    """The headline figure for who can't see it."""
+    found = [
+        f"{reading.named(curve.series, curve.is_causal)} {reading.loss(curve.fit.loss)} at "
+        f"{reading.si(curve.fit.size)} for {reading.budget(curve.budget)} FLOPs"
+        for curve in analysis.shown()
+        if curve.has_minimum
+    ]
+    return "Validation loss against active parameters. " + (f"Minima: {'; '.join(found)}." if found else "No minima.")
+
+
+def tuning(rows: Sequence[Row]) -> list[Tuning]:
+    """What the sweeps that the runs belong to say of their rates."""
     found = []
-    for directory in directories:
-        paths = sorted(directory.rglob("result.json"))
-        if not paths:
-            raise InputError(f"{directory} holds no finished run (no result.json): give another directory")
-        for path in paths:
-            if (result := read_result(path.parent)) is None:
-                raise InputError(f"{path} is not the result of a run of this version: remove it, or report others")
-            found.append((path.parent, result))
+    for directory in sorted({row.directory.parent for row in rows}):
+        if (sweep := results.read_json(directory / results.SWEEP)) is None:
+            continue
+        methods = sweep.get("methods") or {}
+        methods = methods if isinstance(methods, dict) else {method: {} for method in methods}
+        names = sorted({name for own in methods.values() for name in own})
+        cells = [[method, *(str(own.get(name, "-")) for name in names)] for method, own in methods.items()]
+        rules = [
+            f"{name} is multiplied by (d_model / {sweep.get('rates_at')})^{exponent}"
+            for name, exponent in (sweep.get("rate_exponents") or {}).items()
+        ]
+        found.append(
+            Tuning(
+                str(directory), sweep.get("tuning") or "", Table("Bindings by method", ("method", *names), cells), rules
+            )
+        )
     return found
 
 
-def table(results: Results) -> None:
+def failures(directories: Sequence[Path]) -> Table:
+    """The runs that failed and have not been finished since."""
+    cells = {}
+    for directory in directories:
+        for path in sorted(directory.rglob(results.FAILURE)):
+            if not (path.parent / workdirs.RESULT).exists():
+                reason = (results.read_json(path) or {}).get("reason", "no reason was written")
+                place = path.parent.relative_to(directory)
+                cells[path.parent.resolve()] = [str(place) if place.name else path.parent.name, str(reason)]
+    return Table("Runs that failed", ("run", "reason"), list(cells.values()))
+
+
+def table(rows: Sequence[Row]) -> None:
     """Prints a row a run: losses on its own task, training FLOPs, parameters, speed."""
     columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
-    shown = Table(title="Validation loss (nats per token) at the training FLOPs spent", box=SIMPLE_HEAD)
-    for column in columns:
-        shown.add_column(column, justify="left" if column in ("method", "run") else "right", overflow="fold")
-    for directory, result in results:
-        own = result["evaluations"][result["corpus"]["name"]]
-        speed = result["tokens_per_second"]
-        shown.add_row(
-            result["method"] + ("" if result["is_causal"] else " *"),
-            f"{own['loss']:.4f}",
-            f"{own['bits_per_byte']:.4f}",
-            f"{own['perplexity']:.3f}",
-            f"{result['training_flops']:.3g}",
-            _short(result["params_total"]),
-            _short(result["params_active"]),
-            "-" if speed is None else _short(speed),
-            str(directory),
-        )
+    cells = [
+        [
+            row.series + ("" if row.is_causal else " *"),
+            reading.loss(row.loss),
+            f"{row.bits_per_byte:.4f}",
+            f"{row.perplexity:.3f}",
+            f"{row.training_flops:.3g}",
+            reading.si(row.params_total),
+            reading.si(row.params_active),
+            reading.si(row.tokens_per_second),
+            str(row.directory),
+        ]
+        for row in rows
+    ]
     console = _console()
-    console.print(shown)
-    if not all(result["is_causal"] for _, result in results):
+    _print(console, Table("Validation loss (nats per token) at the training FLOPs spent", columns, cells))
+    if not all(row.is_causal for row in rows):
         console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")
 
 
-def _short(number: float) -> str:
-    """12345 as 12.3k."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
+def minima_table(analysis: Analysis) -> None:
+    """Prints the compute-optimal model of each series at each budget, if there is any."""
+    shown = tables.minima(analysis)
+    if shown.rows:
+        # What a terminal is too narrow for is in the page.
+        kept = [place for place, column in enumerate(shown.columns) if column not in ("perplexity", "runs", "sizes")]
+        columns = tuple(shown.columns[place] for place in kept)
+        _print(_console(), Table(shown.title, columns, [[cells[place] for place in kept] for cells in shown.rows]))
+
+
+def _print(console: Console, shown: Table) -> None:
+    printed = RichTable(title=shown.title, box=SIMPLE_HEAD)
+    for place, column in enumerate(shown.columns):
+        justify = "left" if shown.is_text(place) else "right"
+        printed.add_column(column, justify=justify, overflow="fold", no_wrap=column in WHOLE)
+    for cells in shown.rows:
+        printed.add_row(*map(Text, cells))  # as they are: names may have brackets
+    console.print(printed)
 
 
 def _console() -> Console:
@@ -74,18 +262,19 @@ def _console() -> Console:
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
     """Prints a row a task."""
-    shown = Table(title=f"Validation loss (nats per token), step {step}", box=SIMPLE_HEAD)
-    for heading in ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness"):
-        shown.add_column(heading, justify="left" if heading == "task" else "right")
+    columns = ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
+    cells = []
     for name, values in evaluations.items():
         experts = values.get("experts", {}).values()
-        shown.add_row(
-            name,
-            f"{values['loss']:.4f}",
-            f"{values['bits_per_byte']:.4f}",
-            f"{values['perplexity']:.3f}",
-            f"{values['word_perplexity']:.4g}",
-            ", ".join(f"{block['usage']:.3f}" for block in experts) or "-",
-            ", ".join(f"{block['unevenness']:.3f}" for block in experts) or "-",
+        cells.append(
+            [
+                name,
+                f"{values['loss']:.4f}",
+                f"{values['bits_per_byte']:.4f}",
+                f"{values['perplexity']:.3f}",
+                f"{values['word_perplexity']:.4g}",
+                ", ".join(f"{block['usage']:.3f}" for block in experts) or "-",
+                ", ".join(f"{block['unevenness']:.3f}" for block in experts) or "-",
+            ]
         )
-    _console().print(shown)
+    _print(_console(), Table(f"Validation loss (nats per token), step {step}", columns, cells))

@@ -122,7 +122,8 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
     step_flops = training_flops(model, step_tokens, run.task.seq_len)
 
     cache = ensure_prepared(run.task, progress=progress)
-    batches = train_batches(open_cache(cache, "train"), batch_size=run.batch_size, seed=run.seed)
+    text = open_cache(cache, "train")
+    batches = train_batches(text, batch_size=run.batch_size, seed=run.seed)
     own_validation = open_cache(cache, "validation")
     validation = {run.task.corpus.name: own_validation}
     for task in run.eval_tasks:
@@ -213,7 +214,12 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
             "training_flops": steps * step_flops,
             "tokens_per_second": clock.steps * step_tokens / clock.step_seconds if clock.steps else None,
             "wall_seconds": clock.wall_seconds,
-            "corpus": {"name": run.task.corpus.name, "cache": cache.name},
+            "epochs": steps * run.batch_size / len(text),
+            "corpus": {
+                "name": run.task.corpus.name,
+                "cache": cache.name,
+                "fingerprint": run.task.fingerprint(),
+            },
             "evaluations": evaluations,
         },
     )

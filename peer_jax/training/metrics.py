@@ -88,6 +88,19 @@ def _lines(path: Path, last_step: int) -> list[str]:
     return kept
 
 
+def last_line(workdir: Path) -> dict[str, Any] | None:
+    """The newest whole line of a run's log, whether or not it is running; None if there is none yet."""
+    try:
+        with (workdir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
+            for line in reversed(file.read().splitlines()):
+                with contextlib.suppress(ValueError):
+                    return json.loads(line)
+    except OSError:
+        pass
+    return None
+
+
 class ProgressBar:
     """A bar on standard error; where that is no terminal, a plain line about every tenth of the way."""
 

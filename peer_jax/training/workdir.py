@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 import jax
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse
 from peer_jax.layers import Dense
 from peer_jax.models import Transformer
 
@@ -33,7 +33,7 @@ def owned(workdir: Path) -> Iterator[None]:
         lock = filelock.FileLock(workdir / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"--workdir {workdir} is in use by another process: wait for it, or choose another") from None
+        raise InUse(f"--workdir {workdir} is in use by another process: wait for it, or choose another") from None
     except OSError as error:
         raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
     try:
@@ -50,7 +50,7 @@ def keep_config(workdir: Path, config: str) -> None:
     """
     path = workdir / CONFIG
     if not path.exists():
-        _write(path, config)
+        write_whole(path, config)
         return
     before, now = _bindings(path.read_text()), _bindings(config)
     if differing := sorted(name for name in before | now if before.get(name) != now.get(name)):
@@ -107,7 +107,7 @@ def write_result(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
     device = jax.devices()[0]
     machine = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
     result = {"schema": SCHEMA, "machine": machine, "versions": versions} | result
-    _write(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    write_whole(workdir / RESULT, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -118,7 +118,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, all of it or nothing, whoever else writes it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -1,0 +1,154 @@
+"""Ablations: what a sweep varied beside method, size, budget and seed, and in which picture it is best seen."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from peer_jax.scaling.results import Row
+
+# A word for an axis, and a letter for labels that name several.
+NAMES = {
+    "num_heads": ("heads h", "h"),
+    "RETRIEVAL_HEADS": ("heads h", "h"),
+    "top_k": ("retrieved a head, k", "k"),
+    "RETRIEVAL_TOP_K": ("retrieved a head, k", "k"),
+    "num_experts": ("number of experts N", "N"),
+    "NUM_EXPERTS": ("number of experts N", "N"),
+    "MOE_EXPERTS": ("number of coarse experts", "experts"),
+    "d_key": ("query width d_key", "d_key"),
+    "D_KEY": ("query width d_key", "d_key"),
+    "query_norm": ("query norm", "query norm"),
+    "score_activation": ("score activation", "scores"),
+    "learning_rate": ("learning rate", "rate"),
+    "table_learning_rate": ("learning rate of the tables", "table rate"),
+    "TABLE_RATE": ("learning rate of the tables", "table rate"),
+    "VALUE_RATE": ("learning rate of the values", "value rate"),
+    "EXPERT_RATES": ("learning rates of the experts", "expert rates"),
+    "UP_STDDEV": ("standard deviation of up at the start", "up std"),
+    "batch_size": ("batch size", "batch"),
+    "weight_decay": ("weight decay", "decay"),
+}
+
+Kind = Literal["line", "heat map", "dots"]
+Values = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The runs of one size at one budget: losses by method and by the values of what was varied."""
+
+    budget: float
+    size: str
+    losses: dict[str, dict[Values, list[float]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What one sweep directory varied.
+
+    Attributes:
+        varied: the bindings with more than one value; heads before top-k, so that they head the rows.
+        values: the combinations that were run, in order.
+        panels: by budget and size.
+        not_causal: methods that see later tokens.
+    """
+
+    directory: Path
+    varied: tuple[str, ...]
+    values: tuple[Values, ...]
+    kind: Kind
+    panels: tuple[Panel, ...]
+    not_causal: frozenset[str]
+
+    @property
+    def title(self) -> str:
+        """What was varied, in words."""
+        return " and ".join(readable(name) for name in self.varied)
+
+    def label(self, values: Values) -> str:
+        """A combination in words: just the value where one binding varies."""
+        if len(self.varied) == 1:
+            return value_text(values[0])
+        return ", ".join(f"{letter(n)}={value_text(v)}" for n, v in zip(self.varied, values, strict=True))
+
+
+def find(rows: Sequence[Row]) -> list[Ablation]:
+    """One a sweep directory that varied something."""
+    by_directory = defaultdict(list)
+    for row in rows:
+        if row.settings:
+            by_directory[row.directory.parent].append(row)
+    found = (_ablation(directory, own) for directory, own in sorted(by_directory.items()))
+    return [ablation for ablation in found if ablation is not None]
+
+
+def _ablation(directory: Path, rows: Sequence[Row]) -> Ablation | None:
+    seen = defaultdict(dict)
+    for row in rows:
+        for name, value in row.settings.items():
+            seen[name][repr(value)] = value
+    varied = [name for name, values in seen.items() if len(values) > 1]
+    if not varied:
+        return None
+    varied.sort(key=lambda name: (letter(name) == "k", letter(name) != "h"))
+    numeric = [name for name in varied if all(map(_is_number, seen[name].values()))]
+    combinations = {_key(row, varied): None for row in rows}
+    if len(numeric) == len(varied):
+        combinations = dict.fromkeys(sorted(combinations, key=lambda values: tuple(map(_rank, values))))
+
+    kind: Kind = "dots"
+    if len(varied) == 1 and numeric:
+        kind = "line"
+    elif len(varied) == 2 and len(numeric) == 2:
+        cells = math.prod(len({values[i] for values in combinations}) for i in range(2))
+        # Values that were paired one to one lie on a diagonal, and a picture of mostly nothing says little.
+        kind = "heat map" if len(combinations) > cells / 2 else "dots"
+
+    panels = {}
+    for row in sorted(rows, key=lambda r: (r.budget, r.params_active)):
+        panel = panels.setdefault((row.budget, row.size), Panel(budget=row.budget, size=row.size, losses={}))
+        panel.losses.setdefault(row.method, {}).setdefault(_key(row, varied), []).append(row.loss)
+    return Ablation(
+        directory=directory,
+        varied=tuple(varied),
+        values=tuple(combinations),
+        kind=kind,
+        panels=tuple(panels.values()),
+        not_causal=frozenset(row.method for row in rows if not row.is_causal),
+    )
+
+
+def _key(row: Row, varied: Sequence[str]) -> Values:
+    values = (row.settings.get(name) for name in varied)
+    return tuple(str(value) if isinstance(value, list | dict) else value for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(value: Any) -> float:
+    """Where a number stands; a run that lacks it comes first."""
+    return -math.inf if value is None else float(value)
+
+
+def readable(binding: str) -> str:
+    """The name of an axis."""
+    return NAMES.get(binding, NAMES.get(binding.split(".")[-1], (binding, binding)))[0]
+
+
+def letter(binding: str) -> str:
+    """The short name in a label."""
+    return NAMES.get(binding, NAMES.get(binding.split(".")[-1], ("", binding.split(".")[-1])))[1]
+
+
+def value_text(value: Any) -> str:
+    """A value as people write it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else str(value)

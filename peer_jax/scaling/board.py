@@ -1,0 +1,180 @@
+"""What a sweep shows: its plan as a table; while it runs, a live table in a terminal and plain lines elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from peer_jax.scaling.plan import Planned, step_seconds
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.metrics import last_line
+
+RECENT = 8
+
+
+def plan_table(
+    planned: Sequence[Planned], measured: Mapping[str, float], reasons: Mapping[str, str], workers: int
+) -> None:
+    """Prints a row a run: sizes, FLOPs, steps, and the time that steps will take by those that were ``measured``.
+
+    Args:
+        measured: seconds a step, by ``Planned.program``.
+        reasons: why some runs could not be measured, by name.
+        workers: how many runs go on at a time.
+    """
+    seconds = step_seconds(planned, measured)
+    columns = ("run", "params", "active", "FLOPs/token", "tokens", "steps", "FLOPs", "off budget", "epochs", "time")
+    table = Table(box=SIMPLE_HEAD, title=f"{len(planned)} runs")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    total = 0.0
+    for run in planned:
+        per_step = seconds[run.program]
+        total += math.nan if per_step is None else per_step * run.steps
+        table.add_row(
+            run.point.name + ("" if run.is_causal else " *"),
+            *(f"{number:,.0f}" for number in (run.params_total, run.params_active, run.flops_per_token)),
+            *(f"{number:,.0f}" for number in (run.tokens, run.steps)),
+            f"{run.training_flops:.4g}",
+            f"{run.training_flops / run.point.budget - 1:+.2%}",
+            "-" if run.epochs is None else f"{run.epochs:.2f}",
+            "-" if per_step is None else duration(per_step * run.steps),
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    (console if console.is_terminal else Console(width=180)).print(table)
+    flops = sum(run.training_flops for run in planned)
+    programs = len({run.program for run in planned})
+    console.print(f"{flops:.3g} training FLOPs in all; {programs} programs to compile.")
+    if measured and not math.isnan(total):
+        console.print(
+            f"About {duration(total / workers)} with {workers} at a time here, by steps measured on random tokens; "
+            "compilation and evaluation come on top."
+        )
+    for name, reason in reasons.items():
+        console.print(f"{name} was not measured: {reason}")
+    if not all(run.is_causal for run in planned):
+        console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")
+
+
+class Board:
+    """Runs that train, how far they are, what ended last, and how long it may take still."""
+
+    def __init__(
+        self, planned: Sequence[Planned], done: Sequence[Planned], workdir: Path, workers: int, *, enabled: bool
+    ) -> None:
+        self._planned, self._workdir, self._workers = planned, workdir, workers
+        self._console = Console(stderr=True)
+        self._enabled, self._is_live = enabled, enabled and self._console.is_terminal
+        self._running: dict[str, Planned] = {}
+        self._ended: dict[str, str] = {run.point.name: "finished earlier" for run in done}
+        self._failures = 0
+        self._note: str | None = None
+        self._since = time.monotonic()
+        self._flops_before = sum(run.training_flops for run in done)
+        self._flops_at_start: dict[str, float] = {}
+        self._live = Live(console=self._console, auto_refresh=False, get_renderable=self._render)
+
+    def __enter__(self) -> "Board":
+        if self._is_live:
+            self._live.start()
+        elif self._enabled:
+            print(f"{len(self._planned)} runs, {len(self._ended)} finished earlier", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_live:
+            self._live.stop()
+
+    def started(self, run: Planned) -> None:
+        """A worker has begun the run, or goes on with it."""
+        self._running[run.point.name] = run
+        self._flops_at_start[run.point.name] = self._progress(run)[0] * run.step_flops
+        self._note = None
+
+    def finished(self, run: Planned) -> None:
+        """The run has its result."""
+        result = workdirs.read_result(self._workdir / run.point.name)
+        own = result["evaluations"][result["corpus"]["name"]]
+        self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
+
+    def failed(self, run: Planned, reason: str) -> None:
+        """The run has failed."""
+        self._failures += 1
+        self._end(run, f"failed: {reason}")
+
+    def elsewhere(self, run: Planned) -> None:
+        """Another process trains the run."""
+        self._running.pop(run.point.name, None)
+        self._note = f"{run.point.name} is being trained by another process"
+
+    def say(self, note: str | None) -> None:
+        """A line below the table."""
+        self._note = note
+        if note and self._enabled and not self._is_live:
+            print(note, file=sys.stderr, flush=True)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draws anew."""
+        if self._is_live:
+            self._live.refresh()
+
+    def _end(self, run: Planned, outcome: str) -> None:
+        self._running.pop(run.point.name, None)
+        self._ended[run.point.name] = outcome
+        if self._enabled and not self._is_live:
+            print(f"{run.point.name}: {outcome}   [{self._summary()}]", file=sys.stderr, flush=True)
+
+    def _progress(self, run: Planned) -> tuple[int, float | None]:
+        """The step a run is at and its training loss, as its log has them."""
+        line = last_line(self._workdir / run.point.name) or {}
+        return line.get("step", 0), line.get("loss", line.get("validation_loss"))
+
+    def _summary(self) -> str:
+        ended = len(self._ended)
+        parts = [f"{ended} of {len(self._planned)} ended"]
+        if self._failures:
+            parts.append(f"{self._failures} failed")
+        if self._running:
+            parts.append(f"{len(self._running)} running")
+        if (left := self._seconds_left()) is not None and ended < len(self._planned):
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """By the FLOPs made since the start."""
+        total = sum(run.training_flops for run in self._planned)
+        ended = sum(run.training_flops for run in self._planned if run.point.name in self._ended)
+        current = sum(self._progress(run)[0] * run.step_flops for run in self._running.values())
+        made = ended + current - self._flops_before - sum(self._flops_at_start.values())
+        elapsed = time.monotonic() - self._since
+        if made <= 0 or elapsed < 5:
+            return None
+        return (total - ended - current) / made * elapsed
+
+    def _render(self) -> Group:
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("run", "step", "of", "loss", ""):
+            table.add_column(column, justify="right" if column in ("step", "of", "loss") else "left")
+        for name, outcome in list(self._ended.items())[-RECENT:]:
+            table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else "dim")
+        for name, run in self._running.items():
+            step, loss = self._progress(run)
+            bar = "█" * round(20 * step / run.steps)
+            table.add_row(name, f"{step:,}", f"{run.steps:,}", "" if loss is None else f"{loss:.4f}", f"{bar:░<20}")
+        return Group(table, self._summary(), self._note or "")
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.2 h, 2.1 days."""
+    for size, unit in ((86400, "days"), (5400, "h"), (90, "min")):
+        if seconds >= size:
+            value = seconds / {"days": 86400, "h": 3600, "min": 60}[unit]
+            return f"{value:.0f} {unit}" if unit == "min" else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} s"

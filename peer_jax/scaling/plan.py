@@ -1,0 +1,201 @@
+"""What a sweep would do: its runs built abstractly, with their sizes, FLOPs, steps and passes over the corpus."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from peer_jax.data.pipeline import TextTask, open_cache
+from peer_jax.data.vocabulary import BYTES
+from peer_jax.errors import InputError
+from peer_jax.scaling.sweep import Point, Sweep
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.flops import training_flops
+from peer_jax.training.loop import Run
+
+Load = Callable[[Sequence[str], Sequence[str]], tuple[Run, Callable[[], str]]]
+"""Files and bindings to a run, and to the text of its config, to be asked for once the run has been built."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run before it starts.
+
+    ``program`` is equal for runs of equal shapes, which one compiled program serves. ``corpus_tokens`` are those of
+    the task's training split, known exactly once it is prepared; None if nothing is known.
+    """
+
+    point: Point
+    config: str
+    method: str
+    is_causal: bool
+    params_total: int
+    params_active: int
+    flops_per_token: float
+    state_bytes: int
+    steps: int
+    step_tokens: int
+    step_flops: float
+    program: str
+    task: TextTask
+    corpus_tokens: int | None
+    is_prepared: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.step_tokens
+
+    @property
+    def training_flops(self) -> float:
+        return self.steps * self.step_flops
+
+    @property
+    def epochs(self) -> float | None:
+        return None if self.corpus_tokens is None else self.tokens / self.corpus_tokens
+
+
+def plan(points: Sequence[Point], load: Load) -> list[Planned]:
+    """Builds every run abstractly; runs that are the same are listed once, with the settings they have in common.
+
+    Raises:
+        InputError: if a run can't be built, naming it.
+    """
+    planned: dict[str, Planned] = {}
+    corpora: dict[TextTask, tuple[int | None, bool]] = {}
+    for point in points:
+        try:
+            run = _build(point, load, corpora)
+        except InputError as error:
+            raise InputError(f"{point.name}: {error}") from error
+        if (same := planned.get(run.config)) is not None:
+            shared = {k: v for k, v in same.point.settings.items() if (k, v) in point.settings.items()}
+            run = dataclasses.replace(same, point=dataclasses.replace(same.point, settings=shared))
+        planned[run.config] = run
+    names = [run.point.name for run in planned.values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two runs of the sweep would be named {twice[0]!r}: give their sizes or budgets other labels")
+    return list(planned.values())
+
+
+def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, bool]]) -> Planned:
+    run, text = load(point.files, point.bindings)
+    trainer = run.trainer()
+    model, seq_len = trainer.abstract_model, run.task.seq_len
+    steps, step_tokens = run.num_steps(model), run.batch_size * seq_len
+    state = trainer.abstract_state()
+    if run.task not in corpora:
+        corpora[run.task] = _corpus_tokens(run.task)
+    corpus_tokens, is_prepared = corpora[run.task]
+    described = workdirs.describe_model(model, seq_len)
+    return Planned(
+        point=point,
+        config=text(),
+        method=described["method"],
+        is_causal=described["is_causal"],
+        params_total=described["params_total"],
+        params_active=described["params_active"],
+        flops_per_token=described["forward_flops_per_token"],
+        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        steps=steps,
+        step_tokens=step_tokens,
+        step_flops=training_flops(model, step_tokens, seq_len),
+        program=_program(state, run.batch_size, seq_len),
+        task=run.task,
+        corpus_tokens=corpus_tokens,
+        is_prepared=is_prepared,
+    )
+
+
+def _program(state: object, batch_size: int, seq_len: int) -> str:
+    shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    return hashlib.sha256(f"{shapes} {batch_size} x {seq_len}".encode()).hexdigest()[:12]
+
+
+def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
+    """Training tokens of a task, padding included, and whether it is prepared; if not, an estimate where there is one.
+
+    A byte is a token. What a corpus of TFDS holds isn't known before it is prepared; its limit is, if it has one.
+    """
+    if task.cache_path().exists():
+        return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
+    limit = task.max_train_tokens
+    if task.vocabulary == BYTES and hasattr(task.corpus, "num_bytes"):
+        size = task.corpus.num_bytes()
+        return size if limit is None else min(size, limit), False
+    return limit, False
+
+
+def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
+    """What to say before a sweep starts.
+
+    Raises:
+        InputError: if a run is too short to mean anything, or needs more text than the corpus has.
+    """
+    for run in planned:
+        if run.steps < sweep.min_steps:
+            raise InputError(
+                f"{run.point.name} would make {run.steps} steps, fewer than Sweep.min_steps={sweep.min_steps}: "
+                "raise its budget, lower Run.batch_size, or leave out its size"
+            )
+        if run.epochs is not None and run.epochs > sweep.max_epochs:
+            raise InputError(
+                f"{run.point.name} would read {run.tokens:.3g} tokens, {run.epochs:.1f} times the "
+                f"{run.corpus_tokens:.3g} of {run.task.corpus.name}, and Sweep.max_epochs={sweep.max_epochs:g}: "
+                "lower its budget, leave out its size, or take a larger corpus"
+            )
+    notes = []
+    if repeating := [run for run in planned if (run.epochs or 0) > 1]:
+        most = max(repeating, key=lambda run: run.epochs)
+        notes.append(
+            f"{len(repeating)} of {len(planned)} runs read text more than once; {most.point.name} "
+            f"{most.epochs:.1f} times. Up to 4 times is nearly as good as new text (arXiv:2305.16264)."
+        )
+    if any(run.corpus_tokens is None for run in planned):
+        notes.append("How much text the corpus has isn't known before `peer-jax prepare`: epochs are left blank.")
+    elif not all(run.is_prepared for run in planned):
+        notes.append("The corpus is not prepared yet: its size, and so the epochs, are estimates.")
+    return notes
+
+
+def kept_configs_agree(planned: Sequence[Planned], workdir: Path) -> None:
+    """Raises an InputError if a run directory in ``workdir`` was begun with another config than is planned now."""
+    for run in planned:
+        folder = workdir / run.point.name
+        if (folder / workdirs.CONFIG).exists():
+            workdirs.keep_config(folder, run.config)
+
+
+def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> dict[str, float | None]:
+    """Seconds a step of every program, by what was measured of some.
+
+    Between two measured sizes of a method, seconds follow FLOPs by a power law; beyond them, in proportion. None where
+    nothing of the method was measured.
+    """
+    estimates: dict[str, float | None] = {}
+    for run in planned:
+        same_method = (r for r in planned if r.method == run.method and r.program in measured)
+        own = sorted({(r.step_flops, measured[r.program]) for r in same_method})
+        if run.program in measured:
+            estimates[run.program] = measured[run.program]
+        elif not own:
+            estimates[run.program] = None
+        else:
+            flops, seconds = np.array(own).T
+            near = np.clip(run.step_flops, flops[0], flops[-1])
+            at_near = np.exp(np.interp(np.log(near), np.log(flops), np.log(seconds)))
+            estimates[run.program] = float(at_near * run.step_flops / near)
+    return estimates
+
+
+def to_measure(planned: Sequence[Planned]) -> list[Planned]:
+    """The runs whose speed tells that of the others: of each method, those of the least and the most FLOPs a step."""
+    chosen: dict[str, Planned] = {}
+    for method in dict.fromkeys(run.method for run in planned):
+        own = [run for run in planned if run.method == method]
+        for run in (min(own, key=lambda r: r.step_flops), max(own, key=lambda r: r.step_flops)):
+            chosen.setdefault(run.program, run)
+    return list(chosen.values())

@@ -1,0 +1,245 @@
+"""What an analysis shows, in sentences made from its numbers: nothing that the evidence doesn't carry."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from peer_jax.scaling.isoflop import BASELINE, Analysis, Comparison, Curve
+from peer_jax.scaling.sweep import short as flops
+
+NOT_CAUSAL = "not causal"
+
+
+def si(number: float | None) -> str:
+    """12345 as 12.3k."""
+    if number is None:
+        return "-"
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999.6 would be written 1e+03.
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def loss(value: float | None) -> str:
+    """Nats per token, to four decimals."""
+    return "-" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
+
+
+def interval(bounds: tuple[float, float] | None, write=si) -> str:
+    """Both ends."""
+    return "-" if bounds is None else f"{write(bounds[0])} to {write(bounds[1])}"
+
+
+def budget(value: float) -> str:
+    """Training FLOPs, to three digits."""
+    return flops(float(f"{value:.3g}"))
+
+
+def named(series: str, is_causal: bool) -> str:
+    """A series as it is always named, so that none is taken for causal."""
+    return series if is_causal else f"{series}, {NOT_CAUSAL}"
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def joined(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Sentences under a heading."""
+
+    title: str
+    sentences: list[str]
+
+
+def reading(analysis: Analysis) -> list[Finding]:
+    """What is found at each budget, then what limits it all."""
+    found = [Finding(f"At {budget(value)} training FLOPs", _at_budget(analysis, value)) for value in analysis.budgets]
+    return [*found, Finding("What limits this", cautions(analysis))]
+
+
+def without(reasons: Iterable[tuple[str, bool, str]]) -> list[str]:
+    """Which series have no result, by reason; from (series, whether it is causal, reason or nothing)."""
+    groups = defaultdict(list)
+    for series, is_causal, reason in reasons:
+        if reason:
+            groups[reason].append(named(series, is_causal))
+    return [f"{'; '.join(series)}: {reason}." for reason, series in groups.items()]
+
+
+def _at_budget(analysis: Analysis, value: float) -> list[str]:
+    curves = [curve for curve in analysis.shown() if curve.budget == value]
+    sentences = []
+    for text in analysis.texts:
+        own = [curve for curve in curves if curve.text == text]
+        causal = [curve for curve in own if curve.is_causal]
+        with_minimum = [curve for curve in causal if curve.has_minimum]
+        if with_minimum:
+            sentences += _minima(sorted(with_minimum, key=lambda curve: curve.fit.loss))
+        elif causal:
+            sentences += _measured(causal, analysis)
+        sentences += _left_out(own, by_fit=bool(with_minimum))
+        sentences += _against_dense([c for c in analysis.comparisons if c.budget == value], own)
+    return sentences or ["Only settings were compared, at fewer than 3 sizes: see the ablations."]
+
+
+def _minima(ranked: Sequence[Curve]) -> list[str]:
+    """Who has the lowest fitted minimum, and whether that is more than its uncertainty."""
+    first = ranked[0]
+    known = f" (95% interval {interval(first.fit.loss_interval, loss)})" if first.fit.loss_interval else ""
+    sentences = [
+        f"{first.series} has the lowest fitted minimum of the causal methods: {loss(first.fit.loss)} nats per token"
+        f"{known} at {si(first.fit.size)} active parameters."
+    ]
+    if len(ranked) == 1:
+        return [
+            f"{first.series} is the only causal method with a minimum among the sizes tried: "
+            f"{loss(first.fit.loss)} nats per token{known} at {si(first.fit.size)} active parameters."
+        ]
+    overlapping, apart, unknown = [], [], []
+    for other in ranked[1:]:
+        if first.fit.loss_interval is None or other.fit.loss_interval is None:
+            unknown.append(other)
+        elif other.fit.loss_interval[0] <= first.fit.loss_interval[1]:
+            overlapping.append(other)
+        else:
+            apart.append(other)
+    if overlapping:
+        sentences.append(
+            f"The {'interval' if len(overlapping) == 1 else 'intervals'} of {_with_losses(overlapping)} "
+            f"{'overlaps' if len(overlapping) == 1 else 'overlap'} with it, so an order among them is not shown."
+        )
+    if apart:
+        sentences.append(f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, with intervals apart.")
+    if unknown:
+        sentences.append(
+            f"There are no intervals to compare it with {_with_losses(unknown)}, so whether that order is more than "
+            "noise is not known."
+        )
+    return sentences
+
+
+def _with_losses(curves: Sequence[Curve]) -> str:
+    return joined([f"{curve.series} ({loss(curve.fit.loss)})" for curve in curves])
+
+
+def _measured(curves: Sequence[Curve], analysis: Analysis) -> list[str]:
+    """Without any minimum: the lowest runs, for what they are worth."""
+    ranked = sorted((curve for curve in curves if curve.best()), key=lambda curve: curve.best()[1])
+    if not ranked:
+        return ["No run of a causal method ended with a finite loss."]
+    if len(ranked) == 1:
+        rows, value = ranked[0].best()
+        return [
+            f"There is one causal series, {ranked[0].series}, and its lowest loss is {loss(value)} nats per token "
+            f"(size {rows[0].size}, {count(len(rows), 'run')})."
+        ]
+    (rows, low), (others, next_low) = ranked[0].best(), ranked[1].best()
+    sentences = [
+        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {ranked[0].series}'s "
+        f"{loss(low)} nats per token (size {rows[0].size}, {count(len(rows), 'run')}), the next {ranked[1].series}'s "
+        f"{loss(next_low)} (size {others[0].size}, {count(len(others), 'run')})."
+    ]
+    noise = next((noise for noise in analysis.noise if noise.budget == curves[0].budget), None)
+    if noise is None:
+        sentences.append("With one seed a point, whether that order is more than noise is not known.")
+    elif next_low - low < 2 * noise.deviation * math.sqrt(1 / len(rows) + 1 / len(others)):
+        sentences.append(f"That is within what seeds differ by (standard deviation {noise.deviation:.4f}).")
+    return sentences
+
+
+def _left_out(curves: Sequence[Curve], *, by_fit: bool) -> list[str]:
+    """What was not ranked, and why."""
+    sentences = []
+    for curve in (curve for curve in curves if not curve.is_causal and curve.best()):
+        value = f"a fitted minimum of {loss(curve.fit.loss)}" if curve.has_minimum else f"{loss(curve.best()[1])}"
+        sentences.append(
+            f"{curve.series} reaches {value}, but is not causal: tokens see later ones of their sequence, "
+            "so its loss can't be compared with the others'."
+        )
+    outside = [curve.series for curve in curves if curve.fit and curve.fit.is_extrapolation]
+    if outside:
+        sentences.append(
+            f"{_minimum_of(outside)} outside the sizes tried: an extrapolation, which is not counted as a result."
+        )
+    reasons = defaultdict(list)
+    for curve in curves if by_fit else ():
+        if curve.fit is None:
+            reasons[curve.reasons["params_active"]].append(curve.series)
+    sentences += [
+        f"{joined(series)} {'has' if len(series) == 1 else 'have'} no parabola: {reason}."
+        for reason, series in reasons.items()
+    ]
+    return sentences
+
+
+def _minimum_of(series: Sequence[str]) -> str:
+    return f"The minimum of {series[0]} lies" if len(series) == 1 else f"The minima of {joined(series)} lie"
+
+
+def _against_dense(comparisons: Sequence[Comparison], curves: Sequence[Curve]) -> list[str]:
+    """Which causal methods are apart from dense, and by how much."""
+    own = {curve.series for curve in curves}
+    apart = [
+        f"{found.series} {abs(found.difference):.4f} nats {'lower' if found.difference < 0 else 'higher'}"
+        for found in comparisons
+        if found.series in own and found.is_causal and found.overlap is False
+    ]
+    return [f"Against {BASELINE}'s minimum, with intervals apart: {joined(apart)}."] if apart else []
+
+
+def cautions(analysis: Analysis) -> list[str]:
+    """What limits all of it."""
+    shown, found = analysis.shown(), []
+    if len(analysis.texts) > 1:
+        found.append(
+            f"The runs are on {len(analysis.texts)} different texts ({joined(analysis.texts)}): "
+            "losses are only compared on the same text."
+        )
+    single = sorted({curve.budget for curve in shown if curve.seeds == 1})
+    if single:
+        where = "every budget" if single == analysis.budgets else f"{joined([budget(b) for b in single])} FLOPs"
+        found.append(
+            f"At {where} some or all sizes have one seed. There the intervals hold how far the points lie from a "
+            "parabola, which is not how far seeds differ."
+        )
+    if any(curve.fit and curve.fit.loss_interval for curve in shown):
+        found.append(
+            "The intervals are 95% bootstrap intervals of the parabola from few points, so they promise rather too "
+            "much; and they hold nothing of how well the rates of each method were tuned."
+        )
+    if analysis.noise:
+        found.append(
+            "Seeds differ by a standard deviation of "
+            + joined(
+                [
+                    f"{n.deviation:.4f} nats at {budget(n.budget)} FLOPs ({count(n.groups, 'group')})"
+                    for n in analysis.noise
+                ]
+            )
+            + "."
+        )
+    if analysis.diverged:
+        are = "is" if analysis.diverged == 1 else "are"
+        found.append(f"{count(analysis.diverged, 'run')} ended without a finite loss and {are} left out of the fits.")
+    off = [row for row in analysis.rows if abs(row.training_flops / row.budget - 1) > 0.02]
+    if off:
+        found.append(f"{count(len(off), 'run')} missed the budget by more than 2%: see the table of runs.")
+    if repeated := [row for row in analysis.rows if (row.epochs or 0) > 1]:
+        most = max(row.epochs for row in repeated)
+        found.append(f"{count(len(repeated), 'run')} went over the corpus more than once, at most {most:.2g} times.")
+    places = [(row.cache, row.series, row.size, row.budget, row.seed) for row in analysis.rows]
+    if copies := len(places) - len(set(places)):
+        found.append(
+            f"{count(copies, 'run')} {'has' if copies == 1 else 'have'} the method, size, budget, settings and seed of "
+            "another; each counts as a point."
+        )
+    return found

@@ -1,0 +1,188 @@
+"""Running a sweep: every run in its directory, by worker processes; what is finished stays, what was begun goes on."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import connection
+from pathlib import Path
+
+from peer_jax.data.pipeline import ensure_prepared
+from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.scaling import results
+from peer_jax.scaling.board import Board
+from peer_jax.scaling.plan import Load, Planned, to_measure
+from peer_jax.scaling.sweep import Sweep
+from peer_jax.scaling.workers import Answer, Task, Worker
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.loop import StopOnSignal
+
+TICK = 0.5
+RETRY_SECONDS = 5.0
+
+
+def prepare_corpora(planned: Sequence[Planned], *, progress: bool) -> None:
+    """Prepares the text of all runs, so that workers find it."""
+    for task in dict.fromkeys(run.task for run in planned):
+        ensure_prepared(task, progress=progress)
+
+
+def run_sweep(
+    sweep: Sweep, planned: Sequence[Planned], workdir: Path, *, load: Load, workers: int, progress: bool = True
+) -> None:
+    """Trains what is not finished, and keeps ``results.csv`` up to date.
+
+    A run that fails leaves its reason in ``failure.json``, and the others go on. Runs that another sweep's process is
+    training are left to it, and taken over should it die.
+
+    Raises:
+        InputError: if ``workdir`` can't be written to.
+        TrainingFailed: at the end, if runs have failed.
+        Interrupted: on SIGTERM or SIGINT, when the running runs have saved their state.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        workdirs.write_whole(workdir / results.SWEEP, json.dumps(sweep.describe(), indent=2, default=str) + "\n")
+    except OSError as error:
+        raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
+    done = [run for run in planned if workdirs.read_result(workdir / run.point.name) is not None]
+    finished = {run.point.name for run in done}
+    todo = [run for run in planned if run.point.name not in finished]
+    with StopOnSignal() as stop, Board(planned, done, workdir, workers, enabled=progress) as board:
+        failed = _Runner(todo, workdir, load, workers, board).run(stop) if todo else {}
+    _write_results(workdir)
+    if stop.signal_number is not None:
+        raise Interrupted(stop.signal_number, "stopped; every run is saved, and the same command goes on")
+    if failed:
+        name, reason = next(iter(failed.items()))
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise TrainingFailed(
+            f"{len(failed)} of {len(planned)} runs failed, the rest is finished: {name}: {reason}{others}; "
+            f"reasons are in {workdir}/*/{results.FAILURE}, and the same command tries them again"
+        )
+
+
+class _Runner:
+    """The loop that gives runs to workers and takes their answers."""
+
+    def __init__(self, todo: Sequence[Planned], workdir: Path, load: Load, workers: int, board: Board) -> None:
+        self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in todo)
+        self._workdir, self._board = workdir, board
+        self._failed: dict[str, str] = {}
+        self._began = time.time()
+        count = min(workers, len(todo))
+        self._workers = [Worker(load, (i, workers), workdir / f"worker-{i}.log") for i in range(count)]
+        self._running: dict[Worker, Planned] = {}
+
+    def run(self, stop: StopOnSignal) -> dict[str, str]:
+        """Until nothing is left or ``stop`` asks to end; the reasons of the runs that failed."""
+        try:
+            while (self._queue or self._running) and stop.signal_number is None:
+                self._hand_out()
+                connection.wait([worker.connection for worker in self._running], timeout=TICK)
+                self._collect()
+                self._board.refresh()
+            for worker in self._workers:
+                worker.stop()
+            self._board.say("Stopping: the running runs are being saved ..." if self._running else None)
+            for worker in self._workers:
+                worker.join()
+            self._collect()
+        except BaseException:  # a second Ctrl-C, too: checkpoints are written whole or not at all
+            for worker in self._workers:
+                worker.kill()
+            raise
+        return self._failed
+
+    def _hand_out(self) -> None:
+        idle = [worker for worker in self._workers if worker not in self._running]
+        for _ in range(len(self._queue)):
+            if not idle:
+                return
+            not_before, run = self._queue.popleft()
+            if not_before > time.monotonic():
+                self._queue.append((not_before, run))
+            elif not self._ended_elsewhere(run):
+                self._start(idle.pop(), run)
+
+    def _ended_elsewhere(self, run: Planned) -> bool:
+        """Whether another sweep's process has finished the run, or failed at it since this one began."""
+        folder = self._workdir / run.point.name
+        if workdirs.read_result(folder) is not None:
+            self._finish(run)
+            return True
+        failure = results.read_json(folder / results.FAILURE)
+        if failure is not None and failure.get("time", 0) > self._began:
+            self._fail(run, failure["reason"])
+            return True
+        return False
+
+    def _start(self, worker: Worker, run: Planned) -> None:
+        folder = self._workdir / run.point.name
+        point = dataclasses.asdict(run.point)
+        with contextlib.suppress(OSError):  # a full disk is the run's failure, and it will say so
+            folder.mkdir(exist_ok=True)
+            workdirs.write_whole(folder / results.POINT, json.dumps(point, indent=2, default=str) + "\n")
+        worker.give(Task(run.point.files, run.point.bindings, folder))
+        self._running[worker] = run
+        self._board.started(run)
+
+    def _collect(self) -> None:
+        for worker, run in list(self._running.items()):
+            if (answer := worker.answer()) is None:
+                continue
+            del self._running[worker]
+            if answer.state == "finished":
+                self._finish(run)
+            elif answer.state == "failed":
+                self._keep_failure(run, answer)
+                self._fail(run, answer.reason)
+            elif answer.state == "busy":
+                self._queue.append((time.monotonic() + RETRY_SECONDS, run))
+                self._board.elsewhere(run)
+
+    def _finish(self, run: Planned) -> None:
+        (self._workdir / run.point.name / results.FAILURE).unlink(missing_ok=True)
+        self._board.finished(run)
+        _write_results(self._workdir)
+
+    def _fail(self, run: Planned, reason: str) -> None:
+        self._failed[run.point.name] = reason
+        self._board.failed(run, reason)
+
+    def _keep_failure(self, run: Planned, answer: Answer) -> None:
+        failure = {"reason": answer.reason, "details": answer.details, "time": time.time()}
+        with contextlib.suppress(OSError):  # it is said all the same
+            path = self._workdir / run.point.name / results.FAILURE
+            workdirs.write_whole(path, json.dumps(failure, indent=2) + "\n")
+
+
+def _write_results(workdir: Path) -> None:
+    """Rebuilds the table from the results that are there."""
+    with contextlib.suppress(InputError, OSError):  # none yet, or no room: it can be rebuilt at any time
+        results.write_csv(results.read([workdir]), workdir / results.RESULTS)
+
+
+def measure(
+    planned: Sequence[Planned], log: Path, *, load: Load, workers: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds a step of some programs, and the reasons why others could not be measured, by run.
+
+    One after another, by a process with the share of the machine that a worker of the sweep has.
+    """
+    seconds, reasons = {}, {}
+    worker = Worker(load, (0, workers), log)
+    try:
+        for run in to_measure(planned):
+            worker.give(Task(run.point.files, run.point.bindings))
+            while (answer := worker.answer()) is None:
+                connection.wait([worker.connection])
+            if answer.seconds is None:
+                reasons[run.point.name] = answer.reason
+            else:
+                seconds[run.program] = answer.seconds
+    finally:
+        worker.kill()
+    return seconds, reasons

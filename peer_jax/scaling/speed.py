@@ -1,0 +1,55 @@
+"""How long a step takes, by a short measurement."""
+
+import os
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from peer_jax.data.pipeline import vocabulary_size
+from peer_jax.errors import InputError
+from peer_jax.training.flops import training_flops
+from peer_jax.training.loop import Run
+
+MEASURED_SECONDS = 1.5
+LONGEST_STEP = 30.0
+SLOWEST_CPU = 2e10  # FLOPs per second; a core does 14 to 36e9
+
+
+def seconds_per_step(run: Run) -> float:
+    """Median seconds of the run's training step on random tokens, without compilation.
+
+    Raises:
+        InputError: if its state doesn't fit the device's memory, or a step would take too long to try.
+    """
+    trainer = run.trainer()
+    rows, seq_len = run.batch_size, run.task.seq_len
+    _check_size(trainer.abstract_state(), training_flops(trainer.abstract_model, rows * seq_len, seq_len))
+    tokens = np.random.default_rng(0).integers(3, vocabulary_size(run.task.vocabulary), (rows, seq_len), np.int32)
+    batch = {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}
+    rates = run.optimizer.rates(trainer.labels, 0, 10)
+    step = jax.jit(trainer.step, donate_argnums=0)
+    state, metrics = step(trainer.init(0), batch, rates)
+    jax.block_until_ready(metrics)
+    times: list[float] = []
+    while sum(times) < MEASURED_SECONDS:
+        start = time.perf_counter()
+        state, metrics = step(state, batch, rates)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _check_size(state: object, step_flops: float) -> None:
+    device = jax.devices()[0]
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if device.platform == "cpu":
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if step_flops > LONGEST_STEP * SLOWEST_CPU:
+            raise InputError(f"a step of {step_flops:.2g} FLOPs takes too long to be tried on a CPU")
+    else:
+        available = (device.memory_stats() or {}).get("bytes_limit", needed)
+    # Gradients, and at least as much again for activations and copies.
+    if 1.5 * needed > available:
+        raise InputError(f"its state of {needed / 2**30:.1f} GiB does not fit {available / 2**30:.1f} GiB of memory")

@@ -1,0 +1,190 @@
+"""A sweep as data: methods, sizes, budgets, seeds and bindings to vary, and the runs that they make."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import check_positive
+
+Bindings = Mapping[str, Any]
+WIDTH = "Transformer.d_model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Runs that are to be compared: each of the methods at each size, for each budget and seed, with each setting.
+
+    An axis maps a label to the gin bindings that it stands for. Where two bind a name, the later of ``bindings``,
+    methods, sizes, budgets, ``cross`` and ``zip`` wins. Runs that turn out to be the same, such as a dense model with
+    another ``PEER.top_k``, are made once.
+
+    Args:
+        configs: gin files that every run is stacked from, relative to the folder of the sweep's own file. The
+            method's file comes after the first of them: base, layer, size, data.
+        bindings: of every run.
+        layers: folder of the methods' gin files, relative to the same.
+        methods: names of files in ``layers``, each with bindings of its own: rates that were tuned for it.
+        sizes: labels with bindings, ``Transformer.d_model`` among them.
+        budgets: training FLOPs, with bindings such as a batch size, or alone.
+        sizes_at: the sizes of a budget, where it does not have all: a larger budget needs larger models.
+        seeds: of parameters and data order.
+        cross: bindings with the values each takes, all combinations of them.
+        zip: bindings with the values each takes, the first of each together, then the second ...
+        rate_exponents: rates that change with width: the value bound is meant for d_model = ``rates_at`` and is
+            multiplied by (d_model / rates_at) ** exponent.
+        rates_at: the width at which the rates were tuned.
+        tuning: what was tuned and how, in words, for the report.
+        min_steps: a run of fewer steps says nothing and is refused.
+        max_epochs: a run that needs more passes over the corpus is refused. Up to 4 repeated text is worth nearly as
+            much as new text (Muennighoff et al. 2023, arXiv:2305.16264); more than one is said.
+    """
+
+    configs: Sequence[str]
+    methods: Mapping[str, Bindings] | Sequence[str]
+    sizes: Mapping[str, Bindings]
+    budgets: Mapping[float, Bindings] | Sequence[float]
+    sizes_at: Mapping[float, Sequence[str]] = dataclasses.field(default_factory=dict)
+    bindings: Bindings = dataclasses.field(default_factory=dict)
+    layers: str = "../layers"
+    seeds: Sequence[int] = (0,)
+    cross: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    zip: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    rate_exponents: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rates_at: int | None = None
+    tuning: str = ""
+    min_steps: int = 100
+    max_epochs: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("configs", "methods", "sizes", "budgets", "seeds"):
+            if not getattr(self, name):
+                raise InputError(f"Sweep.{name} is empty: name at least one")
+        for budget in self.budgets:
+            check_positive(**{"each of Sweep.budgets": budget})
+        for budget, sizes in self.sizes_at.items():
+            if budget not in self.budgets:
+                raise InputError(f"Sweep.sizes_at has the budget {budget:g}, which Sweep.budgets has not")
+            if unknown := [size for size in sizes if size not in self.sizes]:
+                raise InputError(f"Sweep.sizes_at names {unknown[0]!r}, but Sweep.sizes has {', '.join(self.sizes)}")
+        for axis in ("cross", "zip"):
+            for binding, values in getattr(self, axis).items():
+                if isinstance(values, str) or not values:
+                    raise InputError(f"Sweep.{axis} has {binding!r}: {values!r}, but it takes a list of values")
+        if len({len(values) for values in self.zip.values()}) > 1:
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in self.zip.items())
+            raise InputError(f"Sweep.zip pairs values one to one, but they are of different numbers: {lengths}")
+        if both := sorted(self.cross.keys() & self.zip.keys()):
+            raise InputError(f"{both[0]} is in Sweep.cross and in Sweep.zip: leave it in one")
+        if self.rate_exponents and self.rates_at is None:
+            raise InputError("Sweep.rate_exponents needs Sweep.rates_at, the d_model at which the rates were tuned")
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The combinations of ``cross`` and ``zip``; a single empty one if there are none."""
+        crossed = [dict(zip(self.cross, values, strict=True)) for values in itertools.product(*self.cross.values())]
+        zipped = [dict(zip(self.zip, values, strict=True)) for values in zip(*self.zip.values(), strict=True)] or [{}]
+        return [c | z for c in crossed for z in zipped]
+
+    def describe(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["budgets"] = [[budget, dict(bindings)] for budget, bindings in _axis(self.budgets).items()]
+        fields["sizes_at"] = [[budget, list(sizes)] for budget, sizes in self.sizes_at.items()]
+        return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of a sweep: its place on the axes, and the config that makes it."""
+
+    method: str
+    size: str
+    budget: float
+    seed: int
+    settings: dict[str, Any]
+    files: tuple[str, ...]
+    bindings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory."""
+        parts = [self.method, self.size, short(self.budget)]
+        parts += [f"{binding.split('.')[-1]}={_word(value)}" for binding, value in self.settings.items()]
+        return "-".join([*parts, f"seed{self.seed}"])
+
+
+def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]:
+    """The runs of a sweep: by budget, then by method, size, setting and seed.
+
+    Args:
+        folder: that of the sweep's own file.
+        extra: bindings over all others, for every run.
+
+    Raises:
+        InputError: if a method has no file, or a size no width that its rates could follow.
+    """
+    methods, budgets = _axis(sweep.methods), _axis(sweep.budgets)
+    shared = [_path(folder / file) for file in sweep.configs]
+    points = []
+    for budget, (method, own), (size, sizing) in itertools.product(budgets, methods.items(), sweep.sizes.items()):
+        if size not in sweep.sizes_at.get(budget, sweep.sizes):
+            continue
+        layer = folder / sweep.layers / f"{method}.gin"
+        if not layer.is_file():
+            raise InputError(f"Sweep.methods names {method!r}, but there is no {_path(layer)}")
+        for settings, seed in itertools.product(sweep.settings(), sweep.seeds):
+            bindings = {**sweep.bindings, **own, **sizing, **budgets[budget], **settings}
+            bindings |= dict(_scaled_rates(sweep, size, bindings))
+            bindings |= {"Run.training_flops": float(budget), "Run.seed": seed}
+            points.append(
+                Point(
+                    method=method,
+                    size=size,
+                    budget=float(budget),
+                    seed=seed,
+                    settings=settings,
+                    files=(shared[0], _path(layer), *shared[1:]),
+                    bindings=(*(f"{name} = {_literal(value)}" for name, value in bindings.items()), *extra),
+                )
+            )
+    return points
+
+
+def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple[str, float]]:
+    """The rates that change with width, at this width."""
+    for name, exponent in sweep.rate_exponents.items():
+        if WIDTH not in bindings:
+            raise InputError(f"Sweep.rate_exponents needs {WIDTH} in Sweep.sizes, and {size!r} does not bind it")
+        if name in bindings:
+            # To four digits: a rate is not known better, and it is read by people.
+            yield name, float(f"{bindings[name] * (bindings[WIDTH] / sweep.rates_at) ** exponent:.4g}")
+
+
+def _axis(values: Mapping | Sequence) -> dict:
+    """Labels with their bindings."""
+    return dict(values) if isinstance(values, Mapping) else {value: {} for value in values}
+
+
+def _path(path: Path) -> str:
+    """Without the detours that relative names make."""
+    resolved = path.resolve()
+    here = Path.cwd()
+    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)
+
+
+def _literal(value: Any) -> str:
+    """A value as gin writes it; strings that begin with @ or % are gin's references."""
+    return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
+
+
+def short(number: float) -> str:
+    """3e11 for 300000000000.0, 1.5e12 for 1500000000000.0."""
+    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{number:g}") if number >= 1e6 else f"{number:g}"
+
+
+def _word(value: Any) -> str:
+    """A value as a part of a file name."""
+    return re.sub(r"[^\w.+-]+", "_", f"{value:g}" if isinstance(value, float) else str(value)).strip("_")

@@ -1,0 +1,255 @@
+"""The tables of a report, as text in cells: the page and the terminal show the same."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from peer_jax.scaling.ablations import Ablation
+from peer_jax.scaling.curves import Training
+from peer_jax.scaling.isoflop import Analysis, Curve, mean_loss
+from peer_jax.scaling.reading import budget, interval, loss, named, si
+from peer_jax.scaling.results import Row
+
+WORDS = {"method", "series", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task"}
+SENTENCES = {"note", "reason", "intervals"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A heading, the columns' names and rows of cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, and is aligned left."""
+        return self.columns[column] in WORDS
+
+    def wraps(self, column: int) -> bool:
+        """Whether a column holds sentences."""
+        return self.columns[column] in SENTENCES
+
+
+def runs(rows: Sequence[Row]) -> Table:
+    """A row a run, all that is known in short."""
+    columns = (
+        *("run", "method", "size", "seed", "loss", "bits/byte", "perplexity", "budget", "spent", "off by", "steps"),
+        *("tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
+    )
+    names = Counter(row.run for row in rows)
+    cells = [
+        [
+            # Directories that are reported together may have runs of the same name.
+            row.run if names[row.run] == 1 else str(row.directory),
+            named(row.series, row.is_causal),
+            row.size,
+            str(row.seed),
+            loss(row.loss),
+            f"{row.bits_per_byte:.4f}",
+            f"{row.perplexity:.3f}",
+            budget(row.budget),
+            f"{row.training_flops:.4g}",
+            f"{row.training_flops / row.budget - 1:+.1%}",
+            str(row.steps),
+            si(row.tokens),
+            "-" if row.epochs is None else f"{row.epochs:.2g}",
+            si(row.params_total),
+            si(row.params_active),
+            "-" if row.usage is None else f"{row.usage:.3f}",
+            "-" if row.unevenness is None else f"{row.unevenness:.3f}",
+            si(row.tokens_per_second),
+            row.device,
+        ]
+        for row in rows
+    ]
+    return Table("All runs", columns, cells)
+
+
+def minima(analysis: Analysis) -> Table:
+    """The compute-optimal model of each series at each budget."""
+    columns = (
+        *("budget", "series", "N_opt", "95% interval", "D_opt", "loss", "95% interval", "perplexity", "runs", "sizes"),
+        "note",
+    )
+    cells = []
+    for curve in analysis.curves:
+        if (fit := curve.fit) is None:
+            continue
+        cells.append(
+            [
+                budget(curve.budget),
+                named(curve.series, curve.is_causal),
+                si(fit.size),
+                interval(fit.size_interval),
+                si(curve.tokens_at_minimum),
+                loss(fit.loss),
+                interval(fit.loss_interval, loss),
+                f"{np.exp(fit.loss):.3f}",
+                str(fit.points),
+                str(fit.sizes),
+                _note(curve),
+            ]
+        )
+    return Table("Minima of the parabolas (N: active parameters, D: tokens)", columns, cells)
+
+
+def _note(curve: Curve) -> str:
+    outside = "extrapolation: outside the sizes tried" if curve.fit.is_extrapolation else ""
+    diverged = f"{curve.diverged} diverged, left out" if curve.diverged else ""
+    return "; ".join(filter(None, [outside, diverged, curve.fit.note]))
+
+
+def unfitted(analysis: Analysis) -> Table:
+    """Why the other groups have no parabola."""
+    reasons = defaultdict(list)
+    for curve in analysis.curves:
+        if curve.fit is None:
+            reason = curve.reasons["params_active"] + (f"; {curve.diverged} diverged" if curve.diverged else "")
+            reasons[budget(curve.budget), reason].append(named(curve.series, curve.is_causal))
+    cells = [[at, "; ".join(series), reason] for (at, reason), series in reasons.items()]
+    return Table("No parabola", ("budget", "series", "reason"), cells)
+
+
+def points(analysis: Analysis) -> Table:
+    """The points of the isoFLOP figures."""
+    cells = []
+    for curve in analysis.shown():
+        for _, rows in curve.points("params_active"):
+            losses = [row.loss for row in rows]
+            cells.append(
+                [
+                    budget(curve.budget),
+                    named(curve.series, curve.is_causal),
+                    rows[0].size,
+                    si(rows[0].params_active),
+                    si(rows[0].params_total),
+                    si(rows[0].tokens),
+                    loss(mean_loss(rows)),
+                    str(len(rows)),
+                    f"{max(losses) - min(losses):.4f}" if len(rows) > 1 else "-",
+                ]
+            )
+    columns = ("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "runs", "range over runs")
+    return Table("Mean loss by size", columns, cells)
+
+
+def comparisons(analysis: Analysis) -> Table:
+    """Loss and compute against dense, at the minima."""
+    cells = []
+    for found in analysis.comparisons:
+        if found.difference is None:
+            difference, intervals = "-", found.reason
+        else:
+            difference = f"{found.difference:+.4f}"
+            intervals = {True: "overlap", False: "apart", None: "not known"}[found.overlap]
+        saving, note = "-", found.saving_reason
+        if found.saving is not None:
+            saving = f"{found.saving.factor:.2f} times"
+            note = "extrapolation: outside dense's losses" if found.saving.is_extrapolation else ""
+        cells.append([budget(found.budget), named(found.series, found.is_causal), difference, intervals, saving, note])
+    columns = ("budget", "series", "loss less dense's", "intervals", "dense's compute at equal loss", "note")
+    return Table("Against dense", columns, cells)
+
+
+def laws(analysis: Analysis) -> Table:
+    """Exponents of N_opt and D_opt; ``Laws.reason`` says why a series is missing."""
+    cells = []
+    for law in analysis.laws:
+        if law.params is None:
+            continue
+        note = f"{law.budgets} budgets" + (", which two points fit exactly: no interval" if law.budgets == 2 else "")
+        exponents = [law.params, law.tokens]
+        shown = [(f"{e.exponent:.3f}", interval(e.exponent_interval, "{:.2f}".format)) for e in exponents]
+        cells.append([named(law.series, law.is_causal), *shown[0], *shown[1], note])
+    columns = ("series", "a in N_opt ~ C^a", "95% interval", "b in D_opt ~ C^b", "95% interval", "note")
+    return Table("Power laws", columns, cells)
+
+
+def surfaces(analysis: Analysis) -> Table:
+    """L(N, D) = E + A / N^alpha + B / D^beta; ``Surface.reason`` says why a series is missing."""
+    cells = []
+    for found in analysis.surfaces:
+        if (s := found.surface) is None:
+            continue
+
+        def known(name: str, value: float, s=s) -> str:
+            bounds = s.intervals and f" ({interval(s.intervals[name], '{:.2f}'.format)})"
+            return f"{value:.3f}{bounds or ''}"
+
+        a, b = s.exponents
+        note = "E has faded to nothing: the runs are too small to show a floor" if s.E < 1e-3 else ""
+        cells.append(
+            [
+                named(found.series, found.is_causal),
+                *(known("E", s.E), f"{s.A:.3g}", f"{s.B:.3g}", known("alpha", s.alpha), known("beta", s.beta)),
+                *(f"{a:.2f}, {b:.2f}", str(s.points), note),
+            ]
+        )
+    columns = ("series", "E", "A", "B", "alpha", "beta", "a, b implied", "runs", "note")
+    return Table("L(N, D) = E + A / N^alpha + B / D^beta (in brackets 95% intervals)", columns, cells)
+
+
+def ablation(found: Ablation) -> Table:
+    """Losses by setting."""
+    cells = []
+    for panel in found.panels:
+        for method, losses in panel.losses.items():
+            for values in found.values:
+                if own := losses.get(values):
+                    cells.append(
+                        [
+                            *(budget(panel.budget), panel.size, named(method, method not in found.not_causal)),
+                            *(found.label(values), loss(float(np.mean(own))), str(len(own))),
+                            f"{max(own) - min(own):.4f}" if len(own) > 1 else "-",
+                        ]
+                    )
+    columns = ("budget", "size", "method", "setting", "mean loss", "runs", "range over runs")
+    return Table(found.title, columns, cells)
+
+
+def training(curves: Sequence[Training]) -> Table:
+    """Smoothed training losses along the way."""
+    shares = (0.1, 0.25, 0.5, 0.75, 1.0)
+    cells = [
+        [budget(c.row.budget), named(c.row.series, c.row.is_causal), c.row.size, str(c.row.seed)]
+        + [loss(c.at(share)) for share in shares]
+        for c in curves
+    ]
+    return Table(
+        "Training loss at shares of the FLOPs, at the best size",
+        ("budget", "series", "size", "seed", *(f"{share:.0%}" for share in shares)),
+        cells,
+    )
+
+
+def usage(rows: Sequence[Row]) -> Table:
+    """Which share of the experts is used, and how unevenly, means over seeds."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row.usage is not None and row.unevenness is not None:
+            groups[budget(row.budget), named(row.series, row.is_causal), row.size, row.num_experts].append(row)
+    cells = [
+        [
+            *(*place[:3], "-" if place[3] is None else str(place[3])),
+            f"{np.mean([r.usage for r in own]):.3f}",
+            f"{np.mean([r.unevenness for r in own]):.3f}",
+            str(len(own)),
+        ]
+        for place, own in groups.items()
+    ]
+    columns = ("budget", "series", "size", "experts", "usage", "unevenness", "runs")
+    return Table("Usage (share of experts) and unevenness (nats)", columns, cells)
+
+
+def flops_split(rows: Sequence[Row]) -> Table:
+    """Forward FLOPs a token and where they go."""
+    parts = list(dict.fromkeys(part for row in rows for part in row.flops_by_part))
+    cells = []
+    for row in rows:
+        known = row.flops_by_part
+        shares = [f"{known[part] / row.flops_per_token:.1%}" if part in known else "-" for part in parts]
+        cells.append([named(row.series, row.is_causal), row.size, si(row.flops_per_token), *shares])
+    return Table("Forward FLOPs a token", ("series", "size", "FLOPs a token", *parts), cells)

@@ -1,0 +1,254 @@
+"""IsoFLOP analysis and its reading, on rows whose minima, laws and noise are known."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer_jax.scaling import reading, tables
+from peer_jax.scaling.isoflop import analyse, same_budgets
+from peer_jax.scaling.results import Row
+
+SIZES = (1e4, 3e4, 1e5, 3e5, 1e6)
+
+
+def row(method="Dense", *, loss, active=1e5, budget=1e12, seed=0, settings=None, corpus="text", **fields):
+    """A run; FLOPs a token are 6 N."""
+    tokens = round(budget / (6 * active))
+    values = {
+        **{"run": f"{method}-{active:g}-{budget:g}-{seed}", "directory": Path("runs/x"), "method": method},
+        **{"is_causal": method != "MoE", "size": f"N{active:g}", "budget": budget, "seed": seed},
+        **{"settings": settings or {}, "loss": float(loss), "perplexity": 1.0, "bits_per_byte": 1.0},
+        **{"training_flops": 6.0 * active * tokens, "tokens": tokens, "steps": 1000, "epochs": 0.5},
+        **{"params_total": int(4 * active), "params_active": int(active), "flops_per_token": 2.0 * active},
+        **{"flops_by_part": {"all": 2.0 * active}, "d_model": 32, "num_blocks": 4, "num_experts": None},
+        **{"batch_size": 4, "seq_len": 256, "usage": None, "unevenness": None, "tokens_per_second": None},
+        **{"wall_seconds": 1.0, "corpus": corpus, "cache": f"{corpus}-1", "device": "cpu", "other_losses": {}},
+    }
+    return Row(**values | fields)
+
+
+def parabola(method="Dense", *, minimum, at, budget=1e12, seeds=(0,), noise=0.0, sizes=SIZES, **fields):
+    """Runs along a parabola with a known minimum."""
+    rng = np.random.default_rng(0)
+    return [
+        row(
+            method,
+            loss=minimum + 0.05 * math.log(size / at) ** 2 + noise * rng.normal(),
+            active=size,
+            budget=budget,
+            seed=seed,
+            **fields,
+        )
+        for size in sizes
+        for seed in seeds
+    ]
+
+
+def test_the_minimum_is_found_in_each_measure():
+    (curve,) = analyse(parabola(minimum=2.0, at=1e5), resamples=50).curves
+    assert curve.has_minimum
+    assert curve.fit.loss == pytest.approx(2.0)
+    assert curve.fit.size == pytest.approx(1e5)
+    assert curve.fits["params_total"].size == pytest.approx(4e5)
+    assert curve.fits["tokens"].size == pytest.approx(1e12 / 6e5, rel=0.01)
+    assert curve.seeds == 1
+
+
+@pytest.mark.parametrize("at", [3e4, 5.5e4, 4e5])
+def test_tokens_at_the_minimum_are_those_of_the_model_there(at):
+    (curve,) = analyse(parabola(minimum=2.0, at=at), resamples=0).curves
+    assert curve.tokens_at_minimum == pytest.approx(1e12 / (6 * at), rel=0.01)
+
+
+@pytest.mark.parametrize("at", [1e3, 1e7])
+def test_a_minimum_outside_the_sizes_is_no_result(at):
+    rows = parabola(minimum=2.0, at=at) + parabola(minimum=1.5, at=at, budget=1e13)
+    analysis = analyse(rows, resamples=0)
+    for curve in analysis.curves:
+        assert curve.fit.is_extrapolation
+        assert not curve.has_minimum
+        assert curve.tokens_at_minimum is None
+    assert analysis.laws[0].params is None
+    assert analysis.laws[0].reason == "no budget has a minimum among the sizes tried, and a power law needs 2"
+    assert tables.minima(analysis).rows[0][-1] == "extrapolation: outside the sizes tried"
+    assert any("an extrapolation, which is not counted as a result" in s for s in sentences(analysis))
+
+
+def sentences(analysis):
+    return [sentence for finding in reading.reading(analysis) for sentence in finding.sentences]
+
+
+def test_two_sizes_have_no_parabola_and_the_reason_is_kept():
+    analysis = analyse(parabola(minimum=2.0, at=1e5, sizes=SIZES[:2]), resamples=0)
+    (curve,) = analysis.curves
+    assert curve.fit is None
+    assert curve.reasons["params_active"].startswith("2 sizes")
+    assert tables.minima(analysis).rows == []
+    assert tables.unfitted(analysis).rows == [["1e12", "Dense", curve.reasons["params_active"]]]
+
+
+def test_diverged_runs_are_counted_and_left_out():
+    rows = [*parabola(minimum=2.0, at=1e5), row(loss=math.nan, active=2e6), row(loss=math.inf, active=2e6)]
+    analysis = analyse(rows, resamples=0)
+    (curve,) = analysis.curves
+    assert curve.diverged == analysis.diverged == 2
+    assert curve.fit.loss == pytest.approx(2.0)
+    assert "2 runs ended without a finite loss and are left out of the fits." in sentences(analysis)
+    (curve,) = analyse([row(loss=math.nan)], resamples=0).curves
+    assert curve.best() is None
+
+
+def test_power_laws_of_size_and_tokens():
+    """N_opt ~ C^0.3; tokens follow from C = 6 N D."""
+    rows = []
+    for budget in (1e11, 1e12, 1e13):
+        rows += parabola(minimum=3 - 0.1 * math.log10(budget), at=1e5 * (budget / 1e12) ** 0.3, budget=budget)
+    (law,) = analyse(rows, resamples=0).laws
+    assert law.budgets == 3
+    assert law.params.exponent == pytest.approx(0.3, abs=0.01)
+    assert law.tokens.exponent == pytest.approx(0.7, abs=0.01)
+
+
+def test_loss_surface_of_all_budgets():
+    rows = [
+        row(loss=1.5 + 20 / size**0.3 + 100 / (budget / 6 / size) ** 0.4, active=size, budget=budget)
+        for budget in (1e11, 1e12, 1e13)
+        for size in SIZES
+    ]
+    (found,) = analyse(rows, resamples=0).surfaces
+    assert found.surface.alpha == pytest.approx(0.3, abs=0.02)
+    assert found.surface.beta == pytest.approx(0.4, abs=0.02)
+    (found,) = analyse(rows[:5], resamples=0).surfaces
+    assert found.surface is None
+    assert "too few" in found.reason
+
+
+def test_compute_saved_against_dense():
+    """Dense falls by 0.3 a decade of compute, as a power law near enough; PEER is half of that below it."""
+    rows = [
+        *parabola(minimum=2.3, at=1e5, budget=1e11),
+        *parabola(minimum=2.0, at=1e5, budget=1e12),
+        *parabola("PEER", minimum=2.15, at=1e5, budget=1e11),
+        *parabola("PEER", minimum=1.85, at=1e5, budget=1e12),
+    ]
+    first, second = analyse(rows, resamples=0).comparisons
+    assert first.difference == pytest.approx(-0.15)
+    assert first.overlap is None
+    assert first.saving.factor == pytest.approx(10 ** (math.log(2.3 / 2.15) / math.log(2.3 / 2.0)), rel=0.01)
+    assert not first.saving.is_extrapolation
+    assert second.saving.is_extrapolation
+
+
+@pytest.mark.parametrize(
+    ("dense", "reason", "saving_reason"),
+    [
+        ([], "no dense run at this budget", "dense has a minimum among the sizes tried at no budget"),
+        (parabola(minimum=2, at=1e8), "dense's minimum lies outside the sizes tried", "at no budget"),
+        (parabola(minimum=2, at=1e5, sizes=SIZES[:2]), "dense's runs have no parabola: 2 sizes", "at no budget"),
+        (parabola(minimum=2, at=1e5), "", "at only one budget, and a comparison needs 2"),
+    ],
+    ids=["none", "outside", "no parabola", "one budget"],
+)
+def test_what_cannot_be_compared_says_why(dense, reason, saving_reason):
+    analysis = analyse([*parabola("PEER", minimum=1.9, at=1e5), *dense], resamples=0)
+    (found,) = analysis.comparisons
+    assert found.reason.startswith(reason)
+    assert (found.difference is None) == bool(reason)
+    assert found.saving is None
+    assert saving_reason in found.saving_reason
+
+
+@pytest.mark.parametrize(("gap", "overlap"), [(0.001, True), (0.5, False)])
+def test_overlapping_intervals_show_no_order(gap, overlap):
+    rows = parabola(minimum=2.0, at=1e5, seeds=(0, 1), noise=0.01)
+    rows += parabola("PEER", minimum=2.0 - gap, at=1e5, seeds=(0, 1), noise=0.01)
+    analysis = analyse(rows, resamples=200)
+    assert analysis.comparisons[0].overlap is overlap
+    said = " ".join(sentences(analysis))
+    assert ("so an order among them is not shown" in said) is overlap
+    assert ("with intervals apart" in said) is not overlap
+
+
+def test_with_one_seed_the_reading_says_what_the_intervals_hold():
+    one = analyse(parabola(minimum=2.0, at=1e5, noise=0.01), resamples=100)
+    two = analyse(parabola(minimum=2.0, at=1e5, noise=0.01, seeds=(0, 1)), resamples=100)
+    words = "have one seed. There the intervals hold how far the points lie from a parabola"
+    assert words in " ".join(sentences(one))
+    assert words not in " ".join(sentences(two))
+
+
+def test_a_method_that_is_not_causal_is_not_ranked():
+    analysis = analyse([*parabola(minimum=2.0, at=1e5), *parabola("MoE", minimum=1.0, at=1e5)], resamples=0)
+    said = sentences(analysis)
+    assert said[0].startswith("Dense is the only causal method with a minimum")
+    assert any(s.startswith("MoE reaches a fitted minimum of 1.0000, but is not causal") for s in said)
+    assert "MoE, not causal" in [cells[1] for cells in tables.minima(analysis).rows]
+
+
+def test_seed_noise_is_pooled_within_groups():
+    losses = {1e4: (2.0, 2.2), 1e5: (1.0, 1.1, 1.2), 1e6: (3.0,)}
+    rows = [row(loss=v, active=size, seed=s) for size, own in losses.items() for s, v in enumerate(own)]
+    (noise,) = analyse([*rows, rows[0]], resamples=0).noise  # a copy of a run is no seed
+    assert (noise.groups, noise.runs) == (2, 5)
+    assert noise.deviation == pytest.approx(math.sqrt((2 * 0.1**2 + 2 * 0.1**2) / 3))
+
+
+def test_settings_are_series_of_their_own():
+    plain = parabola("PEER", minimum=2.0, at=1e5)
+    varied = parabola("PEER", minimum=1.9, at=1e5, settings={"PEER.top_k": 4})
+    single = [row("PEER", loss=1.0, settings={"PEER.top_k": 8})]
+    analysis = analyse([*plain, *varied, *single], resamples=0)
+    assert [curve.series for curve in analysis.curves] == ["PEER", "PEER, top_k=4", "PEER, top_k=8"]
+    assert [curve.series for curve in analysis.shown()] == ["PEER", "PEER, top_k=4"]
+
+
+def test_dense_with_the_same_settings_is_the_baseline():
+    rows = parabola(minimum=2.0, at=1e5)
+    for settings, loss in (({"Run.batch_size": 4}, 1.8), ({"Run.batch_size": 8}, 1.6)):
+        rows += parabola(minimum=loss, at=1e5, settings=settings)
+    rows += parabola("PEER", minimum=1.5, at=1e5, settings={"Run.batch_size": 8})
+    rows += parabola("PEER", minimum=1.5, at=1e5, settings={"PEER.top_k": 8})
+    assert [found.difference for found in analyse(rows, resamples=0).comparisons] == pytest.approx([-0.1, -0.5])
+
+
+def test_texts_are_kept_apart():
+    analysis = analyse(
+        [*parabola(minimum=2.0, at=1e5), *parabola("PEER", minimum=1.0, at=1e5, corpus="other")], resamples=0
+    )
+    assert [curve.series for curve in analysis.curves] == ["Dense, on text", "PEER, on other"]
+    assert analysis.comparisons[0].difference is None
+    same = [row(loss=1.0), dataclasses.replace(row(loss=1.0), cache="text-2")]
+    assert analyse(same, resamples=0).texts == ("text (text-1)", "text (text-2)")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "names"),
+    [
+        ((3e11, 1e12), (3e11, 1e12)),
+        ((2.993e11, 3.004e11, 1e12), (3e11, 3e11, 1e12)),
+        ((1.234e12,), (1.234e12,)),
+        ((1e12, 1.05e12), (1e12, 1.05e12)),
+    ],
+)
+def test_budgets_within_half_a_step_are_one(budgets, names):
+    found = same_budgets([row(loss=1.0, budget=budget) for budget in budgets])
+    assert [found[budget] for budget in budgets] == list(names)
+
+
+def test_runs_off_their_budget_and_repeated_text_are_said():
+    rows = [row(loss=2.0, training_flops=0.9e12), row(loss=2.0, active=2e5, epochs=3.2)]
+    said = " ".join(sentences(analyse(rows, resamples=0)))
+    assert "1 run missed the budget by more than 2%" in said
+    assert "1 run went over the corpus more than once, at most 3.2 times." in said
+
+
+def test_an_order_within_the_noise_of_seeds_is_said_to_be_that():
+    rows = [row(loss=2.0 + 0.1 * seed, seed=seed) for seed in (0, 1)]
+    rows += [row("PEER", loss=2.01 + 0.1 * seed, seed=seed) for seed in (0, 1)]
+    said = sentences(analyse(rows, resamples=0))
+    assert said[1].startswith("That is within what seeds differ by (standard deviation 0.07")
+    far = sentences(analyse([*rows[:2], *(dataclasses.replace(r, loss=r.loss + 1) for r in rows[2:])], resamples=0))
+    assert not any("within what seeds differ by" in sentence for sentence in far)

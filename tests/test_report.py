@@ -1,0 +1,469 @@
+"""The report of synthetic sweeps, written here as a sweep leaves them: files, page, figures, words."""
+
+import base64
+import csv
+import dataclasses
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
+import zlib
+
+import numpy as np
+import pytest
+
+from peer_jax.errors import InputError
+from peer_jax.scaling import ablation_figures, ablations, curves, figures, reading, report, results, style
+from peer_jax.scaling.isoflop import analyse
+from peer_jax.training import workdir as workdirs
+
+SEQ_LEN, BLOCKS, VOCABULARY = 256, 4, 258
+GAINS = {"Dense": 0.0, "MoE (token choice)": 0.03, "MoE (expert choice)": 0.05, "PEER": 0.12, "PKM": 0.10}
+HEADLINE = {"budgets": (3e11, 3e12), "widths": (16, 24, 32, 48, 64), "seeds": (0, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a model of a method and width counts."""
+
+    total: int
+    active: int
+    parts: dict[str, float]
+
+    @classmethod
+    def of(cls, method, d, experts):
+        backbone = 2 * VOCABULARY * d + BLOCKS * 4 * d * d
+        dense = 8 * d * d
+        parts = {"attention": BLOCKS * (8.0 * d * d + 4 * SEQ_LEN * d), "logits": 2.0 * d * VOCABULARY}
+        parts["Dense"] = 16.0 * d * d * (BLOCKS - (method != "Dense"))
+        total = active = backbone + BLOCKS * dense
+        if method.startswith("MoE"):
+            parts["MoE"] = 16.0 * d * d + 16 * d
+            total += 7 * dense
+        elif method != "Dense":
+            n, h, k = math.isqrt(experts), max(1, d // 16), 16
+            parts[method] = 2.0 * d * h * 16 + 2 * h * n * 16 + (4 if method == "PEER" else 2) * h * k * d
+            total += (2 if method == "PEER" else 1) * experts * d - dense
+            active += 2 * h * k * d - dense + 16 * d * h
+        return cls(total, active, parts)
+
+
+def slug(method):
+    """dense, moe-expert-choice, peer, pkm."""
+    return re.sub(r"\W+", "-", method.lower()).strip("-")
+
+
+def write_run(
+    folder,
+    method,
+    d,
+    budget,
+    *,
+    seed=0,
+    settings=None,
+    penalty=0.0,
+    experts=4096,
+    loss=None,
+    lines=True,
+    corpus="python",
+):
+    """A finished run: result.json and metrics.jsonl, with point.json where it has settings (None: no sweep)."""
+    shape = Shape.of(method, d, experts)
+    flops = sum(shape.parts.values())
+    steps = max(1, round(budget / (3 * flops * 4 * SEQ_LEN)))
+    tokens = steps * 4 * SEQ_LEN
+    noise = np.random.default_rng(zlib.crc32(f"{method} {d} {budget} {seed} {settings}".encode()))
+    if loss is None:
+        loss = 0.9 + 14 / shape.active**0.3 + 170 / tokens**0.42 - GAINS[method] * math.log10(budget / 3e10) / 2
+        loss = float(loss + penalty + noise.normal(0, 0.008))
+    own = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2), "word_perplexity": 1e5}
+    if method != "Dense":
+        own["experts"] = {"block_1": {"usage": float(0.9 - 0.02 * math.log2(experts)), "unevenness": 0.2 * math.log(d)}}
+    result = {
+        "schema": workdirs.SCHEMA,
+        "machine": {"platform": "cpu", "device": "cpu", "devices": 1},
+        "versions": {},
+        **{"method": method, "is_causal": method != "MoE (expert choice)", "d_model": d, "num_blocks": BLOCKS},
+        "num_experts": None if method == "Dense" else 8 if method.startswith("MoE") else experts,
+        **{"params_total": shape.total, "params_active": shape.active},
+        **{"forward_flops_per_token": flops, "forward_flops_by_part": shape.parts},
+        **{"seed": seed, "steps": steps, "batch_size": 4, "seq_len": SEQ_LEN, "tokens": tokens},
+        **{
+            "training_flops": 3 * flops * tokens,
+            "tokens_per_second": 1e9 / flops,
+            "wall_seconds": tokens * flops / 1e9,
+        },
+        **{"epochs": tokens / 1.1e7, "corpus": {"name": corpus, "cache": f"{corpus}-{SEQ_LEN}"}},
+        "evaluations": {corpus: own},
+    }
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    if settings is not None:
+        point = {"method": method, "size": f"d{d}", "budget": budget, "seed": seed, "settings": settings}
+        (folder / "point.json").write_text(json.dumps(point))
+    if lines:
+        every = max(1, steps // 200)
+        made = [
+            json.dumps({"step": step, "loss": loss + 2.5 * (10 / (step + 10)) ** 0.7 + float(noise.normal(0, 0.05))})
+            for step in range(every, steps + 1, every)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join([*made, '{"step": 9, "validation_loss": 2.0}', '{"ste']))
+
+
+def write_headline(root, *, budgets, widths, seeds, methods=tuple(GAINS), lines=True):
+    """Methods at equal FLOPs."""
+    for budget in budgets:
+        for method in methods:
+            for d in widths:
+                for seed in seeds:
+                    folder = root / f"{slug(method)}-d{d}-{budget:g}-seed{seed}"
+                    write_run(folder, method, d, budget, seed=seed, settings={}, lines=lines)
+    describe(root, methods={"dense": {"AdamW.learning_rate": 0.004}, "peer": {"EXPERT_RATES": [0.004, 0.064]}})
+
+
+def describe(root, **fields):
+    """The sweep.json beside the runs."""
+    sweep = {"tuning": "Rates were tried at d32, 3e11 FLOPs, one seed.", "methods": ["dense", "peer"], "seeds": [0]}
+    sweep |= {"rate_exponents": {"AdamW.learning_rate": -0.5}, "rates_at": 64}
+    (root / "sweep.json").write_text(json.dumps(sweep | fields))
+
+
+def write_ablation(root, axes, *, methods=("PEER",), seeds=(0, 1), zipped=False, widths=(32,), budgets=(3e11,)):
+    """Runs over the combinations of the axes' values, or over the first of each, the second of each ..."""
+    grid = zip(*axes.values(), strict=True) if zipped else _product(*axes.values())
+    for number, values in enumerate(grid):
+        for method in methods:
+            for budget in budgets:
+                for d in widths:
+                    for seed in seeds:
+                        settings = dict(zip(axes, values, strict=True))
+                        penalty = 0.03 * math.sin(number) ** 2
+                        experts = settings.get("NUM_EXPERTS", 4096)
+                        folder = root / f"{slug(method)}-{budget:g}-d{d}-{number}-seed{seed}"
+                        write_run(
+                            folder, method, d, budget, seed=seed, settings=settings, penalty=penalty, experts=experts
+                        )
+
+
+def _product(first, *others):
+    return [(value, *rest) for value in first for rest in (_product(*others) if others else [()])]
+
+
+def write_everything(root):
+    """Sweeps of all kinds, a failed and a diverged run among them."""
+    write_headline(root / "headline", **HEADLINE)
+    failed = root / "headline" / "peer-d128-3e12-seed0"
+    failed.mkdir()
+    (failed / "failure.json").write_text(json.dumps({"reason": "step 17 has loss nan; there is no checkpoint yet"}))
+    write_run(root / "headline" / "pkm-d8-3e11-seed0", "PKM", 8, 3e11, settings={}, loss=math.nan)
+    write_ablation(root / "number", {"NUM_EXPERTS": (1024, 4096, 16384)}, methods=("PEER", "PKM"))
+    write_ablation(root / "number", {"NUM_EXPERTS": (4096,)}, methods=("Dense",))
+    write_ablation(root / "heads", {"PEER.top_k": (4, 8, 16, 32), "PEER.num_heads": (1, 2, 4)}, seeds=(0,))
+    write_ablation(root / "paired", {"PEER.num_heads": (1, 2, 4, 8), "PEER.top_k": (64, 32, 16, 8)}, zipped=True)
+    write_ablation(root / "norm", {"PEER.query_norm": ("batch", "layer", None)}, budgets=(3e11, 3e12))
+    rates = {"AdamW.learning_rate": (0.002, 0.004, 0.008), "TABLE_RATE": (0.016, 0.064, 0.256)}
+    write_ablation(root / "rates", rates, methods=("PEER", "PKM"), seeds=(0,))
+    describe(root / "rates", tuning="", methods=["peer", "pkm"], rate_exponents={})
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The directory of the runs, and of the report on them."""
+    root = tmp_path_factory.mktemp("report")
+    write_everything(root / "runs")
+    report.write_report([root / "runs"], root / "out", resamples=200)
+    return root
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds; complains of tags that don't match."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr"})
+
+    def __init__(self, path):
+        super().__init__()
+        self.images, self.links, self.ids, self.tags, self.words, self.open = [], [], [], set(), [], []
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        assert len(given) == len(attrs)
+        self.tags.add(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.images += [given] if tag == "img" else []
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        assert not any(name.startswith("on") for name in given)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_a_report_is_a_page_figures_and_a_table(everything):
+    out = everything / "out"
+    figures_ = ["isoflop_active", "isoflop_total", "isoflop_tokens", "optimum", "training", "usage", "flops"]
+    figures_ += [f"ablation_{number}" for number in range(1, 6)]
+    expected = {"results.csv", "report.html"} | {f"figures/{f}.{kind}" for f in figures_ for kind in ("svg", "png")}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == expected
+    for path in (out / "figures").iterdir():
+        start = path.read_bytes()[:8]
+        assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(list((everything / "runs").rglob("result.json")))
+
+
+def test_the_page_needs_no_other_file(everything):
+    page = Page(everything / "out" / "report.html")
+    assert len(page.images) == 12
+    for image in page.images:
+        assert len(image["alt"]) > 10
+        kind, _, data = image["src"].partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        xml.etree.ElementTree.fromstring(base64.b64decode(data, validate=True))
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert "script" not in page.tags
+    assert "http" not in page.text
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} == set(page.ids)
+
+
+def test_the_page_says_what_there_is_to_say(everything):
+    text = Page(everything / "out" / "report.html").text
+    for words in (
+        "peer-d128-3e12-seed0 step 17 has loss nan; there is no checkpoint yet",  # the failed run
+        "1 run ended without a finite loss and is left out of the fits",
+        "MoE (expert choice): not causal",
+        "MoE (expert choice), not causal",
+        "Rates were tried at d32, 3e11 FLOPs, one seed.",
+        "AdamW.learning_rate is multiplied by (d_model / 64)^-0.5",
+        "The sweep says nothing of how its rates were chosen.",
+        "nothing is known about tuning",
+        "has the lowest fitted minimum of the causal methods",
+        "Seeds differ by a standard deviation of",
+        "a in N_opt ~ C^a",
+        "L(N, D) = E + A / N^alpha + B / D^beta",
+        "h=8, k=8",  # settings that were paired
+    ):
+        assert words in text, words
+    runs = [path.parent.relative_to(everything / "runs") for path in (everything / "runs").rglob("result.json")]
+    assert all(str(run) in text for run in runs)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+MEASURE = """<script>addEventListener("load", async () => {
+  await Promise.all([...document.images].map((image) => image.decode()));
+  document.documentElement.dataset.widths = [...document.images].map((image) => image.naturalWidth).join(" ");
+  document.documentElement.dataset.overflow = document.documentElement.scrollWidth - innerWidth;
+});</script>"""
+
+
+@pytest.mark.parametrize("width", [1200, 500], ids=["desktop", "phone"])
+def test_a_browser_shows_the_page(everything, tmp_path, width):
+    if BROWSER is None:
+        pytest.skip("there is no chromium on the PATH (Debian's package chromium)")
+    page = tmp_path / "report.html"
+    page.write_text((everything / "out" / "report.html").read_text().replace("</body>", MEASURE + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    flags += [f"--window-size={width},2000", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
+    flags += ["--virtual-time-budget=20000"]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    widths = re.search(r'data-widths="([\d ]*)"', done.stdout)[1].split()
+    assert len(widths) == 12
+    assert all(int(image) > 100 for image in widths)
+    # Wide tables and figures scroll within the page, the page itself doesn't.
+    assert int(re.search(r'data-overflow="(-?\d+)"', done.stdout)[1]) <= 0
+
+
+def test_of_one_run(tmp_path):
+    write_run(tmp_path / "run", "PEER", 32, 3e11)
+    text = Page(report.write_report([tmp_path / "run"], tmp_path / "out", resamples=0)).text
+    assert "1 finished run from" in text
+    assert "There is one causal series, PEER" in text
+    assert "1 size" in text
+    assert "there is no sweep.json beside them" in text
+    assert "No run has failed" in text
+
+
+def test_of_one_size_and_seed_no_order_is_claimed(tmp_path):
+    """What the quickstart leaves: no sweep, so each run has the budget that it spent."""
+    for method in GAINS:
+        write_run(tmp_path / method, method, 32, 3e11, lines=False)
+    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    assert "5 methods" in text
+    assert "at 3e11 training FLOPs" in text
+    assert "No causal method has a minimum among the sizes tried. The lowest loss measured is" in text
+    assert "With one seed a point, whether that order is more than noise is not known." in text
+    assert "the run directories have no metrics.jsonl" in text
+
+
+def test_of_merged_directories(tmp_path):
+    write_headline(tmp_path / "a", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("Dense",), lines=False)
+    write_headline(tmp_path / "b", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PKM",), lines=False)
+    shutil.copytree(tmp_path / "a", tmp_path / "copies")
+    folders = [tmp_path / name for name in ("a", "b", "copies")]
+    text = Page(report.write_report(folders, tmp_path / "out", resamples=0)).text
+    assert "9 finished runs" in text
+    assert "Against dense budget series" in text
+    assert "3 runs have the method, size, budget, settings and seed of another" in text
+    assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
+    again = Page(report.write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
+    assert "6 finished runs" in again  # a directory given twice is read once
+
+
+def test_losses_on_different_texts_are_not_compared(tmp_path):
+    for method, corpus, loss in (("Dense", "python", 2.0), ("PEER", "wiki", 1.0)):
+        for d in (16, 32, 64):
+            write_run(tmp_path / f"{method}{d}", method, d, 3e11, settings={}, corpus=corpus, loss=loss, lines=False)
+    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    assert "The runs are on 2 different texts (python and wiki)" in text
+    assert "PEER, on wiki" in text
+    assert "Against Dense" not in text
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    write_headline(tmp_path / "runs", budgets=(3e11, 1e12), widths=(16, 32, 64), seeds=(0,), methods=("PEER",))
+    for out in ("first", "second"):
+        report.write_report([tmp_path / "runs"], tmp_path / out, resamples=50)
+    first, second = (
+        {path.relative_to(tmp_path / out): path.read_bytes() for path in (tmp_path / out).rglob("*") if path.is_file()}
+        for out in ("first", "second")
+    )
+    assert first == second
+
+
+def test_names_are_text_and_no_markup(tmp_path, capsys):
+    hostile = '<img src=x onerror="alert(1)">&amp;$x$ [red]'
+    for number, value in enumerate((hostile, "$", "{{ 1 + 1 }}")):
+        write_run(tmp_path / "runs" / f"{hostile}{number}", "PEER", 32, 3e11, settings={hostile: value})
+    (tmp_path / "runs" / "failed").mkdir()
+    (tmp_path / "runs" / "failed" / "failure.json").write_text(json.dumps({"reason": hostile}))
+    describe(tmp_path / "runs", tuning=hostile, methods={hostile: {hostile: hostile}}, rate_exponents={hostile: 1})
+    page = Page(report.write_report([tmp_path / "runs"], tmp_path / "out", resamples=0))
+    assert page.text.count(hostile) > 8
+    assert "{{ 1 + 1 }}" in page.text
+    assert all(image["src"].startswith("data:") for image in page.images)
+    report.table(results.read([tmp_path / "runs"]))
+    assert "[red]" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    write_run(tmp_path / "run", "Dense", 32, 3e11, lines=False)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match=r"taken can't be written to .*: choose another folder"):
+        report.write_report([tmp_path / "run"], tmp_path / "taken")
+    with pytest.raises(InputError, match="holds no finished run"):
+        report.write_report([tmp_path / "nothing"], tmp_path / "out")
+
+
+def test_tables_in_the_terminal(tmp_path, capsys):
+    write_headline(tmp_path, budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=tuple(GAINS)[:3], lines=False)
+    rows = results.read([tmp_path])
+    report.table(rows)
+    printed = capsys.readouterr().out
+    assert "MoE (expert choice) *" in printed
+    assert "* not causal" in printed
+    assert f"{rows[0].loss:.4f}" in printed
+    report.minima_table(analyse(rows, resamples=0))
+    printed = capsys.readouterr().out
+    assert "N_opt" in printed
+    assert "Dense" in printed
+    report.minima_table(analyse(rows[:1], resamples=0))
+    assert capsys.readouterr().out == ""
+
+
+def test_where_there_is_nothing_to_draw_there_is_no_figure(tmp_path):
+    write_run(tmp_path / "run", "Dense", 32, 3e11, lines=False)
+    rows = results.read([tmp_path])
+    analysis = analyse(rows, resamples=0)
+    assert figures.isoflop(analysis, "params_active") is None
+    assert figures.optimum(analysis) is None
+    assert figures.training(curves.read(analysis.curves)) is None
+    assert figures.usage(rows) is None
+    assert figures.flops(rows) is not None
+
+
+def test_training_curves_are_smoothed_and_skip_the_start(tmp_path):
+    write_run(tmp_path / "run", "Dense", 32, 3e11)
+    (curve,) = curves.read(analyse(results.read([tmp_path]), resamples=0).curves)
+    spent = curve.row.training_flops
+    assert 0.05 * spent <= curve.flops[0] < 0.07 * spent
+    assert curve.flops[-1] <= spent
+    assert np.abs(np.diff(curve.losses)).max() < 0.1
+    assert abs(curve.at(1.0) - curve.row.loss - 2.5 * (10 / (curve.row.steps + 10)) ** 0.7) < 0.1
+
+
+KINDS = [
+    ("number", {"NUM_EXPERTS": (1024, 4096)}, {}, "line", "number of experts N"),
+    ("grid", {"PEER.top_k": (4, 8), "PEER.num_heads": (1, 2, 4)}, {}, "heat map", "heads h and retrieved a head, k"),
+    ("paired", {"PEER.num_heads": (1, 2), "PEER.top_k": (16, 8)}, {"zipped": True}, "dots", "heads h and retrieved"),
+    ("norm", {"PEER.query_norm": ("batch", None)}, {}, "dots", "query norm"),
+    ("three", {"A.x": (1, 2), "A.y": (1, 2), "A.z": (1, 2)}, {}, "dots", "A.x and A.y and A.z"),
+    ("unheard", {"AdamW.b2": (0.9, 0.98, 0.99)}, {}, "line", "AdamW.b2"),
+]
+
+
+@pytest.mark.parametrize(("name", "axes", "how", "kind", "title"), KINDS, ids=[k[0] for k in KINDS])
+def test_an_ablation_gets_the_figure_that_suits_it(tmp_path, name, axes, how, kind, title):
+    write_ablation(tmp_path / name, axes, seeds=(0, 1), **how)
+    (found,) = ablations.find(results.read([tmp_path]))
+    assert found.kind == kind
+    assert found.title.startswith(title)
+    assert sum(len(own) for panel in found.panels for own in panel.losses["PEER"].values()) == 2 * len(found.values)
+    assert ablation_figures.ablation(found) is not None
+
+
+def test_a_sweep_that_varies_nothing_is_no_ablation(tmp_path):
+    write_ablation(tmp_path, {"NUM_EXPERTS": (1024,)})
+    assert ablations.find(results.read([tmp_path])) == []
+
+
+def test_a_method_always_looks_the_same():
+    alone = style.styles([("PEER", True)])["PEER"]
+    among = style.styles([("PEER, k=8", True), ("Dense", True), ("MoE (expert choice)", False), ("PEER", True)])
+    assert among["PEER"] == alone
+    assert len({(look.colour, look.marker) for look in among.values()}) == 4
+    assert among["MoE (expert choice)"].label == "MoE (expert choice), not causal"
+    assert among["MoE (expert choice)"].line != "-"
+
+
+def test_many_series_are_too_many_for_a_figure(tmp_path):
+    axes = {"PEER.top_k": (1, 2, 3, 4, 5, 6, 7, 8)}
+    write_ablation(tmp_path / "k", axes, seeds=(0,), widths=(16, 32, 64))
+    write_headline(tmp_path / "plain", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PEER",), lines=False)
+    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    assert "The figures leave out, the tables have: PEER, top_k=1; PEER, top_k=2" in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.8e4, 2.3e5), (1e4, 1.1e4), (1e5, 1e9), (3.0, 5.0), (2e11, 3.2e12)])
+def test_ticks_are_few_round_and_inside(low, high):
+    ticks = style.round_numbers(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert all(low <= tick <= high for tick in ticks)
+    assert all(float(f"{tick:.3g}") == pytest.approx(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12345, "12.3k"), (999.9, "1k"), (999_600, "1M"), (5e12, "5T"), (0.25, "0.25"), (None, "-")]
+)
+def test_numbers_are_short(number, text):
+    assert reading.si(number) == text

@@ -1,0 +1,329 @@
+"""A sweep as data: what runs it makes, what they cost, and what is refused before any starts."""
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+from test_loop import CONFIGS, tiny_config, training
+
+from peer_jax import config
+from peer_jax.cli import load_run
+from peer_jax.data.pipeline import open_cache
+from peer_jax.errors import InputError
+from peer_jax.scaling import plan, workers
+from peer_jax.scaling.sweep import Sweep, expand, short
+
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.gin"))
+METHODS = ("dense", "moe", "moe_token_choice", "pkm", "peer")
+FOLDER = CONFIGS / "sweeps"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_config(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting(tmp_path_factory):
+    with training(tmp_path_factory.getbasetemp()):
+        yield
+
+
+def sweep(tiny, **fields):
+    """A sweep of seconds over the small text of the tests."""
+    given = {
+        "configs": (str(CONFIGS / "base.gin"), str(CONFIGS / "sizes" / "tiny.gin"), str(tiny)),
+        "methods": ("dense", "peer"),
+        "sizes": {"d8": {"Transformer.d_model": 8}, "d16": {"Transformer.d_model": 16}},
+        "budgets": (1e8,),
+        "min_steps": 1,
+        "max_epochs": 1e6,
+    }
+    return Sweep(**given | fields)
+
+
+def planned(tiny, **fields):
+    return plan.plan(expand(sweep(tiny, **fields), FOLDER), load_run)
+
+
+# Expansion
+
+
+def test_axes_multiply_and_names_differ(tiny):
+    made = expand(
+        sweep(tiny, budgets=(1e8, 2e8), seeds=(0, 1, 2), cross={"PEER.top_k": (2, 4), "PEER.num_heads": (1, 2)}), FOLDER
+    )
+    assert len(made) == 2 * 2 * 2 * 3 * 4
+    assert len({point.name for point in made}) == len(made)
+    places = [
+        (p.budget, p.method, p.size, p.seed, p.settings["PEER.top_k"], p.settings["PEER.num_heads"]) for p in made
+    ]
+    wanted = itertools.product((1e8, 2e8), ("dense", "peer"), ("d8", "d16"), (0, 1, 2), (2, 4), (1, 2))
+    assert sorted(places) == sorted(wanted)
+    assert [p.budget for p in made] == sorted(p.budget for p in made)
+
+
+def test_zip_goes_in_step_and_crosses_with_the_rest(tiny):
+    settings = sweep(
+        tiny, zip={"PEER.num_heads": (1, 2, 4), "PEER.top_k": (4, 2, 1)}, cross={"PEER.query_norm": ("batch", None)}
+    ).settings()
+    assert len(settings) == 6
+    assert {(s["PEER.num_heads"], s["PEER.top_k"]) for s in settings} == {(1, 4), (2, 2), (4, 1)}
+    assert all(s["PEER.num_heads"] * s["PEER.top_k"] == 4 for s in settings)
+
+
+def test_later_axes_win_and_reach_the_model(tiny):
+    fields = {
+        "methods": {"peer": {"PEER.top_k": 1, "PEER.num_heads": 1, "Run.batch_size": 1, "D_KEY": 2}},
+        "sizes": {"d8": {"Transformer.d_model": 8, "PEER.num_heads": 2, "Run.batch_size": 2}},
+        "budgets": {1e8: {"Run.batch_size": 3}},
+        "cross": {"PEER.top_k": (4,)},
+        "bindings": {"PEER.top_k": 8, "D_KEY": 4, "TextTask.max_validation_tokens": 77},
+    }
+    (point,) = expand(sweep(tiny, **fields), FOLDER, ["AdamW.weight_decay=0.25"])
+    run, _ = load_run(point.files, point.bindings)
+    layer = run.trainer().abstract_model.blocks[1].ffw
+    assert (layer.d_model, layer.num_heads, layer.top_k, layer.d_key) == (8, 2, 4, 2)
+    assert (run.batch_size, run.optimizer.weight_decay, run.task.max_validation_tokens) == (3, 0.25, 77)
+
+
+def test_rates_follow_the_width(tiny):
+    fields = {"methods": {"dense": {"AdamW.learning_rate": 0.02}}, "rates_at": 16}
+    made = expand(
+        sweep(
+            tiny,
+            sizes={f"d{d}": {"Transformer.d_model": d} for d in (4, 16, 64)},
+            rate_exponents={"AdamW.learning_rate": -0.5, "TABLE_RATE": -1.0},  # nothing binds the second
+            **fields,
+        ),
+        FOLDER,
+    )
+    rates = {p.size: load_run(p.files, p.bindings)[0].optimizer.learning_rate for p in made}
+    assert rates == {"d4": 0.04, "d16": 0.02, "d64": 0.01}
+    with pytest.raises(InputError, match=r"Transformer\.d_model"):
+        expand(sweep(tiny, sizes={"small": {}}, rate_exponents={"AdamW.learning_rate": -0.5}, **fields), FOLDER)
+
+
+def test_sizes_at_a_budget(tiny):
+    made = expand(sweep(tiny, budgets=(1e8, 2e8), sizes_at={2e8: ("d16",)}), FOLDER)
+    assert {(p.budget, p.size) for p in made} == {(1e8, "d8"), (1e8, "d16"), (2e8, "d16")}
+
+
+def test_the_method_s_file_comes_after_the_first(tiny):
+    """So that a size may change a layer's options, as in a stack given by hand: base, layer, size, data."""
+    (point,) = expand(sweep(tiny, methods=("peer",), sizes={"d8": {"Transformer.d_model": 8}}), FOLDER)
+    assert [file.split("/")[-1] for file in point.files] == ["base.gin", "peer.gin", "tiny.gin", "tiny.gin"]
+    run, _ = load_run(point.files, point.bindings)
+    assert run.trainer().abstract_model.blocks[1].ffw.top_k == 4  # the test's tiny.gin; 16 in the layer's file
+
+
+def test_equal_runs_are_made_once(tiny):
+    """A dense model doesn't change with PEER's top-k; its only run carries no such setting."""
+    runs = planned(
+        tiny, sizes={"d8": {"Transformer.d_model": 8}}, cross={"PEER.top_k": (1, 2, 4), "AdamW.b1": (0.8, 0.9)}
+    )
+    dense = [run.point for run in runs if run.point.method == "dense"]
+    assert sorted(point.name for point in dense) == ["dense-d8-1e8-b1=0.8-seed0", "dense-d8-1e8-b1=0.9-seed0"]
+    assert len(runs) == 2 + 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"methods": ()}, ["Sweep.methods", "empty"]),
+        ({"methods": ("sparse",)}, ["'sparse'", "sparse.gin"]),
+        ({"budgets": (-1e8,)}, ["budgets", "-1"]),
+        ({"zip": {"A": (1, 2), "B": (1,)}}, ["Sweep.zip", "A 2", "B 1"]),
+        ({"cross": {"PEER.query_norm": "batch"}}, ["Sweep.cross", "PEER.query_norm", "list"]),
+        ({"cross": {"A": (1,)}, "zip": {"A": (1,)}}, ["A", "cross", "zip"]),
+        ({"rate_exponents": {"A": 1.0}}, ["rates_at"]),
+        ({"sizes_at": {3e8: ("d8",)}}, ["sizes_at", "3e+08"]),
+        ({"sizes_at": {1e8: ("d9",)}}, ["d9", "d8, d16"]),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(tiny, fields, words):
+    with pytest.raises(InputError) as refusal:
+        expand(sweep(tiny, **fields), FOLDER)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_run_that_can_t_be_built_is_named(tiny):
+    with pytest.raises(InputError, match=r"^peer-d8-1e8-num_experts=15-seed0: .*15"):
+        planned(tiny, cross={"PEER.num_experts": (16, 15)})
+    with pytest.raises(InputError, match="tpo_k"):
+        planned(tiny, cross={"PEER.tpo_k": (1,)})
+
+
+def test_short_numbers():
+    assert [short(x) for x in (3e11, 1.5e12, 6e18, 2e6, 262144, 0.0001)] == [
+        *("3e11", "1.5e12", "6e18", "2e6"),
+        *("262144", "0.0001"),
+    ]
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [3e7, 1e8, 2.7182818e8])
+def test_spent_flops_are_within_a_step_of_the_budget(tiny, method, budget):
+    """Counted from the matrices that the forward pass multiplies by, apart from the code that counts."""
+    (run,) = planned(tiny, methods=(method,), sizes={"d16": {"Transformer.d_model": 16}}, budgets=(budget,))
+    d, seq, vocab, blocks, rows = 16, 32, 259, 2, 4
+    attention = blocks * (4 * 2 * d * d + 2 * 2 * seq * d)
+    dense = 2 * 2 * 4 * d * d
+    n, h, d_key, k = 8, 2, 8, 4
+    router = 2 * d * h * d_key + 2 * h * 2 * n * (d_key // 2)
+    experts = 4
+    layer = {
+        "dense": dense,
+        "moe": 2 * d * experts + dense,  # capacity 1: as many rows as tokens
+        "moe_token_choice": 2 * d * experts + dense,
+        "pkm": router + 2 * h * k * d,
+        "peer": router + 4 * h * k * d,
+    }[method]
+    forward = attention + dense + layer + 2 * d * vocab
+    assert run.flops_per_token == forward
+    step = 3 * forward * rows * seq
+    assert run.step_flops == step
+    assert run.steps == round(budget / step)
+    assert abs(run.training_flops - budget) <= step / 2
+    assert run.tokens == run.steps * rows * seq
+
+
+def test_runs_that_say_nothing_are_refused(tiny):
+    runs = planned(tiny)
+    steps = min(run.steps for run in runs)
+    assert plan.check(sweep(tiny, min_steps=steps), runs) is not None
+    with pytest.raises(InputError, match=rf"-d16-1e8-seed0 would make {steps} steps.*min_steps={steps + 1}"):
+        plan.check(sweep(tiny, min_steps=steps + 1), runs)
+
+
+def test_epochs_over_the_corpus(tiny):
+    runs = planned(tiny, budgets=(1e9,))
+    run, _ = load_run(runs[0].point.files, runs[0].point.bindings)
+    rows = len(open_cache(run.task.cache_path(), "train"))
+    assert runs[0].epochs == runs[0].steps * run.batch_size / rows
+    assert runs[0].is_prepared
+    most = max(r.epochs for r in runs)
+    assert most > 1  # the tests' text is small
+    (note,) = plan.check(sweep(tiny), runs)
+    assert f"{most:.1f} times" in note
+    with pytest.raises(InputError, match=r"would read .* tokens, .* times the .* of corpus"):
+        plan.check(sweep(tiny, max_epochs=most * 0.99), runs)
+
+
+def test_unprepared_text_is_estimated_by_its_bytes(tiny, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("abc " * 2500)
+    (text / "b.txt").write_text("xyz " * 2500)
+    bindings = {"local_files.path": str(text), "TextTask.cache_dir": str(tmp_path / "cache")}
+    runs = planned(tiny, bindings=bindings)
+    assert {run.corpus_tokens for run in runs} == {20000}
+    assert any("estimates" in note for note in plan.check(sweep(tiny), runs))
+    assert not (tmp_path / "cache").exists()  # planning prepares nothing
+
+
+# Time
+
+
+def test_time_of_a_step_between_measured_sizes(tiny):
+    """On a power law of seconds in FLOPs, interpolation is exact; beyond it, in proportion."""
+    runs = planned(tiny, methods=("dense",), sizes={f"d{d}": {"Transformer.d_model": d} for d in (8, 16, 32, 64)})
+    law = {run.program: 1e-9 * run.step_flops**0.8 for run in runs}
+    middle = runs[1], runs[2]
+    known = {program: s for program, s in law.items() if program not in {run.program for run in middle}}
+    estimated = plan.step_seconds(runs, known)
+    for run in runs:
+        assert estimated[run.program] == pytest.approx(law[run.program], rel=1e-9)
+    alone = plan.step_seconds(runs, {runs[0].program: 1.0})
+    assert alone[runs[3].program] == pytest.approx(runs[3].step_flops / runs[0].step_flops)
+    assert set(plan.step_seconds(runs, {}).values()) == {None}
+
+
+def test_the_extremes_of_each_method_are_measured(tiny):
+    runs = planned(tiny, sizes={f"d{d}": {"Transformer.d_model": d} for d in (8, 16, 32)}, seeds=(0, 1))
+    chosen = plan.to_measure(runs)
+    assert {(run.point.method, run.point.size) for run in chosen} == set(
+        itertools.product(("dense", "peer"), ("d8", "d32"))
+    )
+
+
+def test_runs_of_equal_shape_share_a_program(tiny):
+    runs = planned(tiny, seeds=(0, 1), budgets=(1e8, 2e8), cross={"AdamW.learning_rate": (0.01, 0.02)})
+    assert len(runs) == 2 * 2 * 2 * 2 * 2
+    assert len({run.program for run in runs}) == 4  # two methods, two sizes
+
+
+# Shares of the machine
+
+
+def test_workers_divide_the_cores(monkeypatch):
+    taken = []
+    monkeypatch.setattr(workers, "_cores", lambda: [3, 5, 7, 8, 9])
+    monkeypatch.setattr(workers, "accelerators", list)
+    monkeypatch.setattr(workers.os, "sched_setaffinity", lambda _, cores: taken.append(list(cores)), raising=False)
+    for number in range(2):
+        workers._take_share(number, 2)
+    assert sorted(itertools.chain(*taken)) == [3, 5, 7, 8, 9]
+    taken.clear()
+    for number in range(7):  # more workers than cores
+        workers._take_share(number, 7)
+    assert all(len(cores) == 1 for cores in taken)
+
+
+# The sweeps that are shipped
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweep_is_built(path):
+    """Every run of it, abstractly, and it passes the checks that it would meet before it starts."""
+    described, _ = config.load_sweep([path])
+    runs = plan.plan(expand(described, path.parent), load_run)
+    plan.check(described, runs)
+    for run in runs:
+        assert abs(run.training_flops - run.point.budget) <= run.step_flops / 2
+    text = path.read_text()
+    if count := re.search(r"(\d+) runs", text):
+        assert len(runs) == int(count[1])
+    for command in re.findall(r"--config (\S+) --workdir", text):
+        assert command == f"configs/sweeps/{path.name}"
+
+
+def test_shipped_sweeps_are_those_promised():
+    names = {path.stem for path in SWEEPS}
+    assert names >= {"isoflop_quick", "isoflop_cpu", "isoflop_gpu", "isoflop_paper", "lr"}
+    assert {name.removeprefix("ablation_") for name in names if name.startswith("ablation_")} == {
+        *("heads", "experts", "active", "query_norm", "scores", "routing", "seeds")
+    }
+
+
+def test_the_paper_s_sweep_has_the_paper_s_layers():
+    path = FOLDER / "isoflop_paper.gin"
+    described, _ = config.load_sweep([path])
+    assert set(described.budgets) == {6e18, 2e19}
+    found = {}
+    for point in expand(described, path.parent):
+        run, _ = load_run(point.files, point.bindings)
+        model = run.trainer().abstract_model
+        (place,) = [i for i, b in enumerate(model.blocks) if type(b.ffw).__name__ != "Dense"] or [None]
+        if place is not None:
+            assert place == len(model.blocks) // 2
+            layer = model.blocks[place].ffw
+            found[point.method] = {layer.num_experts} | (
+                {layer.num_heads, layer.top_k} if point.method != "moe" else set()
+            )
+    assert found == {"moe": {128}, "pkm": {1024**2, 8, 32}, "peer": {1024**2, 8, 16}}
+
+
+def test_sweep_bindings_are_told_from_those_of_runs(tiny):
+    described, others = config.load_sweep(
+        [FOLDER / "isoflop_quick.gin"], ["Sweep.seeds=(3,)", "AdamW.b1=0.8", " Sweep.min_steps = 7"]
+    )
+    assert (tuple(described.seeds), described.min_steps, others) == ((3,), 7, ["AdamW.b1=0.8"])
+    assert dataclasses.is_dataclass(described)
+    with pytest.raises(InputError, match="colour"):
+        config.load_sweep([FOLDER / "isoflop_quick.gin"], ["Sweep.colour='red'"])

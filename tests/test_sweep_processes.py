@@ -1,0 +1,283 @@
+"""Sweeps run by real processes: skipped, resumed, failed, killed, shared between two, stopped by a signal."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_loop import CONFIGS, ROOT, environment, tiny_config
+
+from peer_jax.training import workdir as workdirs
+from peer_jax.training.metrics import last_line
+
+SWEEP = """
+Sweep.configs = ({base!r}, {size!r}, {tiny!r})
+Sweep.layers = {layers!r}
+Sweep.methods = ("dense", "peer")
+Sweep.sizes = {{"d8": {{"Transformer.d_model": 8}}}}
+Sweep.budgets = (2e8,)
+Sweep.seeds = (0, 1)
+Sweep.bindings = {{"Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
+Sweep.min_steps = 1
+Sweep.max_epochs = 1e6
+"""
+LONG = ("Sweep.budgets=(1e12,)",)  # more than anybody waits for
+RUNS = {f"{method}-d8-2e8-seed{seed}" for method in ("dense", "peer") for seed in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    path = base / "sweep.gin"
+    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "tiny": tiny_config(base)}
+    path.write_text(SWEEP.format(layers=str(CONFIGS / "layers"), **{name: str(file) for name, file in files.items()}))
+    return path
+
+
+def start(config, folder, *bindings, workers=2, compiled):
+    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", f"--workdir={folder}"]
+    command += [f"--workers={workers}", *(f"--set={binding}" for binding in bindings)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(PEER_JAX_CACHE=str(compiled), JAX_PLATFORMS="cpu"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture
+def sweep(config, tmp_path, tmp_path_factory):
+    """Starts `peer-jax sweep` on a folder; whatever still runs at the end of the test is killed."""
+    started = []
+
+    def sweep(*bindings, folder=tmp_path / "sweep", **options):
+        started.append(
+            start(config, folder, *bindings, compiled=tmp_path_factory.getbasetemp() / "programs", **options)
+        )
+        return started[-1]
+
+    yield sweep
+    for process in started:
+        if process.poll() is None:
+            for child in children(process.pid):
+                os.kill(child, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+
+
+def outcome(process):
+    """Exit status, standard output and standard error."""
+    printed, errors = process.communicate(timeout=240)
+    return process.returncode, printed, errors
+
+
+def children(pid):
+    """Workers: child processes that train."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                with open(f"/proc/{entry}/stat") as stat, open(f"/proc/{entry}/cmdline") as command:
+                    parent = int(stat.read().rpartition(")")[2].split()[1])
+                    if parent == pid and "spawn_main" in command.read():
+                        found.append(int(entry))
+            except (OSError, ValueError):
+                continue
+    return found
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.05)
+    return value
+
+
+def training_runs(folder):
+    """Run directories whose log has begun."""
+    return [path.parent for path in folder.glob("*/metrics.jsonl") if last_line(path.parent)]
+
+
+def results(folder):
+    with (folder / "results.csv").open() as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_runs_are_made_once_and_skipped_afterwards(sweep, tmp_path):
+    status, printed, errors = outcome(sweep())
+    assert status == 0, errors
+    folder = tmp_path / "sweep"
+    rows = results(folder)
+    assert rows.keys() == RUNS
+    for name, row in rows.items():
+        result = json.loads((folder / name / "result.json").read_text())
+        assert float(row["loss"]) == result["evaluations"]["corpus"]["loss"]
+        assert float(row["training_flops"]) == result["training_flops"]
+        assert float(row["budget"]) == 2e8
+        step_flops = 3 * result["forward_flops_per_token"] * result["batch_size"] * result["seq_len"]
+        assert abs(float(row["training_flops"]) - 2e8) <= step_flops / 2
+        assert int(row["seed"]) == int(name[-1])
+    assert "4 runs, 0 finished earlier" in errors
+    assert "results.csv" in printed
+    for name in RUNS:
+        assert f"{name}: loss " in errors
+
+    before = {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in RUNS}
+    (folder / "results.csv").unlink()
+    status, _, errors = outcome(sweep("Sweep.seeds=(0,1,2)", "Sweep.methods=('dense',)"))
+    assert status == 0, errors
+    assert "3 runs, 2 finished earlier" in errors
+    assert results(folder).keys() == RUNS | {"dense-d8-2e8-seed2"}
+    assert before == {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in RUNS}
+
+    status, printed, errors = outcome(sweep("AdamW.b1=0.5"))  # another config in the same directory
+    assert (status, printed) == (2, "")
+    assert errors.splitlines()[-1].startswith("peer-jax: ")
+    assert "AdamW.b1 = 0.9" in errors.splitlines()[-1]
+
+
+def test_a_failing_run_is_recorded_and_the_rest_goes_on(sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    diverging = ("Sweep.methods={'dense': {'AdamW.learning_rate': 1e30, 'AdamW.clip_norm': None}, 'peer': {}}",)
+    status, printed, errors = outcome(sweep(*diverging))
+    assert (status, printed) == (1, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith("peer-jax: 2 of 4 runs failed, the rest is finished: dense-d8-2e8-seed")
+    assert "Traceback" not in errors
+    assert results(folder).keys() == {name for name in RUNS if name.startswith("peer")}
+    for seed in (0, 1):
+        failure = json.loads((folder / f"dense-d8-2e8-seed{seed}" / "failure.json").read_text())
+        assert "nan" in failure["reason"] or "inf" in failure["reason"]
+        assert "learning_rate" in failure["reason"]
+
+
+def test_a_killed_worker_fails_its_run_alone_and_the_next_sweep_mends_it(sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    process = sweep("Sweep.methods=('dense',)", "Sweep.budgets=(2e8,1e12)", "Sweep.seeds=(0,)", workers=1)
+    big = folder / "dense-d8-1e12-seed0"
+    wait_for(lambda: (last_line(big) or {}).get("step", 0) > 30)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    status, _, errors = outcome(process)
+    assert status == 1
+    assert "SIGKILL" in errors
+    assert "SIGKILL" in json.loads((big / "failure.json").read_text())["reason"]
+    assert results(folder).keys() == {"dense-d8-2e8-seed0"}
+    # It goes on from its checkpoint.
+    process = sweep("Sweep.methods=('dense',)", "Sweep.budgets=(1e12,)", "Sweep.seeds=(0,)", workers=1)
+    wait_for(lambda: (last_line(big) or {}).get("step", 0) > 60)
+    process.send_signal(signal.SIGINT)
+    assert outcome(process)[0] == 130
+    steps = [json.loads(line)["step"] for line in (big / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_is_running(sweep, tmp_path, number):
+    folder = tmp_path / "sweep"
+    process = sweep(*LONG)
+    wait_for(lambda: len(training_runs(folder)) == 2)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.send_signal(number)
+    status, _, errors = outcome(process)
+    assert status == 128 + number, errors
+    assert errors.splitlines()[-1] == "peer-jax: stopped; every run is saved, and the same command goes on"
+    assert all(gone(worker) for worker in workers)
+    for run in training_runs(folder):
+        saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+        assert saved >= last_line(run)["step"]
+        assert workdirs.read_result(run) is None
+
+
+def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    process = sweep(*LONG)
+    wait_for(lambda: len(training_runs(folder)) == 2)
+    workers = children(process.pid)
+    process.kill()
+    wait_for(lambda: all(gone(worker) for worker in workers), seconds=60)
+    for run in training_runs(folder):
+        with workdirs.owned(run):  # nobody has it any more
+            pass
+
+
+def test_two_sweeps_share_a_directory_and_never_a_run(sweep, tmp_path):
+    """Each run is trained by one of them: a second would leave a second file of events."""
+    folder = tmp_path / "sweep"
+    both = [sweep("Sweep.seeds=(0,1,2)", workers=1) for _ in range(2)]
+    for process in both:
+        status, _, errors = outcome(process)
+        assert status == 0, errors
+    names = {f"{method}-d8-2e8-seed{seed}" for method in ("dense", "peer") for seed in (0, 1, 2)}
+    assert results(folder).keys() == names
+    for name in names:
+        assert len(list((folder / name / "tensorboard").iterdir())) == 1, name
+        steps = [json.loads(line)["step"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+    logs = [path for path in folder.glob("worker-*.log") if path.stat().st_size]
+    assert not any("Traceback" in path.read_text() for path in logs)
+
+
+def test_a_run_left_by_a_dead_sweep_is_taken_over(sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    options = ("Sweep.methods=('dense',)", "Sweep.seeds=(0,)", "Sweep.budgets=(2e9,)")
+    first = sweep(*options, workers=1)
+    run = folder / "dense-d8-2e9-seed0"
+    wait_for(lambda: last_line(run))
+    (worker,) = children(first.pid)
+    os.kill(worker, signal.SIGSTOP)  # it holds its run, and makes no step
+    second = sweep(*options, workers=1)
+    time.sleep(12)
+    assert second.poll() is None
+    assert not (run / "result.json").exists()
+    first.kill()
+    os.kill(worker, signal.SIGKILL)
+    status, _, errors = outcome(second)
+    assert status == 0, errors
+    assert results(folder).keys() == {run.name}
+
+
+def test_dry_run_prints_every_run_and_makes_nothing(config, tmp_path):
+    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", "--dry-run", "--workers=2"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(JAX_PLATFORMS="cpu", PEER_JAX_CACHE=str(tmp_path)),
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in RUNS:
+        (line,) = [line for line in done.stdout.splitlines() if name in line]
+        assert line.split()[-1] in ("s", "min")  # its time was estimated
+    assert "8e+08 training FLOPs in all; 2 programs" in done.stdout
+    assert "About" in done.stdout
+
+
+def test_a_directory_that_can_t_be_written_is_refused(config, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", f"--workdir={blocker / 'x'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(JAX_PLATFORMS="cpu"), text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("peer-jax: --workdir ")
+    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(JAX_PLATFORMS="cpu"), text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--workdir" in done.stderr
