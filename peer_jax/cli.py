@@ -60,12 +60,13 @@ def train(
     """
     run = _load(config, set_)
     from peer_jax import config as configs
+    from peer_jax.scaling import results
     from peer_jax.scaling.report import table
     from peer_jax.training.loop import train as train_run
 
-    result = train_run(run, workdir, config=configs.text, progress=not quiet)
+    train_run(run, workdir, config=configs.text, progress=not quiet)
     if show_table:
-        table([(workdir, result)])
+        table(results.read([workdir]))
 
 
 @app.command()
@@ -166,12 +167,25 @@ def sweep(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or folders of them.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Sweeps or runs, or folders of them; several are merged.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes: the first DIR by default.")
+    ] = None,
 ) -> None:
-    """Print a table of finished runs."""
-    from peer_jax.scaling.report import find, table
+    """Print tables of finished runs, and draw them: report.html, figures/ and results.csv.
 
-    table(find(directories))
+    IsoFLOP curves with their minima, the optimum against compute, what a method saves, ablations, training curves,
+    usage of experts. It needs nothing but the directories.
+    """
+    from peer_jax.scaling import isoflop, results
+    from peer_jax.scaling.report import minima_table, table, write_report
+
+    rows = results.read(directories)
+    table(rows)
+    minima_table(isoflop.analyse(rows))
+    typer.echo(f"The report is {write_report(directories, out or directories[0])}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ class InputError(ValueError):
     """
 
 
-class InUse(InputError):
+class InUse(InputError):  # noqa: N818, it names what is so
     """A run directory that another process is training in."""
 
 

@@ -1,22 +1,14 @@
 #!/usr/bin/env bash
-# From a clone to a comparison: makes .venv, trains four small language models (dense, MoE, PKM and PEER layers) at the
-# same training FLOPs on the standard library's source, and prints the table. About 4 minutes on 2 cores.
+# From a clone to isoFLOP curves: makes .venv, trains dense, MoE, PKM and PEER models of four sizes at the same training
+# FLOPs on the standard library's source, and draws the report. About 5 minutes on 2 cores.
 #
-# Usage: bash scripts/quickstart.sh [DIR]      DIR: where the runs go, runs/quickstart by default
+# Usage: bash scripts/quickstart.sh [DIR [ARGUMENT ...]]
+#   DIR: where the runs go, runs/quick by default; arguments go to `peer-jax sweep`, such as --set 'Sweep.seeds=(0,1)'
 # A run that is finished is not repeated; one that was interrupted goes on.
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-runs=${1:-runs/quickstart}
-flops=3e11
-started=$SECONDS
-
-for layer in dense moe pkm peer; do
-  echo "== $layer layers, $flops training FLOPs"
-  peer-jax train --config configs/base.gin --config "configs/layers/$layer.gin" --config configs/sizes/tiny.gin \
-    --config configs/data/python_stdlib.gin --set "Run.training_flops=$flops" --workdir "$runs/$layer" --no-table
-done
-
+runs=${1:-runs/quick}
+peer-jax sweep --config configs/sweeps/isoflop_quick.gin --workdir "$runs" "${@:2}"
 peer-jax report "$runs"
-echo "Runs are in $runs/{dense,moe,pkm,peer}: config.gin, metrics.jsonl, tensorboard/, checkpoints/, result.json."
-echo "Training took $((SECONDS - started)) s. Next: peer-jax generate --workdir $runs/peer --prompt 'def '"
+echo "Next: open it, and: peer-jax generate --workdir $runs/peer-d16-2e11-seed0 --prompt 'def '"

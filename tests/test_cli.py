@@ -12,7 +12,7 @@ from test_loop import CONFIGS, ROOT, environment, load, stack, tiny_config, trai
 from peer_jax import cli, config
 from peer_jax.training import workdir
 
-COMMANDS = ("prepare", "train", "evaluate", "generate", "report", "sentencepiece")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "report", "sentencepiece")
 
 
 @pytest.fixture(scope="session")
@@ -331,7 +331,12 @@ def test_report_has_a_row_a_run(finished, tmp_path, run_cli):
     assert (status, errors) == (0, "")
     rows = [line for line in printed.splitlines() if "Dense" in line]
     assert ["1.2500" in rows[0], "2.5000" in rows[1], len(rows)] == [True, True, 2]
-    assert run_cli("report", tmp_path / "one", tmp_path / "two")[1] == printed
+    assert str(tmp_path / "report.html") in printed.replace("\n", "")
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.html", "results.csv", "figures"}
+    merged = run_cli("report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "out")[1]
+    assert [line.split()[1] for line in merged.splitlines() if "Dense" in line] == ["1.2500", "2.5000"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (tmp_path / "one" / "report.html").exists()
 
 
 def test_report_marks_what_is_not_causal(finished, tmp_path, run_cli):

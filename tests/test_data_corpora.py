@@ -87,6 +87,7 @@ def test_packages_and_stdlib_are_read_once_and_split_by_path(environment, tmp_pa
     for i in range(5):
         (platlib / f"vendored{i}.py").write_bytes((purelib / copied.name).read_bytes())
     (purelib / "numpy" / "m0.py").write_text("another release")
+    corpora.text_files.python_sources.cache_clear()  # as a process that starts after the installation
     again = corpora.python_packages(validation_share=0.3)
     assert not [d.name for d in again.documents("train") if d.name.startswith("vendored")]
     assert held_out <= {d.name for d in again.documents("validation")}
@@ -109,9 +110,11 @@ def test_interpreter_without_sources_is_named(environment):
     with pytest.raises(InputError, match=r"purelib and .*platlib holds no \.py files of installed packages; install"):
         corpora.python_packages()
     write_modules(purelib, "numpy", 2)
+    corpora.text_files.python_sources.cache_clear()
     corpora.python_packages()
     for file in stdlib.rglob("*.py"):
         file.unlink()
+    corpora.text_files.python_sources.cache_clear()
     for make in (corpora.python_packages, corpora.python_stdlib):
         with pytest.raises(InputError, match=r"stdlib holds no \.py files of the standard library; use local_files"):
             make()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -87,7 +87,7 @@ def python_packages(*, validation_share: float = 0.05) -> "LocalCorpus":
     return _python_files("python_packages", [*_stdlib(), *packages], validation_share, beginning=2**12)
 
 
-def _stdlib() -> list[text_files.TextFile]:
+def _stdlib() -> tuple[text_files.TextFile, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     files = text_files.python_sources(root)
     if not files:
@@ -97,7 +97,7 @@ def _stdlib() -> list[text_files.TextFile]:
     return files
 
 
-def _python_files(name: str, files: list[text_files.TextFile], share: float, *, beginning: int) -> "LocalCorpus":
+def _python_files(name: str, files: Sequence[text_files.TextFile], share: float, *, beginning: int) -> "LocalCorpus":
     return LocalCorpus(
         name,
         files=text_files.in_hash_order(files),

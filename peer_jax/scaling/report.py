@@ -22,7 +22,7 @@ from peer_jax.training import workdir as workdirs
 REPORT = "report.html"
 FIGURES = "figures"
 # Columns that a terminal keeps on one line.
-WHOLE = ("method", "series", "95% interval")
+WHOLE = ("method", "series", "95% interval", "run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +216,7 @@ def table(rows: Sequence[Row]) -> None:
     columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
     cells = [
         [
-            row.series + ("" if row.is_causal else " *"),
+            row.method + ("" if row.is_causal else " *"),
             reading.loss(row.loss),
             f"{row.bits_per_byte:.4f}",
             f"{row.perplexity:.3f}",
@@ -224,7 +224,7 @@ def table(rows: Sequence[Row]) -> None:
             reading.si(row.params_total),
             reading.si(row.params_active),
             reading.si(row.tokens_per_second),
-            str(row.directory),
+            row.run,
         ]
         for row in rows
     ]
@@ -257,7 +257,7 @@ def _print(console: Console, shown: Table) -> None:
 def _console() -> Console:
     """As wide as the terminal; wide enough for a table where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(120, console.width))
+    return console if console.is_terminal else Console(width=max(160, console.width))
 
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Worker processes of a sweep: each trains one run after another, on cores or an accelerator of its own."""
 
+import contextlib
 import dataclasses
 import gc
 import glob
@@ -78,9 +79,11 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        """Asks the worker to save its run and end."""
+        """Asks the worker to save its run and end; it may just have made the last step, and then it has no run."""
         if self._process.is_alive():
             self._process.terminate()
+        with contextlib.suppress(OSError):  # it is gone
+            self.connection.send(None)
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -114,6 +117,8 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
         try:
             task = connection.recv()
         except EOFError:
+            return
+        if task is None:
             return
         answer = _do(task, load)
         connection.send(answer)
