@@ -62,10 +62,17 @@ def test_commands_parse_and_their_configs_load(command, monkeypatch):
     parameters = subcommand.make_context(name, rest, resilient_parsing=False).params
     monkeypatch.chdir(ROOT)
     files = parameters.get("config")
-    if files and not any("local_files" in str(file) for file in files):
+    if name == "sweep":
+        config.load_sweep(files, parameters["set_"])
+    elif files and not any("local_files" in str(file) for file in files):
         config.load(files, parameters["set_"])
     for file in files or ():
         assert Path(file).is_file()
+
+
+def test_pictures_and_links_are_there():
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
 
 
 def test_the_snippet_runs():

@@ -160,7 +160,7 @@ def write_everything(root):
     (failed / "failure.json").write_text(json.dumps({"reason": "step 17 has loss nan; there is no checkpoint yet"}))
     write_run(root / "headline" / "pkm-d8-3e11-seed0", "PKM", 8, 3e11, settings={}, loss=math.nan)
     write_ablation(root / "number", {"NUM_EXPERTS": (1024, 4096, 16384)}, methods=("PEER", "PKM"))
-    write_ablation(root / "number", {"NUM_EXPERTS": (4096,)}, methods=("Dense",))
+    write_run(root / "number" / "dense", "Dense", 32, 3e11, settings={})
     write_ablation(root / "heads", {"PEER.top_k": (4, 8, 16, 32), "PEER.num_heads": (1, 2, 4)}, seeds=(0,))
     write_ablation(root / "paired", {"PEER.num_heads": (1, 2, 4, 8), "PEER.top_k": (64, 32, 16, 8)}, zipped=True)
     write_ablation(root / "norm", {"PEER.query_norm": ("batch", "layer", None)}, budgets=(3e11, 3e12))
@@ -430,6 +430,17 @@ def test_an_ablation_gets_the_figure_that_suits_it(tmp_path, name, axes, how, ki
     assert found.title.startswith(title)
     assert sum(len(own) for panel in found.panels for own in panel.losses["PEER"].values()) == 2 * len(found.values)
     assert ablation_figures.ablation(found) is not None
+
+
+def test_a_method_without_the_varied_option_is_a_level(tmp_path):
+    """A dense model has no number of experts: it is drawn beside those that have, at its own loss."""
+    write_ablation(tmp_path, {"NUM_EXPERTS": (1024, 4096, 16384)}, seeds=(0,))
+    write_run(tmp_path / "dense", "Dense", 32, 3e11, settings={}, loss=2.125)
+    (found,) = ablations.find(results.read([tmp_path]))
+    assert found.kind == "line"
+    assert found.panels[0].losses["Dense"] == {(ablations.UNUSED,): [2.125]}
+    levels = [line for line in ablation_figures.ablation(found).axes[0].lines if set(line.get_ydata()) == {2.125}]
+    assert len(levels) == 1
 
 
 def test_a_sweep_that_varies_nothing_is_no_ablation(tmp_path):

@@ -243,7 +243,7 @@ def test_a_run_left_by_a_dead_sweep_is_taken_over(sweep, tmp_path):
     (worker,) = children(first.pid)
     os.kill(worker, signal.SIGSTOP)  # it holds its run, and makes no step
     second = sweep(*options, workers=1)
-    time.sleep(12)
+    time.sleep(9)  # a worker starts, finds the run in use, and tries again
     assert second.poll() is None
     assert not (run / "result.json").exists()
     first.kill()

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from peer_jax.scaling.ablations import Ablation, Panel, readable, value_text
+from peer_jax.scaling.ablations import UNUSED, Ablation, Panel, readable, value_text
 from peer_jax.scaling.reading import budget
 from peer_jax.scaling.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, styles, value_axis
 
@@ -50,16 +50,15 @@ def _line(axes: Axes, found: Ablation, panel: Panel, looks: dict[str, Style]) ->
     finite = [loss for loss in _losses(panel) if np.isfinite(loss)]
     for method, losses in panel.losses.items():
         look = looks[method]
-        known = [(float(v[0]), own) for v in found.values if v[0] is not None and (own := losses.get(v))]
+        known = [(float(v[0]), own) for v in found.values if v[0] != UNUSED and (own := losses.get(v))]
         xs, means = [x for x, _ in known], [float(np.mean(own)) for _, own in known]
-        if len(known) == 1 and len(found.values) > 1:
-            # A method that the binding says nothing to was run once: a level to compare with.
-            axes.axhline(means[0], ls=look.line, color=look.colour, lw=1.1, alpha=0.8)
+        if level := losses.get((UNUSED,)):  # what to compare with
+            axes.axhline(np.mean(level), ls=look.line, color=look.colour, lw=1.1, alpha=0.8)
         for x, own in known:
             if len(own) > 1:
                 axes.plot([x] * len(own), own, look.marker, color=look.colour, ms=3.2, alpha=0.55, mew=0)
         axes.plot(xs, means, look.marker, ls=look.line, lw=1.6, color=look.colour, ms=7, mec="white", mew=0.8)
-    value_axis(axes.xaxis, [float(values[0]) for values in found.values if values[0] is not None])
+    value_axis(axes.xaxis, [float(values[0]) for values in found.values if values[0] != UNUSED])
     loss_limits(axes, finite)
 
 
@@ -82,7 +81,7 @@ def _dots(axes: Axes, found: Ablation, panel: Panel, looks: dict[str, Style]) ->
 
 def _heat_maps(found: Ablation, looks: dict[str, Style]) -> Figure | None:
     """Rows are the first binding, columns the second; the lowest cell has a frame."""
-    heads, columns_of = (sorted({v[i] for v in found.values if None not in v}) for i in range(2))
+    heads, columns_of = (sorted({v[i] for v in found.values if UNUSED not in v}) for i in range(2))
     grids = []
     for panel in found.panels:
         for method in (method for method in looks if method in panel.losses):

@@ -21,6 +21,7 @@ NAMES = {
     "d_key": ("query width d_key", "d_key"),
     "D_KEY": ("query width d_key", "d_key"),
     "query_norm": ("query norm", "query norm"),
+    "QUERY_NORM": ("query norm", "query norm"),
     "score_activation": ("score activation", "scores"),
     "learning_rate": ("learning rate", "rate"),
     "table_learning_rate": ("learning rate of the tables", "table rate"),
@@ -31,6 +32,9 @@ NAMES = {
     "batch_size": ("batch size", "batch"),
     "weight_decay": ("weight decay", "decay"),
 }
+
+UNUSED = "-"
+"""Stands for the value of a binding that says nothing to a run, such as PEER's top-k to a dense model."""
 
 Kind = Literal["line", "heat map", "dots"]
 Values = tuple[Any, ...]
@@ -79,8 +83,7 @@ def find(rows: Sequence[Row]) -> list[Ablation]:
     """One a sweep directory that varied something."""
     by_directory = defaultdict(list)
     for row in rows:
-        if row.settings:
-            by_directory[row.directory.parent].append(row)
+        by_directory[row.directory.parent].append(row)
     found = (_ablation(directory, own) for directory, own in sorted(by_directory.items()))
     return [ablation for ablation in found if ablation is not None]
 
@@ -122,7 +125,7 @@ def _ablation(directory: Path, rows: Sequence[Row]) -> Ablation | None:
 
 
 def _key(row: Row, varied: Sequence[str]) -> Values:
-    values = (row.settings.get(name) for name in varied)
+    values = (row.settings.get(name, UNUSED) for name in varied)
     return tuple(str(value) if isinstance(value, list | dict) else value for value in values)
 
 
@@ -131,8 +134,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _rank(value: Any) -> float:
-    """Where a number stands; a run that lacks it comes first."""
-    return -math.inf if value is None else float(value)
+    """Where a number stands; a run that has none comes first."""
+    return float(value) if _is_number(value) else -math.inf
 
 
 def readable(binding: str) -> str:

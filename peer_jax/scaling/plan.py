@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Planned:
 
 
 def plan(points: Sequence[Point], load: Load) -> list[Planned]:
-    """Builds every run abstractly; runs that are the same are listed once, with the settings they have in common.
+    """Builds every run abstractly. Settings that a run doesn't use are dropped, and runs that are the same listed once.
 
     Raises:
         InputError: if a run can't be built, naming it.
@@ -71,10 +72,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
             run = _build(point, load, corpora)
         except InputError as error:
             raise InputError(f"{point.name}: {error}") from error
-        if (same := planned.get(run.config)) is not None:
-            shared = {k: v for k, v in same.point.settings.items() if (k, v) in point.settings.items()}
-            run = dataclasses.replace(same, point=dataclasses.replace(same.point, settings=shared))
-        planned[run.config] = run
+        planned.setdefault(run.config, run)
     names = [run.point.name for run in planned.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two runs of the sweep would be named {twice[0]!r}: give their sizes or budgets other labels")
@@ -91,9 +89,11 @@ def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, b
         corpora[run.task] = _corpus_tokens(run.task)
     corpus_tokens, is_prepared = corpora[run.task]
     described = workdirs.describe_model(model, seq_len)
+    config = text()
+    used = {name: v for name, v in point.settings.items() if re.search(rf"^{re.escape(name)} = ", config, re.MULTILINE)}
     return Planned(
-        point=point,
-        config=text(),
+        point=dataclasses.replace(point, settings=used),
+        config=config,
         method=described["method"],
         is_causal=described["is_causal"],
         params_total=described["params_total"],
