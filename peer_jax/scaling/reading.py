@@ -213,8 +213,8 @@ def cautions(analysis: Analysis) -> list[str]:
         )
     if any(curve.fit and curve.fit.loss_interval for curve in shown):
         found.append(
-            "The intervals are 95% bootstrap intervals of the parabola: they hold nothing of how well the rates of each "
-            "method were tuned."
+            "The intervals are 95% bootstrap intervals of the parabola: they hold nothing of how well the rates of "
+            "each method were tuned."
         )
     if analysis.noise:
         found.append(
