@@ -11,6 +11,8 @@ import time
 import pytest
 from test_loop import CONFIGS, ROOT, environment, tiny_config
 
+from peer_jax.cli import load_run
+from peer_jax.scaling.workers import Worker
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.metrics import last_line
 
@@ -215,6 +217,15 @@ def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
     for run in training_runs(folder):
         with workdirs.owned(run):  # nobody has it any more
             pass
+
+
+def test_a_worker_that_finished_as_it_was_asked_to_stop_ends(tmp_path):
+    """The signal that came with the last step ended no run; the worker must not wait for another."""
+    worker = Worker(load_run, (0, 1), tmp_path / "worker.log")
+    worker._process.terminate = lambda: None  # the signal was taken by the run that is over
+    worker.stop()
+    worker.join(60)
+    assert worker._process.exitcode == 0
 
 
 def test_two_sweeps_share_a_directory_and_never_a_run(sweep, tmp_path):
