@@ -121,7 +121,7 @@ def write_headline(root, *, budgets, widths, seeds, methods=tuple(GAINS), lines=
                 for seed in seeds:
                     folder = root / f"{slug(method)}-d{d}-{budget:g}-seed{seed}"
                     write_run(folder, method, d, budget, seed=seed, settings={}, lines=lines)
-    describe(root, methods={"dense": {"AdamW.learning_rate": 0.004}, "peer": {"EXPERT_RATES": [0.004, 0.064]}})
+    describe(root, methods={"dense": {"AdamW.learning_rate": 0.004}, "peer": {"TABLE_RATE": 0.064}})
 
 
 def describe(root, **fields):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,6 @@ class Planned:
     params_total: int
     params_active: int
     flops_per_token: float
-    state_bytes: int
     steps: int
     step_tokens: int
     step_flops: float
@@ -99,7 +97,6 @@ def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, b
         params_total=described["params_total"],
         params_active=described["params_active"],
         flops_per_token=described["forward_flops_per_token"],
-        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         steps=steps,
         step_tokens=step_tokens,
         step_flops=training_flops(model, step_tokens, seq_len),
