@@ -184,8 +184,9 @@ def report(
 
     rows = results.read(directories)
     table(rows)
-    minima_table(isoflop.analyse(rows))
-    typer.echo(f"The report is {write_report(directories, out or directories[0])}")
+    analysis = isoflop.analyse(rows)
+    minima_table(analysis)
+    typer.echo(f"The report is {write_report(analysis, directories, out or directories[0])}")
 
 
 @app.command()

@@ -152,6 +152,10 @@ def _product(first, *others):
     return [(value, *rest) for value in first for rest in (_product(*others) if others else [()])]
 
 
+def write_report(directories, out, resamples=1000):
+    return report.write_report(analyse(results.read(directories), resamples=resamples), directories, out)
+
+
 def write_everything(root):
     """Sweeps of all kinds, a failed and a diverged run among them."""
     write_headline(root / "headline", **HEADLINE)
@@ -174,7 +178,7 @@ def everything(tmp_path_factory):
     """The directory of the runs, and of the report on them."""
     root = tmp_path_factory.mktemp("report")
     write_everything(root / "runs")
-    report.write_report([root / "runs"], root / "out", resamples=200)
+    write_report([root / "runs"], root / "out", resamples=200)
     return root
 
 
@@ -296,7 +300,7 @@ def test_a_browser_shows_the_page(everything, tmp_path, width):
 
 def test_of_one_run(tmp_path):
     write_run(tmp_path / "run", "PEER", 32, 3e11)
-    text = Page(report.write_report([tmp_path / "run"], tmp_path / "out", resamples=0)).text
+    text = Page(write_report([tmp_path / "run"], tmp_path / "out", resamples=0)).text
     assert "1 finished run from" in text
     assert "There is one causal series, PEER" in text
     assert "1 size" in text
@@ -308,7 +312,7 @@ def test_of_one_size_and_seed_no_order_is_claimed(tmp_path):
     """What the quickstart leaves: no sweep, so each run has the budget that it spent."""
     for method in GAINS:
         write_run(tmp_path / method, method, 32, 3e11, lines=False)
-    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
     assert "5 methods" in text
     assert "at 3e11 training FLOPs" in text
     assert "No causal method has a minimum among the sizes tried. The lowest loss measured is" in text
@@ -321,12 +325,12 @@ def test_of_merged_directories(tmp_path):
     write_headline(tmp_path / "b", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PKM",), lines=False)
     shutil.copytree(tmp_path / "a", tmp_path / "copies")
     folders = [tmp_path / name for name in ("a", "b", "copies")]
-    text = Page(report.write_report(folders, tmp_path / "out", resamples=0)).text
+    text = Page(write_report(folders, tmp_path / "out", resamples=0)).text
     assert "9 finished runs" in text
     assert "Against dense budget series" in text
     assert "3 runs have the method, size, budget, settings and seed of another" in text
     assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
-    again = Page(report.write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
+    again = Page(write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
     assert "6 finished runs" in again  # a directory given twice is read once
 
 
@@ -334,7 +338,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path):
     for method, corpus, loss in (("Dense", "python", 2.0), ("PEER", "wiki", 1.0)):
         for d in (16, 32, 64):
             write_run(tmp_path / f"{method}{d}", method, d, 3e11, settings={}, corpus=corpus, loss=loss, lines=False)
-    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
     assert "The runs are on 2 different texts (python and wiki)" in text
     assert "PEER, on wiki" in text
     assert "Against Dense" not in text
@@ -343,7 +347,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path):
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     write_headline(tmp_path / "runs", budgets=(3e11, 1e12), widths=(16, 32, 64), seeds=(0,), methods=("PEER",))
     for out in ("first", "second"):
-        report.write_report([tmp_path / "runs"], tmp_path / out, resamples=50)
+        write_report([tmp_path / "runs"], tmp_path / out, resamples=50)
     first, second = (
         {path.relative_to(tmp_path / out): path.read_bytes() for path in (tmp_path / out).rglob("*") if path.is_file()}
         for out in ("first", "second")
@@ -358,7 +362,7 @@ def test_names_are_text_and_no_markup(tmp_path, capsys):
     (tmp_path / "runs" / "failed").mkdir()
     (tmp_path / "runs" / "failed" / "failure.json").write_text(json.dumps({"reason": hostile}))
     describe(tmp_path / "runs", tuning=hostile, methods={hostile: {hostile: hostile}}, rate_exponents={hostile: 1})
-    page = Page(report.write_report([tmp_path / "runs"], tmp_path / "out", resamples=0))
+    page = Page(write_report([tmp_path / "runs"], tmp_path / "out", resamples=0))
     assert page.text.count(hostile) > 8
     assert "{{ 1 + 1 }}" in page.text
     assert all(image["src"].startswith("data:") for image in page.images)
@@ -370,9 +374,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     write_run(tmp_path / "run", "Dense", 32, 3e11, lines=False)
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match=r"taken can't be written to .*: choose another folder"):
-        report.write_report([tmp_path / "run"], tmp_path / "taken")
+        write_report([tmp_path / "run"], tmp_path / "taken")
     with pytest.raises(InputError, match="holds no finished run"):
-        report.write_report([tmp_path / "nothing"], tmp_path / "out")
+        write_report([tmp_path / "nothing"], tmp_path / "out")
 
 
 def test_tables_in_the_terminal(tmp_path, capsys):
@@ -461,7 +465,7 @@ def test_many_series_are_too_many_for_a_figure(tmp_path):
     axes = {"PEER.top_k": (1, 2, 3, 4, 5, 6, 7, 8)}
     write_ablation(tmp_path / "k", axes, seeds=(0,), widths=(16, 32, 64))
     write_headline(tmp_path / "plain", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PEER",), lines=False)
-    text = Page(report.write_report([tmp_path], tmp_path / "out", resamples=0)).text
+    text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
     assert "The figures leave out, the tables have: PEER, top_k=1; PEER, top_k=2" in text
 
 

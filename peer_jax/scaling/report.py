@@ -14,7 +14,7 @@ from rich.text import Text
 
 from peer_jax.errors import InputError
 from peer_jax.scaling import ablations, curves, reading, results, tables
-from peer_jax.scaling.isoflop import Analysis, analyse
+from peer_jax.scaling.isoflop import Analysis
 from peer_jax.scaling.results import Row
 from peer_jax.scaling.tables import Table
 from peer_jax.training import workdir as workdirs
@@ -45,22 +45,20 @@ class Tuning:
     rules: list[str]
 
 
-def write_report(directories: Sequence[Path], out: Path, *, resamples: int = 1000) -> Path:
+def write_report(analysis: Analysis, directories: Sequence[Path], out: Path) -> Path:
     """Writes ``results.csv``, ``figures/`` and ``report.html``, one file that needs no other; returns its path.
 
     Args:
-        directories: run directories, or folders of them.
+        analysis: of the runs in ``directories``.
+        directories: run directories, or folders of them, where failed runs have left their reasons, too.
         out: is made if it is missing. The same runs give the same bytes.
-        resamples: for the intervals.
 
     Raises:
-        InputError: if a directory holds no finished run, or ``out`` can't be written to.
+        InputError: if ``out`` can't be written to.
     """
-    rows = results.read(directories)
-    analysis = analyse(rows, resamples=resamples)
     try:
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
-        results.write_csv(rows, out / results.RESULTS)
+        results.write_csv(analysis.rows, out / results.RESULTS)
         page = _page(analysis, directories, out)
         workdirs.write_whole(out / REPORT, page)
     except OSError as error:
