@@ -251,7 +251,7 @@ def _keep_off_accelerators() -> None:
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees: on CPU fetching it anew costs up to half of a step (docs/log.md).
 
-    One arena, since those of XLA's threads can't hold large arrays and map them anew each time; no mapping, no trimming.
+    One arena, as those of XLA's threads can't hold large arrays and map them anew each time; no mapping, no trimming.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # not glibc

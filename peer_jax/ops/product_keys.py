@@ -11,11 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from peer_jax.errors import InputError
 from peer_jax.ops.checks import check_implementation, check_not_nan
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.top_k import top_k_columns
 
 
 def product_key_top_k(
@@ -61,27 +62,25 @@ def product_key_top_k(
 
 
 def _combine(
-    best1: Float[Array, "*b p"],
-    index1: Int[Array, "*b p"],
-    best2: Float[Array, "*b p"],
-    index2: Int[Array, "*b p"],
+    best1: Float[Array, "p m"],
+    index1: Int[Array, "p m"],
+    best2: Float[Array, "p m"],
+    index2: Int[Array, "p m"],
     n: int,
     k: int,
-) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"], Int[Array, "*b k"]]:
-    """Top k of the sums of two halves' candidates: scores, i1, i2.
+) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
+    """Top k of the sums of two halves' candidates and the keys they belong to; a column a query.
 
     The pair of ranks (a, b), counted from 1, comes after the a * b - 1 other pairs of ranks up to a and up to b, so
     only pairs with a * b <= k can be among the best k: 50 of 256 for k = 16, 119 of 1024 for k = 32.
     """
-    p = best1.shape[-1]
-    rank = np.arange(1, p + 1)
+    rank = np.arange(1, best1.shape[0] + 1)
     a, b = np.nonzero(np.outer(rank, rank) <= k)  # by the first rank, then by the second: the order of equal sums
-    partners = [best2[..., : k // r] for r in rank]  # slices, which are cheaper than a gather
-    sums = [best1[..., r - 1, None] + partner for r, partner in zip(rank, partners, strict=True)]
-    scores, pair = jax.lax.top_k(jnp.concatenate(sums, axis=-1), k)
-    i1 = jnp.take_along_axis(index1, jnp.asarray(a)[pair], axis=-1)
-    i2 = jnp.take_along_axis(index2, jnp.asarray(b)[pair], axis=-1)
-    return scores, i1, i2
+    sums = [best1[r - 1 : r] + best2[: k // r] for r in rank]
+    scores, pair = top_k_columns(jnp.concatenate(sums), k)
+    i1 = jnp.take_along_axis(index1, jnp.asarray(a, jnp.int32)[pair], axis=0, mode="promise_in_bounds")
+    i2 = jnp.take_along_axis(index2, jnp.asarray(b, jnp.int32)[pair], axis=0, mode="promise_in_bounds")
+    return scores, i1 * n + i2
 
 
 def _reference(
@@ -89,47 +88,54 @@ def _reference(
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     t, h, d_key = queries.shape
     n = sub_keys.shape[-2]
+    p = min(k, n)
     keys = jnp.broadcast_to(sub_keys, (h, 2, n, d_key // 2)).astype(jnp.float32)
     halves = queries.reshape(t, h, 2, d_key // 2).astype(jnp.float32)
-    scores = jnp.einsum("thsc,hsnc->thsn", halves, keys, precision=jax.lax.Precision.HIGHEST)
-    best, index = jax.lax.top_k(scores, min(k, n))
-    scores, i1, i2 = _combine(best[:, :, 0], index[:, :, 0], best[:, :, 1], index[:, :, 1], n, k)
+    best, index = jax.lax.top_k(jnp.einsum("thsc,hsnc->thsn", halves, keys, precision=jax.lax.Precision.HIGHEST), p)
+    sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
+    scores, pair = jax.lax.top_k(sums.reshape(t, h, p * p), k)
+    i1 = jnp.take_along_axis(index[:, :, 0], pair // p, axis=-1)
+    i2 = jnp.take_along_axis(index[:, :, 1], pair % p, axis=-1)
     return scores, i1 * n + i2
-
-
-def _half_scores(queries: Float[Array, "h t c"], keys: Float[Array, "g n c"]) -> Float[Array, "h t n"]:
-    """Scores of one half; g is 1 for shared keys (then one matrix product serves all heads) or h."""
-    h, t, c = queries.shape
-    g, n, _ = keys.shape
-    grouped = queries.reshape(g, h * t // g, c)
-    product = jnp.einsum("gmc,gnc->gmn", grouped, keys, precision=jax.lax.Precision.HIGHEST)
-    return product.reshape(h, t, n)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _xla(
     queries: Float[Array, "t h d_key"], sub_keys: Float[Array, "2 n c"] | Float[Array, "h 2 n c"], k: int
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    t, h, d_key = queries.shape
+    t, h, _ = queries.shape
     n, c = sub_keys.shape[-2:]
     keys = sub_keys.reshape(-1, 2, n, c).astype(jnp.float32)
 
     def body(_: None, chunk: Float[Array, "s h d_key"]) -> tuple[None, tuple[Array, Array]]:
-        halves = jnp.moveaxis(chunk.astype(jnp.float32), 1, 0)
-        best1, index1 = _top_k_rows(_half_scores(halves[..., :c], keys[:, 0]), min(k, n))
-        best2, index2 = _top_k_rows(_half_scores(halves[..., c:], keys[:, 1]), min(k, n))
-        scores, i1, i2 = _combine(best1, index1, best2, index2, n, k)
-        return None, (jnp.moveaxis(scores, 0, 1), jnp.moveaxis(i1 * n + i2, 0, 1))
+        grouped = _group(chunk.astype(jnp.float32), keys.shape[0])
+        candidates = [
+            top_k_columns(_half_scores(grouped[..., half * c : (half + 1) * c], keys[:, half]), min(k, n))
+            for half in (0, 1)
+        ]
+        scores, indices = _combine(*candidates[0], *candidates[1], n, k)
+        return None, (_ungroup(scores.T, keys.shape[0], h), _ungroup(indices.T, keys.shape[0], h))
 
     _, out = scan_chunks(body, None, queries, t, chunk_size(t, 4 * h * n))
     return out
 
 
-def _top_k_rows(scores: Float[Array, "h t n"], k: int) -> tuple[Float[Array, "h t k"], Int[Array, "h t k"]]:
-    """``top_k`` over a matrix: on CPU it is several times faster than over more dimensions."""
-    h, t, n = scores.shape
-    best, index = jax.lax.top_k(scores.reshape(h * t, n), k)
-    return best.reshape(h, t, k), index.reshape(h, t, k)
+def _group(x: Shaped[Array, "s h q"], g: int) -> Shaped[Array, "{g} m q"]:
+    """The queries of each key set: one set for all heads, or a set a head; m = s * h / g."""
+    s, h, q = x.shape
+    return x.reshape(1, s * h, q) if g == 1 else jnp.moveaxis(x, 1, 0)
+
+
+def _ungroup(x: Shaped[Array, "gm q"], g: int, h: int) -> Shaped[Array, "s {h} q"]:
+    """Undoes ``_group``."""
+    q = x.shape[-1]
+    return x.reshape(-1, h, q) if g == 1 else jnp.moveaxis(x.reshape(h, -1, q), 0, 1)
+
+
+def _half_scores(queries: Float[Array, "g m c"], keys: Float[Array, "g n c"]) -> Float[Array, "n gm"]:
+    """Scores of one half, a column a query."""
+    scores = jnp.einsum("gnc,gmc->ngm", keys, queries, precision=jax.lax.Precision.HIGHEST)
+    return scores.reshape(keys.shape[1], -1)
 
 
 def _xla_forward(queries, sub_keys, k):
@@ -150,20 +156,19 @@ def _xla_backward(k, residuals, cotangents):
     g = keys.shape[0]
 
     def body(d_keys, chunk):
-        halves, d_chunk, chosen = (jnp.moveaxis(a, 1, 0) for a in chunk)
-        halves = halves.astype(jnp.float32)
-        s = halves.shape[1]
-        row = jnp.arange(h * s)[:, None]
+        grouped, d_grouped, chosen = (_group(a, g) for a in chunk)
+        m = grouped.shape[1]
+        row = jnp.arange(g * m)[:, None]
         d_halves, d_half_keys = [], []
         for half, index in enumerate((chosen // n, chosen % n)):
-            weights = jnp.zeros((h * s, n), jnp.float32)
-            weights = weights.at[row, index.reshape(h * s, k)].add(d_chunk.reshape(h * s, k), mode="drop")
-            weights = weights.reshape(g, h * s // g, n)
-            query = halves[..., half * c : (half + 1) * c].reshape(g, h * s // g, c)
+            weights = jnp.zeros((g * m, n), jnp.float32)
+            weights = weights.at[row, index.reshape(-1, k)].add(d_grouped.reshape(-1, k), mode="promise_in_bounds")
+            weights = weights.reshape(g, m, n)
+            query = grouped[..., half * c : (half + 1) * c].astype(jnp.float32)
             product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-            d_halves.append(product("gmn,gnc->gmc", weights, keys[:, half]).reshape(h, s, c))
+            d_halves.append(product("gmn,gnc->gmc", weights, keys[:, half]))
             d_half_keys.append(product("gmn,gmc->gnc", weights, query))
-        d_queries = jnp.moveaxis(jnp.concatenate(d_halves, axis=-1), 0, 1)
+        d_queries = _ungroup(jnp.concatenate(d_halves, axis=-1).reshape(g * m, d_key), g, h)
         return d_keys + jnp.stack(d_half_keys, axis=1), d_queries
 
     d_keys, d_queries = scan_chunks(
