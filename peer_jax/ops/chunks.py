@@ -44,3 +44,39 @@ def scan_chunks(
         return body(carry, tokens)
     carry, out = jax.lax.scan(body, carry, _split(tokens, size))
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_tokens], out)
+
+
+# Bytes of a table's rows that an update works on at a time, so that one pass finds in the cache what another wrote.
+ROWS_BUDGET = 2**20
+
+
+def update_by_rows(
+    update: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]], tables: tuple[jax.Array, ...], other: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """``tables, sums = update(*tables, other)``, where ``update`` is elementwise but for ``sums``, which add up.
+
+    All arrays have one shape, [N, ...]. On CPU, where XLA makes a pass over memory of nearly each operation, large
+    tables are updated some rows at a time, and in place if the compiled function owns them.
+    """
+    n = other.shape[0] if other.ndim else 1
+    rows = ROWS_BUDGET * n // max(1, other.nbytes)
+    if jax.default_backend() != "cpu" or not 0 < rows < n:
+        return update(*tables, other)
+
+    def at(start: int | jax.Array, size: int, tables: tuple[jax.Array, ...]):
+        # Cut out before any of them is written back: else XLA would copy a table, to read the old rows from.
+        part = jax.lax.optimization_barrier([jax.lax.dynamic_slice_in_dim(a, start, size) for a in (*tables, other)])
+        new, sums = jax.lax.optimization_barrier(update(*part))
+        put = (jax.lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(tables, new, strict=True))
+        return tuple(put), sums
+
+    def body(index: jax.Array, carry):
+        tables, sums = carry
+        tables, more = at(index * rows, rows, tables)
+        return tables, sums + more
+
+    tables, sums = jax.lax.fori_loop(1, n // rows, body, at(0, rows, tables))
+    if n % rows:
+        tables, more = at(n - n % rows, n % rows, tables)
+        sums = sums + more
+    return tables, sums

@@ -67,7 +67,10 @@ def table_gradients(
             for table, weight, (_, cotangents) in zip(tables, weights, terms, strict=True)
         ), None
 
-    tables = tuple(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32) for _, cotangents in terms)
+    # Behind barriers, lest XLA make one table of zeros and copy it.
+    tables = tuple(
+        jax.lax.optimization_barrier(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32)) for _, cotangents in terms
+    )
     weights = tuple(weights.reshape(-1)[pairs.pair] for weights, _ in terms)
     size = chunk_size(t * r, 4 * terms[0][1].shape[1])
     return scan_chunks(body, tables, (pairs.row, pairs.pair // r, weights), t * r, size)[0]

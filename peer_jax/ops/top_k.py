@@ -35,7 +35,8 @@ def _by_tournament(x: Float[Array, "n m"], k: int) -> Ranked:
     while size < n:
         size *= 2
     # Behind all others, whatever their values are, so never among the k.
-    values, place, largest = _tournament(jnp.pad(x, ((0, size - n), (0, 0)), constant_values=-jnp.inf), K)
+    padded = jnp.pad(x, ((0, size - n), (0, 0)), constant_values=-jnp.inf)
+    values, place, largest = _tournament(_once(padded), K)
     missing = jnp.isnan(largest)  # a maximum spreads NaN, the sorting below may lose it
     return jnp.where(missing, jnp.nan, values[:k]), jnp.where(missing, 0, place[:k])
 

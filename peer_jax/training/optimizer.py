@@ -5,11 +5,14 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import Table, check_positive
+from peer_jax.ops.chunks import update_by_rows
 
 BACKBONE = "backbone"
 
@@ -79,34 +82,70 @@ class AdamW:
             return table_rate[label]
         return table_rate
 
-    def transformation(self, labels: nnx.State) -> optax.GradientTransformation:
-        """Gradients to updates that ``scale`` then multiplies by the rates.
-
-        Rates stay outside so that one compiled step serves all rates and lengths of a run.
-        """
-
+    def check(self, labels: nnx.State) -> None:
+        """An InputError if there is a rate for a table that the model lacks."""
         named = self.table_learning_rate if isinstance(self.table_learning_rate, Mapping) else {}
         if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
             raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
-        def group(clip: float | None, decay: float) -> optax.GradientTransformation:
-            return optax.chain(
-                optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-                optax.scale_by_adam(self.b1, self.b2, self.eps),
-                optax.add_decayed_weights(decay, mask=_matrices) if decay else optax.identity(),
-            )
+    def init(self, params: nnx.State) -> optax.ScaleByAdamState:
+        """Moments of the gradients before the first step."""
+        return self._adam.init(params)
 
-        groups = {
-            label: group(self.clip_norm, self.weight_decay)
-            if label == BACKBONE
-            else group(self.table_clip_norm, self.table_weight_decay)
-            for label in sorted(set(jax.tree.leaves(labels)))
+    def update(
+        self,
+        labels: nnx.State,
+        params: nnx.State,
+        grads: nnx.State,
+        state: optax.ScaleByAdamState,
+        rates: Mapping[str, Array | float],
+    ) -> tuple[nnx.State, optax.ScaleByAdamState, dict[str, Float[Array, ""]]]:
+        """Parameters and state after a step, and the global norms of gradient, update and parameters.
+
+        Rates are arguments so that one compiled step serves all rates and lengths of a run.
+        """
+        label, treedef = jax.tree.flatten(labels)
+        squares = [_sum_of_squares(g) for g in treedef.flatten_up_to(grads)]
+        clip = {
+            group: _clip(self._clip_norm(group), sum(s for s, of in zip(squares, label, strict=True) if of == group))
+            for group in sorted(set(label))
         }
-        return optax.partition(groups, labels)
+
+        def leaf(group: str, p: Array, g: Array, mu: Array, nu: Array):
+            decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
+
+            def step(p: Array, mu: Array, nu: Array, g: Array):
+                direction, after = self._adam.update(g * clip[group].astype(g.dtype), state._replace(mu=mu, nu=nu))
+                u = (-rates[group] * (direction + decay * p)).astype(p.dtype)
+                return (p + u, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(p + u)])
+
+            return update_by_rows(step, (p, mu, nu), g)
+
+        trees = (treedef.flatten_up_to(tree) for tree in (params, grads, state.mu, state.nu))
+        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, strict=True)), strict=True)
+        params, mu, nu = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
+        update_norm, param_norm = jnp.sqrt(sum(sums))
+        norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
+        return params, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), norms
+
+    @property
+    def _adam(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+    def _clip_norm(self, label: str) -> float | None:
+        return self.clip_norm if label == BACKBONE else self.table_clip_norm
 
 
-def _matrices(params: nnx.State) -> nnx.State:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def _sum_of_squares(x: Array) -> Float[Array, ""]:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+def _clip(largest: float | None, sum_of_squares: Float[Array, ""]) -> Float[Array, ""]:
+    """What a gradient is multiplied by, so that its norm is at most ``largest``."""
+    if largest is None:
+        return jnp.ones(())
+    norm = jnp.sqrt(sum_of_squares)
+    return jnp.where(norm > largest, largest / norm, 1.0)
 
 
 def label_params(params: nnx.State) -> nnx.State:
@@ -116,8 +155,3 @@ def label_params(params: nnx.State) -> nnx.State:
         return variable.replace(str(path[-1].key) if isinstance(variable, Table) else BACKBONE)
 
     return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
-
-
-def scale(updates: nnx.State, labels: nnx.State, rates: Mapping[str, jax.Array]) -> nnx.State:
-    """Updates against the gradient, each group's at its own rate."""
-    return jax.tree.map(lambda u, label: (-rates[label] * u).astype(u.dtype), updates, labels)

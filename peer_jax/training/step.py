@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
-from peer_jax.training.optimizer import AdamW, label_params, scale
+from peer_jax.training.optimizer import AdamW, label_params
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: nnx.State
     others: nnx.State
-    optimizer: optax.OptState
+    optimizer: optax.ScaleByAdamState
 
 
 def cross_entropy(logits: Float[Array, "b s V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -62,7 +62,7 @@ class Trainer:
         self.abstract_model = abstract
         self.graph, params, _ = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
-        self.transformation = optimizer.transformation(self.labels)
+        optimizer.check(self.labels)
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step."""
@@ -70,7 +70,7 @@ class Trainer:
 
     def _init(self, key: Array) -> TrainState:
         _, params, others = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
-        return TrainState(jnp.zeros((), jnp.int32), params, others, self.transformation.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, others, self.optimizer.init(params))
 
     def abstract_state(self) -> TrainState:
         """Shapes and types of the state."""
@@ -90,14 +90,8 @@ class Trainer:
             (_, (metrics, others)), grads = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
-        updates, optimizer = self.transformation.update(grads, state.optimizer, state.params)
-        updates = scale(updates, self.labels, rates)
-        params = optax.apply_updates(state.params, updates)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params),
-        }
+        params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
+        metrics |= norms
         return TrainState(state.step + 1, params, others, optimizer), metrics
 
     def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
