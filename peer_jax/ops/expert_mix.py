@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import dot_rows, gather_rows, sort_pairs, sum_rows, table_gradients
+from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
 
 Activation = Callable[[Array], Array]
 
@@ -113,7 +113,7 @@ def _xla_backward(activation, residuals, dy):
 
     t, d = x.shape
     _, (dx, d_gates, ds, ga) = scan_chunks(body, None, (indices, gates, s, dy), t, _chunk(indices, d))
-    d_down, d_up = table_gradients(sort_pairs(indices), down.shape[0], (ds, x), (ga, dy))
+    d_down, d_up = table_gradients(indices, down.shape[0], (ds, x), (ga, dy))
     return dx, d_down.astype(down.dtype), d_up.astype(up.dtype), None, d_gates
 
 

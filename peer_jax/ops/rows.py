@@ -30,6 +30,42 @@ def sum_rows(weights: Float[Array, "t r"], rows: Float[Array, "t r d"]) -> Float
     return jnp.sum(weights[..., None].astype(jnp.float32) * rows.astype(jnp.float32), axis=1)
 
 
+# A term of a table's gradient: weights [t, r] and cotangents [t, d]; row i sums weights[t, r] * cotangents[t] over the
+# pairs (t, r) that retrieved it.
+Term = tuple[Float[Array, "t r"], Float[Array, "t d"]]
+
+
+def table_gradients(
+    indices: Int[Array, "t r"], num_rows: int, *terms: Term
+) -> tuple[Float[Array, "{num_rows} d"], ...]:
+    """A table for each term, in float32 and always added up in the same order."""
+    return jax.lax.platform_dependent(
+        indices,
+        terms,
+        cpu=lambda indices, terms: _in_token_order(indices, num_rows, terms),
+        default=lambda indices, terms: _in_row_order(indices, num_rows, terms),
+    )
+
+
+def _in_token_order(
+    indices: Int[Array, "t r"], num_rows: int, terms: tuple[Term, ...]
+) -> tuple[Float[Array, "{num_rows} d"], ...]:
+    """Where a scatter is one loop on one thread, a sort costs more than it saves (docs/log.md)."""
+    t, r = indices.shape
+    d = terms[0][1].shape[1]
+
+    def body(tables, chunk):
+        indices, terms = chunk
+        return tuple(
+            table.at[indices.reshape(-1)].add(
+                (weights[..., None] * cotangents[:, None].astype(jnp.float32)).reshape(-1, d), mode="promise_in_bounds"
+            )
+            for table, (weights, cotangents) in zip(tables, terms, strict=True)
+        ), None
+
+    return scan_chunks(body, _zeros(num_rows, terms), (indices, terms), t, chunk_size(t, 4 * r * d))[0]
+
+
 class SortedPairs(NamedTuple):
     """The (token, row) pairs of a batch in the order of the rows."""
 
@@ -44,17 +80,12 @@ def sort_pairs(indices: Int[Array, "t r"]) -> SortedPairs:
     return SortedPairs(row, pair)
 
 
-def table_gradients(
-    pairs: SortedPairs,
-    num_rows: int,
-    *terms: tuple[Float[Array, "t r"], Float[Array, "t d"]],
+def _in_row_order(
+    indices: Int[Array, "t r"], num_rows: int, terms: tuple[Term, ...]
 ) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """A table for each term (weights, cotangents): row i sums weights[t, r] * cotangents[t] over its pairs (t, r).
-
-    In float32. Sorted by row, a row's contributions are neighbours, so the tables are walked through once, front to
-    back; in one loop, which lets XLA fill them in place.
-    """
-    t, r = terms[0][0].shape
+    """Sorted by row, a row's contributions are neighbours, so the tables are walked through once, front to back."""
+    t, r = indices.shape
+    pairs = sort_pairs(indices)
 
     def body(tables, chunk):
         row, token, weights = chunk
@@ -67,10 +98,13 @@ def table_gradients(
             for table, weight, (_, cotangents) in zip(tables, weights, terms, strict=True)
         ), None
 
-    # Behind barriers, lest XLA make one table of zeros and copy it.
-    tables = tuple(
-        jax.lax.optimization_barrier(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32)) for _, cotangents in terms
-    )
     weights = tuple(weights.reshape(-1)[pairs.pair] for weights, _ in terms)
     size = chunk_size(t * r, 4 * terms[0][1].shape[1])
-    return scan_chunks(body, tables, (pairs.row, pairs.pair // r, weights), t * r, size)[0]
+    return scan_chunks(body, _zeros(num_rows, terms), (pairs.row, pairs.pair // r, weights), t * r, size)[0]
+
+
+def _zeros(num_rows: int, terms: tuple[Term, ...]) -> tuple[Float[Array, "{num_rows} d"], ...]:
+    """Behind barriers, lest XLA make one table of zeros and copy it."""
+    return tuple(
+        jax.lax.optimization_barrier(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32)) for _, cotangents in terms
+    )

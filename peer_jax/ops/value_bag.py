@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import dot_rows, gather_rows, sort_pairs, sum_rows, table_gradients
+from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
 
 
 def value_bag(
@@ -77,7 +77,7 @@ def _xla_backward(residuals, dy):
 
     t, r = indices.shape
     _, d_gates = scan_chunks(body, None, (indices, dy), t, chunk_size(t, 4 * r * values.shape[1]))
-    (d_values,) = table_gradients(sort_pairs(indices), values.shape[0], (gates.astype(jnp.float32), dy))
+    (d_values,) = table_gradients(indices, values.shape[0], (gates.astype(jnp.float32), dy))
     return d_values.astype(values.dtype), None, d_gates.astype(gates.dtype)
 
 

@@ -1,0 +1,70 @@
+"""Top k of columns against a stable sort in NumPy: any size, ties, infinities, NaN."""
+
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peer_jax.ops.top_k import _by_rows, _by_tournament, top_k_columns
+
+WAYS = {"tournament": _by_tournament, "rows": _by_rows}
+
+
+@functools.cache
+def jitted(way, k):
+    return jax.jit(functools.partial(WAYS[way], k=k))
+
+
+def sorted_columns(x, k):
+    place = np.argsort(-x, axis=0, kind="stable")[:k]
+    return np.take_along_axis(x, place, axis=0), place
+
+
+@st.composite
+def columns(draw):
+    """Few different values, so that ties abound, the lowest possible among them."""
+    n, k_of_n = draw(st.sampled_from([(1, 1), (5, 1), (5, 5), (16, 3), (16, 16), (23, 4), (33, 16)]))
+    values = st.sampled_from([-np.inf, -2.5, -1.0, 1.0, 2.0, np.inf])
+    return draw(hnp.arrays(np.float32, (n, 3), elements=values)), k_of_n
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None, max_examples=80)
+@given(columns())
+def test_equals_a_stable_sort(way, case):
+    x, k = case
+    values, place = jitted(way, k)(x)
+    expected_values, expected_place = sorted_columns(x, k)
+    np.testing.assert_array_equal(values, expected_values)
+    np.testing.assert_array_equal(place, expected_place)
+    assert place.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("n", "k"), [(512, 16), (1000, 32), (128, 100), (300, 17)])
+def test_large_columns(rng, n, k):
+    x = rng.normal(size=(n, 65)).astype(np.float32)
+    for ours, expected in zip(jitted("tournament", k)(x), sorted_columns(x, k), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("where", [0, 6, 12])
+def test_a_nan_is_not_lost(rng, where):
+    x = rng.normal(size=(13, 4)).astype(np.float32)
+    x[where, 2] = np.nan
+    values, place = jitted("tournament", 3)(x)
+    assert np.isnan(values[:, 2]).all()
+    assert ((place >= 0) & (place < 13)).all()
+    others = [0, 1, 3]
+    np.testing.assert_array_equal(values[:, others], sorted_columns(x[:, others], 3)[0])
+
+
+@pytest.mark.parametrize(("platform", "by_tournament"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_the_tournament_is_for_cpu(platform, by_tournament):
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    text = jax.jit(lambda x: top_k_columns(x, 8)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("top_k" not in text) is by_tournament
