@@ -62,12 +62,3 @@ def drop_invalid(
     """
     valid = (indices >= 0) & (indices < size)
     return jnp.where(valid, gates, 0.0), jnp.where(valid, indices, 0), jnp.all(valid, axis=(-2, -1))
-
-
-IMPLEMENTATIONS = ("reference", "xla")
-
-
-def check_implementation(implementation: str | None) -> None:
-    """An InputError unless it is None or one of the implementations."""
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, nor None")

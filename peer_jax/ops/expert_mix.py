@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
+from peer_jax.ops import mosaic_gpu
+from peer_jax.ops.checks import check_indices, drop_invalid
+from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
 
@@ -43,7 +45,8 @@ def expert_mix(
         gates: their weights.
         activation: elementwise; called on float32.
         implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
-            tokens, and a backward pass that gathers again; None picks.
+            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, "xla"
+            where they can't run; None picks.
 
     Raises:
         InputError: if sizes don't fit; under ``checked``, also if an index is out of range. Otherwise such a token's
@@ -51,13 +54,13 @@ def expert_mix(
     """
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
-    check_implementation(implementation)
     check_indices("expert_mix", indices, down.shape[0])
     gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
 
     *tokens, h, k = indices.shape
-    mix = _reference if implementation == "reference" else _xla
-    y = mix(x.reshape(-1, x.shape[-1]), down, up, indices.reshape(-1, h * k), gates.reshape(-1, h * k), activation)
+    flat = x.reshape(-1, x.shape[-1])
+    mix = _IMPLEMENTATIONS[choose(implementation, flat, down, h * k)]
+    y = mix(flat, down, up, indices.reshape(-1, h * k), gates.reshape(-1, h * k), activation)
     return jnp.where(valid[..., None], y.reshape(*tokens, x.shape[-1]), jnp.nan)
 
 
@@ -118,3 +121,5 @@ def _xla_backward(activation, residuals, dy):
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
+
+_IMPLEMENTATIONS = {"reference": _reference, "xla": _xla, "mosaic_gpu": mosaic_gpu.expert_mix}

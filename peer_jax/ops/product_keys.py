@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from peer_jax.errors import InputError
-from peer_jax.ops.checks import check_implementation, check_not_nan
+from peer_jax.ops.checks import check_not_nan
+from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.top_k import top_k_columns
 
@@ -36,7 +37,8 @@ def product_key_top_k(
         queries: one query a token and head; ``d_key = 2 * c``.
         sub_keys: shared by all heads, or a set a head.
         k: keys to retrieve, 1 <= k <= N.
-        implementation: ``"reference"``; ``"xla"``, which bounds memory and has its own backward pass; None picks.
+        implementation: ``"reference"``; ``"xla"``, which bounds memory and has its own backward pass and is what
+            ``"mosaic_gpu"`` and None are here.
 
     Returns:
         Scores (float32) and indices (int32) of the retrieved keys.

@@ -104,7 +104,4 @@ def _in_row_order(
 
 
 def _zeros(num_rows: int, terms: tuple[Term, ...]) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """Behind barriers, lest XLA make one table of zeros and copy it."""
-    return tuple(
-        jax.lax.optimization_barrier(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32)) for _, cotangents in terms
-    )
+    return tuple(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32) for _, cotangents in terms)

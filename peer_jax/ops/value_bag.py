@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peer_jax.ops.checks import check_implementation, check_indices, drop_invalid
+from peer_jax.ops import mosaic_gpu
+from peer_jax.ops.checks import check_indices, drop_invalid
+from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
 
@@ -31,18 +33,20 @@ def value_bag(
         indices: values of each token and head; they may repeat.
         gates: their weights.
         implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
-            tokens, and a backward pass that gathers again; None picks.
+            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, "xla"
+            where they can't run; None picks.
 
     Raises:
         InputError: under ``checked``, if an index is out of range. Otherwise such a token's output is NaN.
     """
-    check_implementation(implementation)
     check_indices("value_bag", indices, values.shape[0])
     gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
 
     *tokens, h, k = indices.shape
-    bag = _reference if implementation == "reference" else _xla
-    y = bag(values, indices.reshape(-1, h * k), gates.reshape(-1, h * k))
+    gates = gates.reshape(-1, h * k)
+    like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
+    bag = _IMPLEMENTATIONS[choose(implementation, like_y, values, h * k)]
+    y = bag(values, indices.reshape(-1, h * k), gates)
     return jnp.where(valid[..., None], y.reshape(*tokens, values.shape[-1]), jnp.nan)
 
 
@@ -82,3 +86,5 @@ def _xla_backward(residuals, dy):
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
+
+_IMPLEMENTATIONS = {"reference": _reference, "xla": _xla, "mosaic_gpu": mosaic_gpu.value_bag}

@@ -1,0 +1,45 @@
+"""Which implementation an op uses: the one asked for where it can, else the one that measures fastest."""
+
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Float
+
+from peer_jax.errors import InputError
+from peer_jax.ops import mosaic_gpu
+
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """An InputError unless it is None or one of the implementations."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, nor None")
+
+
+def choose(
+    implementation: str | None,
+    x: Float[Array, "t d"] | jax.ShapeDtypeStruct,
+    table: Float[Array, "N d"] | jax.ShapeDtypeStruct,
+    r: int,
+    platform: str | None = None,
+) -> str:
+    """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
+
+    None is "xla": never measured slower on CPU than "reference" but where both are quick, and bounded in memory. The
+    kernels of "mosaic_gpu" have not been measured on a GPU yet, so they must be asked for. What they can't take falls
+    back to "xla", and says so once.
+    """
+    check_implementation(implementation)
+    if implementation != "mosaic_gpu":
+        return implementation or "xla"
+    if reason := mosaic_gpu.why_not(x, table, r, platform):
+        _say_once(reason)
+        return "xla"
+    return implementation
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("implementation='mosaic_gpu' falls back to 'xla': %s", reason)

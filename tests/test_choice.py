@@ -1,0 +1,70 @@
+"""Which implementation is used, for each case that docs/performance.md lists."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peer_jax.errors import InputError
+from peer_jax.ops import choice, expert_mix, mosaic_gpu
+from peer_jax.ops.choice import choose
+
+
+def arrays(t=64, d=256, n=1024, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((n, d), dtype)
+
+
+needs_kernels = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="this JAX has no such kernels")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("size", [{"t": 1, "n": 1}, {}, {"t": 32768, "d": 768, "n": 1024**2}])
+def test_none_is_xla(platform, size):
+    assert choose(None, *arrays(**size), 128, platform) == "xla"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("platform", "size", "r", "expected"),
+    [
+        ("gpu", {"t": 32768, "d": 768, "n": 1024**2, "dtype": jnp.bfloat16}, 128, "mosaic_gpu"),
+        ("gpu", {"t": 1, "n": 1}, 1, "mosaic_gpu"),
+        ("gpu", {"d": 64}, 128, "mosaic_gpu"),
+        ("gpu", {"d": 4096}, 128, "mosaic_gpu"),
+        ("gpu", {"d": 96}, 128, "xla"),
+        ("gpu", {"d": 4160}, 128, "xla"),
+        ("gpu", {"dtype": jnp.float16}, 128, "xla"),
+        ("gpu", {"t": 2**21}, 1024, "xla"),
+        ("cpu", {}, 128, "xla"),
+        ("tpu", {}, 128, "xla"),
+    ],
+)
+def test_kernels_where_they_can_run(platform, size, r, expected):
+    assert choose("mosaic_gpu", *arrays(**size), r, platform) == expected
+
+
+@pytest.mark.parametrize("asked_for", ["reference", "xla"])
+def test_what_is_asked_for(asked_for):
+    assert choose(asked_for, *arrays(), 128, "gpu") == asked_for
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(InputError, match="abacus"):
+        choose("abacus", *arrays(), 128)
+
+
+def test_a_fallback_is_said_once_and_computes_the_same(rng, caplog):
+    x, down, up = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (3, 9, 9))
+    indices = jnp.asarray(rng.integers(0, 9, (3, 1, 2)), jnp.int32)
+    gates = jnp.ones((3, 1, 2))
+    choice._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        results = [
+            expert_mix(x, down, up, indices, gates, jax.nn.gelu, implementation=implementation)
+            for implementation in ("mosaic_gpu", "mosaic_gpu", "xla")
+        ]
+    assert len(caplog.messages) == 1
+    assert "falls back to 'xla'" in caplog.text
+    np.testing.assert_array_equal(results[0], results[2])
