@@ -175,3 +175,21 @@ def test_checked_changes_nothing_that_is_right(rng):
     expected_scores, expected_indices = reference.product_key_top_k(queries, sub_keys, 4)
     np.testing.assert_array_equal(indices, expected_indices)
     assert relative_error(scores, expected_scores) < FP32
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_is_bounded(gradient):
+    """The scores of both halves would be 64 MiB: "reference" holds them, "xla" a quarter of that at most."""
+    T, h, n, c, k = 4096, 4, 512, 16, 8
+    arguments = jax.ShapeDtypeStruct((T, h, 2 * c), jnp.float32), jax.ShapeDtypeStruct((2, n, c), jnp.float32)
+    assert T * h * 2 * n * 4 == 64 * 2**20
+
+    def temporary(implementation):
+        def retrieve(queries, sub_keys):
+            return jnp.sum(product_key_top_k(queries, sub_keys, k, implementation=implementation)[0])
+
+        function = jax.grad(retrieve, argnums=(0, 1)) if gradient else retrieve
+        return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("xla") < 16 * 2**20
+    assert temporary("reference") > 64 * 2**20
