@@ -169,7 +169,10 @@ def numpy_adamw(params, gradients, optimizer, rates):
             norm = math.sqrt(sum((g**2).sum() for g in same_group))
             g = gradient[name].astype(np.float64) * (1.0 if clip is None else min(1.0, clip / (norm or 1.0)))
             first[name] = optimizer.b1 * first[name] + (1 - optimizer.b1) * g
-            second[name] = optimizer.b2 * second[name] + (1 - optimizer.b2) * g**2
+            square = g**2
+            if table and optimizer.table_second_moment == "row":
+                square = square.mean(axis=-1, keepdims=True)
+            second[name] = optimizer.b2 * second[name] + (1 - optimizer.b2) * square
             m, v = first[name] / (1 - optimizer.b1**t), second[name] / (1 - optimizer.b2**t)
             update = m / (np.sqrt(v) + optimizer.eps) + (decay * p if p.ndim > 1 else 0.0)
             params[name] = p - rate[GROUP[name]] * update
@@ -185,7 +188,7 @@ def three_steps(rng, optimizer, gradients=None):
         {name: rng.normal(size=p.shape).astype(np.float32) for name, p in by_name(params).items()} for _ in range(3)
     ]
     rates = [optimizer.rates(labels, step, 3) for step in range(3)]
-    before, ours, state = by_name(params), params, optimizer.init(params)
+    before, ours, state = by_name(params), params, optimizer.init(labels, params)
     for gradient, rate in zip(gradients, rates, strict=True):
         ours, state, _ = update(ours, like(ours, gradient), state, rate)
     before = {name: np.asarray(p) for name, p in before.items()}
@@ -199,6 +202,7 @@ def three_steps(rng, optimizer, gradients=None):
         {"clip_norm": None, "table_clip_norm": 2.0, "table_weight_decay": 0.3},
         {"clip_norm": 2.0, "table_clip_norm": None, "weight_decay": 0.0},
         {"clip_norm": 1e3, "table_clip_norm": 1e3, "b1": 0.5, "b2": 0.7, "eps": 0.1},
+        {"table_second_moment": "row"},
     ],
 )
 def test_three_updates_equal_numpy_s(rng, options):
@@ -235,7 +239,7 @@ def test_a_large_gradient_scales_down_its_own_group_only(rng, large):
     zeros = jax.tree.map(jnp.zeros_like, nnx.state(Model(rng), nnx.Param))
     labels = label_params(zeros)
     rates = dict.fromkeys(GROUP.values(), -1.0)
-    updates, _, _ = optimizer.update(labels, zeros, like(zeros, gradient), optimizer.init(zeros), rates)
+    updates, _, _ = optimizer.update(labels, zeros, like(zeros, gradient), optimizer.init(labels, zeros), rates)
     norms = {
         group: math.sqrt(sum((g.astype(np.float64) ** 2).sum() for name, g in gradient.items() if GROUP[name] == group))
         for group in set(GROUP.values())
@@ -246,18 +250,21 @@ def test_a_large_gradient_scales_down_its_own_group_only(rng, large):
         assert relative_error(np.asarray(update) * 1e6, gradient[name] * clip) < 1e-5, name
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_tables_updated_some_rows_at_a_time(rng, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "second_moment"), [(1, "element"), (2, "element"), (5, "element"), (2, "row")])
+def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatch):
     """As if updated whole, whether the rows divide the table's 5 and 6 or not; norms as NumPy has them."""
     params = nnx.state(Model(rng), nnx.Param)
     grads = like(params, {name: rng.normal(size=p.shape).astype(np.float32) for name, p in by_name(params).items()})
-    labels, optimizer = label_params(params), AdamW(learning_rate=0.1, table_weight_decay=0.2)
+    labels, optimizer = (
+        label_params(params),
+        AdamW(learning_rate=0.1, table_weight_decay=0.2, table_second_moment=second_moment),
+    )
     rates = optimizer.rates(labels, 5, 10)
     whole, moments, norms = jax.jit(functools.partial(optimizer.update, labels))(
-        params, grads, optimizer.init(params), rates
+        params, grads, optimizer.init(labels, params), rates
     )
     monkeypatch.setattr("peer_jax.ops.chunks.ROWS_BUDGET", rows * 4 * 4)
-    parts = jax.jit(functools.partial(optimizer.update, labels))(params, grads, optimizer.init(params), rates)
+    parts = jax.jit(functools.partial(optimizer.update, labels))(params, grads, optimizer.init(labels, params), rates)
     # Roundings may differ where XLA fuses a product and a sum.
     pairs = zip(jax.tree.leaves(parts), jax.tree.leaves((whole, moments, norms)), strict=True)
     assert max(relative_error(part, all_) for part, all_ in pairs) < 1e-6
@@ -276,6 +283,7 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, monkeypatch):
     [
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": 0.1, "warmup_steps": -1}, "warmup_steps=-1"),
+        ({"learning_rate": 0.1, "table_second_moment": "column"}, "table_second_moment='column'"),
         ({"learning_rate": 0.1, "final_fraction": 1.5}, "final_fraction=1.5"),
         ({"learning_rate": 0.1, "final_fraction": -0.5}, "final_fraction=-0.5"),
     ],

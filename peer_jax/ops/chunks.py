@@ -55,7 +55,7 @@ def update_by_rows(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """``tables, sums = update(*tables, other)``, where ``update`` is elementwise but for ``sums``, which add up.
 
-    All arrays have one shape, [N, ...]. On CPU, where XLA makes a pass over memory of nearly each operation, large
+    All arrays have N rows. On CPU, where XLA makes a pass over memory of nearly each operation, large
     tables are updated some rows at a time, and in place if the compiled function owns them.
     """
     n = other.shape[0] if other.ndim else 1

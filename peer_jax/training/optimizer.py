@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import Table, check_positive
+from peer_jax.layers.interface import Table, check_choice, check_positive
 from peer_jax.ops.chunks import update_by_rows
 
 BACKBONE = "backbone"
@@ -31,6 +31,8 @@ class AdamW:
         warmup_steps: of linear growth from zero; in a run that is shorter, all steps but the last.
         final_fraction: of the peak rate, reached by a cosine exactly at the last step.
         weight_decay, table_weight_decay: times the rate.
+        table_second_moment: "element", Adam's, or "row": one for each row of a table, of its mean squared gradient,
+            which takes a third of the optimiser's memory away and time with it (docs/log.md).
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
         b1, b2, eps: Adam's.
     """
@@ -41,6 +43,7 @@ class AdamW:
     final_fraction: float = 0.1
     weight_decay: float = 0.1
     table_weight_decay: float = 0.0
+    table_second_moment: str = "element"
     clip_norm: float | None = 1.0
     table_clip_norm: float | None = 1.0
     b1: float = 0.9
@@ -49,6 +52,7 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_positive(learning_rate=self.learning_rate)
+        check_choice("table_second_moment", self.table_second_moment, ("element", "row"))
         for name in ("clip_norm", "table_clip_norm"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
@@ -88,9 +92,13 @@ class AdamW:
         if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
             raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
-    def init(self, params: nnx.State) -> optax.ScaleByAdamState:
+    def init(self, labels: nnx.State, params: nnx.State) -> optax.ScaleByAdamState:
         """Moments of the gradients before the first step."""
-        return self._adam.init(params)
+        state = optax.scale_by_adam().init(params)
+        if self.table_second_moment == "element":
+            return state
+        by_row = jax.tree.map(lambda label, nu: nu if label == BACKBONE else nu[:, :1], labels, state.nu)
+        return state._replace(nu=by_row)
 
     def update(
         self,
@@ -115,7 +123,8 @@ class AdamW:
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
 
             def step(p: Array, mu: Array, nu: Array, g: Array):
-                direction, after = self._adam.update(g * clip[group].astype(g.dtype), state._replace(mu=mu, nu=nu))
+                moments = state._replace(mu=mu, nu=nu)
+                direction, after = self._direction(g * clip[group].astype(g.dtype), moments)
                 u = (-rates[group] * (direction + decay * p)).astype(p.dtype)
                 return (p + u, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(p + u)])
 
@@ -128,9 +137,15 @@ class AdamW:
         norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
         return params, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), norms
 
-    @property
-    def _adam(self) -> optax.GradientTransformation:
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+    def _direction(self, g: Array, state: optax.ScaleByAdamState) -> tuple[Array, optax.ScaleByAdamState]:
+        """Adam's, with the second moment of an element or of a row, whichever the state has."""
+        if state.nu.shape == g.shape:
+            return optax.scale_by_adam(self.b1, self.b2, self.eps).update(g, state)
+        count = optax.safe_increment(state.count)
+        mu = self.b1 * state.mu + (1 - self.b1) * g
+        nu = self.b2 * state.nu + (1 - self.b2) * jnp.mean(jnp.square(g), axis=-1, keepdims=True)
+        unbiased_mu, unbiased_nu = mu / (1 - self.b1**count), nu / (1 - self.b2**count)
+        return unbiased_mu / (jnp.sqrt(unbiased_nu) + self.eps), optax.ScaleByAdamState(count, mu, nu)
 
     def _clip_norm(self, label: str) -> float | None:
         return self.clip_norm if label == BACKBONE else self.table_clip_norm

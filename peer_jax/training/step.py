@@ -70,7 +70,7 @@ class Trainer:
 
     def _init(self, key: Array) -> TrainState:
         _, params, others = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
-        return TrainState(jnp.zeros((), jnp.int32), params, others, self.optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, others, self.optimizer.init(self.labels, params))
 
     def abstract_state(self) -> TrainState:
         """Shapes and types of the state."""
