@@ -1,0 +1,128 @@
+"""The kernel that goes expert by expert: gradients of tables, a row the sum over the pairs that retrieved it.
+
+t  tokens     r  rows a token     d  row width     N  rows of a table     p  pairs, p = t * r
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
+from peer_jax.ops.rows import sort_pairs
+
+PAIRS = 4  # a stage of the ring; one a warp to fetch
+OWNED = 16  # rows of a table a block: enough pairs for its ring to get going ...
+BLOCKS = 4096  # ... unless it left fewer blocks than this, some times what a GPU runs at once
+
+
+def sum_pairs(
+    indices: Int[Array, "t r"],
+    num_rows: int,
+    terms: list[tuple[Float[Array, "t r"], Float[Array, "t d"], Any]],
+    interpret: Any,
+) -> list[Float[Array, "{num_rows} d"]]:
+    """A table for each term (weights, cotangents, dtype): row i sums weights[t, r] * cotangents[t] over its pairs.
+
+    The pairs are sorted by row. A block owns consecutive rows of the tables, hence consecutive pairs: the cotangents of
+    their tokens come through one ring, across the borders of rows. A sum stays in float32 registers, adds in the order
+    of the tokens and is written once, zero where nothing was retrieved. No atomics; deterministic.
+
+    One block adds up all pairs of a row: a row that every token retrieves is correct but takes t steps in a row.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    t, r = indices.shape
+    d = terms[0][1].shape[1]
+    pairs = sort_pairs(indices)
+    starts = jnp.searchsorted(pairs.row, jnp.arange(num_rows + 1, dtype=pairs.row.dtype)).astype(jnp.int32)
+    tokens = pairs.pair // r
+    # A pair's weights side by side, in the 16 bytes that a bulk copy can't go below.
+    weights = jnp.stack([weights.reshape(-1)[pairs.pair] for weights, _, _ in terms], axis=-1)
+    weights = jnp.pad(weights, ((0, 0), (0, 4 - len(terms))))
+    cotangents = [cotangents for _, cotangents, _ in terms]
+
+    owned = max(1, min(OWNED, num_rows // BLOCKS))
+    stages = count_stages(PAIRS * (16 + d * sum(c.dtype.itemsize for c in cotangents)), -(-t * r // PAIRS))
+    # The warps split a row, each lane taking no less than two neighbours: where it is too narrow, warps do the same.
+    vector = 4 if d % 512 == 0 else 2
+    splitting = 4 if d % 256 == 0 else 2 if d % 128 == 0 else 1
+    tiling = plgpu.Tiling(tuple((n,) for n in (splitting * 32 * vector, 32 * vector, vector)[splitting == 1 :]))
+    warps = {1: (plgpu.Replicated(4),), 2: (plgpu.Replicated(2), -3), 4: (-3,)}[splitting]
+    layout = plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+    copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+    def kernel(*refs):
+        starts, tokens, weights, *refs = refs
+        cotangents, tables, (*rings, weights_ring, full) = (
+            refs[: len(terms)],
+            refs[len(terms) : 2 * len(terms)],
+            refs[2 * len(terms) :],
+        )
+        first = jax.lax.axis_index("block") * owned
+        last = jnp.minimum(first + owned, num_rows)
+        begin, end = starts[first], starts[last]
+
+        def fetch(first_pair, stage):
+            @pl.when(first_pair < end)
+            def _():
+                # The last pair again where there are no more: the barrier counts on all of them.
+                four = [jnp.minimum(first_pair + warp, end - 1) for warp in range(PAIRS)]
+                four_tokens = [tokens[pair] for pair in four]
+
+                @plgpu.warp_map
+                def _(warp):
+                    pair, token = pick(four, warp), pick(four_tokens, warp)
+                    copy(weights.at[pair], weights_ring.at[stage, warp], full.at[stage])
+                    for cotangent, ring in zip(cotangents, rings, strict=True):
+                        copy(cotangent.at[token], ring.at[stage, warp], full.at[stage])
+
+        for stage in range(stages):
+            fetch(begin + stage * PAIRS, stage)
+
+        def add_pair(pair, sums):
+            place = jax.lax.rem(pair - begin, stages * PAIRS)
+            stage, i = jax.lax.div(place, PAIRS), jax.lax.rem(place, PAIRS)
+
+            @pl.when(i == 0)
+            def _():
+                plgpu.barrier_wait(full.at[stage])
+
+            sums = tuple(
+                total
+                + jax.lax.broadcast_in_dim(weights_ring[stage, i, term], (d,), ())
+                * plgpu.load(ring.at[stage, i], layout=layout).astype(jnp.float32)
+                for term, (total, ring) in enumerate(zip(sums, rings, strict=True))
+            )
+
+            @pl.when(i == PAIRS - 1)
+            def _():
+                plgpu.commit_smem()  # every warp has read its part
+                fetch(pair + 1 + (stages - 1) * PAIRS, stage)
+
+            return sums
+
+        def add_row(row, _):
+            zero = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), layout)
+            sums = jax.lax.fori_loop(starts[row], starts[row + 1], add_pair, (zero,) * len(terms))
+            for table, total in zip(tables, sums, strict=True):
+                table[row] = total.astype(table.dtype)
+
+        jax.lax.fori_loop(first, last, add_row, None)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((num_rows, d), dtype) for _, _, dtype in terms],
+        scratch_types=[
+            *(plgpu.SMEM((stages, PAIRS, d), c.dtype) for c in cotangents),
+            plgpu.SMEM((stages, PAIRS, 4), jnp.float32),
+            plgpu.Barrier(num_arrivals=PAIRS * (1 + len(terms)), num_barriers=stages),
+        ],
+        grid=(pl.cdiv(num_rows, owned),),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(starts, tokens, weights, *cotangents)

@@ -1,0 +1,187 @@
+"""The Mosaic GPU kernels without a GPU: simulated with race detection against loops, and lowered at full size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from reference import relative_error
+
+from peer_jax.ops import mosaic_gpu
+from peer_jax.ops.mosaic_gpu import tables
+
+# As in test_expert_mix: rounding of float32 sums of some hundred terms; three roundings to bfloat16.
+FP32 = 1e-5
+BF16 = 2**-7
+
+needs_kernels = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Pallas of JAX before 0.11 neither simulates nor lowers these kernels"
+)
+# A wrong barrier hangs.
+pytestmark = pytest.mark.timeout(120)
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+# name: t, d, N, r, activation, type of x and gates, type of the tables
+CASES = {
+    "no size divides another": (3, 64, 13, 6, "gelu", jnp.float32, jnp.float32),
+    "one token, one expert each": (1, 128, 7, 1, "relu", jnp.float32, jnp.float32),
+    "a pool of one": (5, 64, 1, 3, "silu", jnp.bfloat16, jnp.bfloat16),
+    "rings turn over": (2, 64, 11, 18, "gelu", jnp.bfloat16, jnp.float32),
+    "everybody the same": (9, 64, 8, 3, "gelu", jnp.float32, jnp.float32),
+    "wide": (2, 1088, 5, 3, "relu", jnp.float32, jnp.float32),
+}
+# T, d, N, h * k
+TARGETS = [(32768, 768, 1024**2, 128), (4096, 1024, 1024, 32)]
+
+
+def draw(rng, t, d, N, r, dtype, table_dtype):
+    """x, down, up, indices, gates, dy."""
+    x, down, up, gates, dy = (rng.normal(size=shape) for shape in [(t, d), (N, d), (N, d), (t, r), (t, d)])
+    indices = rng.integers(0, N, (t, r), np.int32)
+    return (
+        *(a.astype(b) for a, b in [(x, dtype), (down, table_dtype), (up, table_dtype)]),
+        indices,
+        *(a.astype(dtype) for a in (gates, dy)),
+    )
+
+
+@pytest.fixture
+def simulated():
+    """What to pass as `interpret`; fails the test if threads raced for memory."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def gradients_of_mix(activation, interpret, x, down, up, indices, gates, dy):
+    def mix(x, down, up, gates):
+        return mosaic_gpu.expert_mix(x, down, up, indices, gates, ACTIVATIONS[activation], interpret=interpret)
+
+    y, pullback = jax.vjp(mix, x, down, up, gates)
+    return y, pullback(dy)
+
+
+def gradients_of_bag(interpret, values, indices, gates, dy):
+    y, pullback = jax.vjp(lambda v, g: mosaic_gpu.value_bag(v, indices, g, interpret=interpret), values, gates)
+    return y, pullback(dy)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_expert_mix(rng, simulated, name, monkeypatch):
+    *sizes, activation, dtype, table_dtype = CASES[name]
+    monkeypatch.setattr(tables, "BLOCKS", 5)  # a block that owns two rows, where the pool has ten
+    x, down, up, indices, gates, dy = draw(rng, *sizes, dtype, table_dtype)
+    if name == "everybody the same":
+        indices[:] = 5
+
+    run = jax.jit(functools.partial(gradients_of_mix, activation, simulated))
+    y, grads = run(x, down, up, indices, gates, dy)
+    arguments = x, down, up, indices[:, None], gates[:, None], activation
+    tolerance = FP32 if dtype == jnp.float32 else BF16
+    assert y.dtype == dtype
+    assert relative_error(y, reference.expert_mix(*arguments)) < tolerance
+    expected = reference.expert_mix_grad(*arguments, dy)
+    for of, primal, grad, wanted in zip(
+        ("x", "down", "up", "gates"), (x, down, up, gates), grads, expected, strict=True
+    ):
+        assert grad.dtype == primal.dtype, of
+        assert relative_error(grad, wanted.reshape(grad.shape)) < tolerance, of
+    unused = np.setdiff1d(np.arange(len(down)), indices)
+    assert not np.any(np.asarray(grads[1][unused])), "an expert nobody retrieved has a gradient"
+
+    if name == "rings turn over":
+        jax.tree.map(np.testing.assert_array_equal, run(x, down, up, indices, gates, dy), (y, grads))
+
+
+@needs_kernels
+def test_value_bag(rng, simulated):
+    _, values, _, indices, gates, dy = draw(rng, 3, 64, 7, 6, jnp.float32, jnp.float32)
+    y, grads = jax.jit(functools.partial(gradients_of_bag, simulated))(values, indices, gates, dy)
+    arguments = values, indices[:, None], gates[:, None]
+    assert relative_error(y, reference.value_bag(*arguments)) < FP32
+    for grad, wanted in zip(grads, reference.value_bag_grad(*arguments, dy), strict=True):
+        assert relative_error(grad, wanted.reshape(grad.shape)) < FP32
+
+
+def sized(t, d, N, r, dtype):
+    shapes = [((t, d), dtype), ((N, d), dtype), ((N, d), dtype), ((t, r), jnp.int32), ((t, r), dtype), ((t, d), dtype)]
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("sizes", "activation"), [(TARGETS[0], "gelu"), (TARGETS[0], "silu"), (TARGETS[1], "relu")])
+def test_lowers_at_full_size(sizes, activation):
+    run = jax.jit(functools.partial(gradients_of_mix, activation, False))
+    lowered = run.trace(*sized(*sizes, jnp.bfloat16)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("d", [64, 640, 4096])
+def test_lowers_at_every_kind_of_width(d):
+    """And for value_bag; float32 and bfloat16."""
+    x, down, up, indices, gates, dy = sized(5, d, 9, 3, jnp.float32)
+    jax.jit(functools.partial(gradients_of_mix, "gelu", False)).trace(x, down, up, indices, gates, dy).lower(
+        lowering_platforms=("cuda",)
+    )
+    _, values, _, indices, gates, dy = sized(5, d, 9, 3, jnp.bfloat16)
+    jax.jit(functools.partial(gradients_of_bag, False)).trace(values, indices, gates, dy).lower(
+        lowering_platforms=("cuda",)
+    )
+
+
+def largest(jaxpr):
+    """Elements of the largest array that a program makes, kernels' insides apart."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [variable.aval.size for variable in equation.outvars]
+        if "mpmd" not in equation.primitive.name and "pallas" not in equation.primitive.name:
+            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns"))
+            sizes += [largest(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns")]
+    return max(sizes)
+
+
+@needs_kernels
+def test_memory_holds_no_rows_of_all_tokens():
+    t, d, N, r = 1000, 64, 100, 16
+    run = functools.partial(gradients_of_mix, "gelu", False)
+    jaxpr = jax.make_jaxpr(run)(*sized(t, d, N, r, jnp.bfloat16)).jaxpr
+    assert largest(jaxpr) <= max(4 * t * r, t * d, N * d) < t * r * d  # four floats a pair: its weights
+
+
+def test_why_not(monkeypatch):
+    def why_not(t=4, d=64, N=9, r=2, dtype=jnp.float32, table_dtype=jnp.float32, platform="cuda"):
+        return mosaic_gpu.why_not(
+            jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((N, d), table_dtype), r, platform
+        )
+
+    assert "'tpu'" in why_not(platform="tpu")
+    assert "'cpu'" in mosaic_gpu.why_not(jnp.zeros((1, 64)), jnp.zeros((1, 64)), 1)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    assert "0.10.2" in why_not()
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert why_not() is None
+    assert why_not(t=1, N=1, r=1, d=4096, dtype=jnp.bfloat16) is None
+    assert "not 96" in why_not(d=96)
+    assert "not 8192" in why_not(d=8192)
+    assert "float16" in why_not(dtype=jnp.float16)
+    assert "the table is float16" in why_not(table_dtype=jnp.float16)
+    assert "nothing" in why_not(t=0)
+    assert "not 5000" in why_not(r=5000)
+    assert "32 bits" in why_not(t=2**24, r=128)
+
+
+@needs_kernels
+def test_refuses_what_it_cannot_take():
+    x, down, up, indices, gates, _ = (jnp.zeros(a.shape, a.dtype) for a in sized(2, 96, 3, 1, jnp.float32))
+    with pytest.raises(ValueError, match="not 96"):
+        mosaic_gpu.expert_mix(x, down, up, indices, gates, jax.nn.gelu)
+    with pytest.raises(ValueError, match="alike"):
+        mosaic_gpu.expert_mix(x, down, up.astype(jnp.bfloat16), indices, gates, jax.nn.gelu)
