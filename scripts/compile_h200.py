@@ -1,0 +1,274 @@
+"""Compiles expert_mix for an H200 on a machine without a GPU: registers, spills, shared memory, temporary memory.
+
+python scripts/compile_h200.py              every program
+python scripts/compile_h200.py xla bf16     those whose names contain all of these words
+
+Ends with 0 if all is within the limits, 1 if a limit is broken, 2 if something to compile with is missing. What it
+proves: the kernels compile for sm_90a at full size. That they run, or how fast, it does not.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MAX_REGISTERS = 255  # of a thread, on all NVIDIA GPUs
+MAX_SHARED = 227 * 2**10  # of a block, on sm_90
+MAX_TEMPORARY = 0.10  # of inputs and outputs
+
+# The fields of XLA's GpuTargetConfigProto that the compiler reads: NVIDIA's figures for the H200 SXM.
+H200 = """
+gpu_device_info {
+  name: "NVIDIA H200"  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  threads_per_warp: 32
+  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  l2_cache_size: 52428800  memory_bandwidth: 4800000000000  device_memory_size: 151397597184
+  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """expert_mix forward, or forward and backward. ``rows`` is the type of the tables, ``dtype`` that of the rest."""
+
+    implementation: str
+    direction: str
+    dtype: str
+    rows: str
+    t: int
+    d: int
+    N: int
+    r: int
+
+    @property
+    def name(self) -> str:
+        types = self.dtype if self.dtype == self.rows else f"{self.dtype}, rows {self.rows}"
+        sizes = f"T={self.t} d={self.d} N={self.N} hk={self.r}"
+        return f"{self.implementation} {self.direction} {types} {sizes}".replace("float", "fp").replace("bfp", "bf")
+
+
+SIZES = [(32768, 768, 1024**2, 128), *((4096, 1024, N, 32) for N in (1024, 16384, 65536))]
+TYPES = [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float32")]  # the last is mixed precision
+PROGRAMS = [
+    Program(implementation, direction, *types, *sizes)
+    for implementation, sizes, types, direction in itertools.product(
+        ("mosaic_gpu", "xla"), SIZES, TYPES, ("forward", "forward+backward")
+    )
+]
+
+
+def missing() -> str | None:
+    """One sentence on what to install, if something is missing."""
+    version = importlib.metadata.version("jax")
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found != version:
+            has = f"version {found} of it is installed" if found else "it is not installed"
+            return f"Compiling for CUDA needs {package}, but {has}: pip install {package}=={version}"
+    if ptxas_directory() is None:
+        return "Compiling for CUDA needs ptxas: install the CUDA 13 toolkit, or pip install nvidia-cuda-nvcc"
+    return None
+
+
+def ptxas_directory() -> str | None:
+    if (found := shutil.which("ptxas")) is not None:
+        return os.path.dirname(found)
+    try:  # where pip's wheels put it
+        spec = importlib.util.find_spec("nvidia.cu13")
+    except ModuleNotFoundError:
+        return None
+    folders = [Path(folder) / "bin" for folder in (spec.submodule_search_locations or [])] if spec else []
+    return next((str(folder) for folder in folders if (folder / "ptxas").exists()), None)
+
+
+def compile_here(program: Program) -> dict[str, int]:
+    """Compiles it in this process; the compiler prints on the way. Bytes of memory."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from peer_jax.ops import expert_mix, mosaic_gpu
+
+    def mix(x, down, up, gates, indices):
+        if program.implementation == "mosaic_gpu":
+            return mosaic_gpu.expert_mix(x, down, up, indices, gates, jax.nn.gelu)
+        indices, gates = (a.reshape(program.t, -1, 16) for a in (indices, gates))
+        return expert_mix(x, down, up, indices, gates, jax.nn.gelu, implementation=program.implementation)
+
+    def both(*arguments):
+        *primals, indices, dy = arguments
+        y, pullback = jax.vjp(lambda *primals: mix(*primals, indices), *primals)
+        return y, pullback(dy)
+
+    x = jax.ShapeDtypeStruct((program.t, program.d), program.dtype)
+    table = jax.ShapeDtypeStruct((program.N, program.d), program.rows)
+    gates = jax.ShapeDtypeStruct((program.t, program.r), program.dtype)
+    indices = jax.ShapeDtypeStruct(gates.shape, jnp.int32)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    function, arguments = (mix, ()) if program.direction == "forward" else (both, (x,))
+    jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
+    # The ops size their chunks for the backend; it is to be that of the target.
+    with mock.patch("jax.default_backend", return_value="gpu"):
+        compiled = jitted.lower(x, table, table, gates, indices, *arguments).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+    }
+
+
+def kernels(log: str) -> list[dict[str, int]]:
+    """What ptxas and Pallas print of each Pallas kernel: registers, spilled bytes, bytes of shared memory."""
+    found = []
+    for section in log.split("Compiling entry function ")[1:]:
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", section)
+        registers = re.search(r"Used (\d+) registers", section)
+        if spills and registers:
+            found.append(
+                {
+                    "kernel": section.split("'")[1].removesuffix("_mosaic_gpu_kernel"),
+                    "registers": int(registers[1]),
+                    "spill stores": int(spills[1]),
+                    "spill loads": int(spills[2]),
+                }
+            )
+    shared = []
+    for resources in re.findall(r"Resources\(.*", log):
+        barriers = re.findall(r"num_barriers=(\d+)[^()]*\): (\d+)", resources)  # 8 bytes each
+        scratch = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
+        shared.append(scratch + 8 * sum(int(number) * int(times) for number, times in barriers))
+    if len(shared) == len(found):
+        for kernel, size in zip(found, shared, strict=True):
+            kernel["shared"] = size
+    else:  # which is whose is not known; the largest is what a limit is for
+        for kernel in found:
+            kernel["shared"] = max(shared, default=0)
+    return found
+
+
+def compile_apart(program: Program) -> dict:
+    """Compiles it in a process of its own, so that no kernel comes from a cache, which would keep ptxas silent."""
+    setting = {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_TRACEBACK_FILTERING": "off",  # so that the error is the last line
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_RESOURCES": "1",
+        "PATH": os.pathsep.join([ptxas_directory() or "", os.environ.get("PATH", "")]),
+    }
+    command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(program))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | setting, timeout=600)
+    except subprocess.TimeoutExpired:
+        return {"program": program.name, "kernels": [], "faults": ["not compiled within 600 s"]}
+    if done.returncode:
+        return {
+            "program": program.name,
+            "kernels": [],
+            "faults": [(done.stderr.strip() or "failed").splitlines()[-1][:200]],
+        }
+    memory = json.loads(done.stdout.splitlines()[-1])
+    result = {"program": program.name, "memory": memory, "kernels": kernels(done.stdout + done.stderr)}
+    if program.implementation == "mosaic_gpu" and not result["kernels"]:
+        return result | {"faults": ["ptxas said nothing of a kernel"]}
+    return result | {"faults": faults(result, program.implementation == "mosaic_gpu")}
+
+
+def faults(result: dict, bounded: bool) -> list[str]:
+    """The limits that are broken; that of memory is for ``bounded`` programs."""
+    found = []
+    for kernel in result["kernels"]:
+        if kernel["registers"] > MAX_REGISTERS:
+            found.append(f"more than {MAX_REGISTERS} registers")
+        if kernel["spill stores"] or kernel["spill loads"]:
+            found.append("registers are spilled")
+        if kernel["shared"] > MAX_SHARED:
+            found.append(f"more than {MAX_SHARED // 2**10} KiB of shared memory")
+    memory = result["memory"]
+    if bounded and memory["temporary"] > MAX_TEMPORARY * (memory["arguments"] + memory["outputs"]):
+        found.append(f"temporary memory above {MAX_TEMPORARY:.0%} of inputs and outputs")
+    return found
+
+
+HEADER = ("program", "kernel", "registers", "spill stores/loads", "shared KiB", "in+out MiB", "temporary MiB", "limits")
+
+
+def table_rows(result: dict) -> list[tuple[str, ...]]:
+    """A row a kernel; the program's memory stands in the first of them."""
+    memory = ("", "")
+    if "memory" in result:
+        of = result["memory"]
+        share = of["temporary"] / (of["arguments"] + of["outputs"])
+        memory = (f"{(of['arguments'] + of['outputs']) / 2**20:.1f}", f"{of['temporary'] / 2**20:.1f} ({share:.1%})")
+    verdict = "; ".join(dict.fromkeys(result["faults"])) or "kept"
+    rows = [
+        (
+            f"{index}: {kernel['kernel']}",
+            str(kernel["registers"]),
+            f"{kernel['spill stores']}/{kernel['spill loads']}",
+            f"{kernel['shared'] / 2**10:.1f}",
+        )
+        for index, kernel in enumerate(result["kernels"], 1)
+    ] or [("XLA's own" if "memory" in result else "", "", "", "")]
+    first, *rest = rows
+    return [(result["program"], *first, *memory, verdict), *(("", *row, "", "", "") for row in rest)]
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="compile the programs whose names contain all of these")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(compile_here(Program(**json.loads(arguments.one)))))
+        return 0
+    if (reason := missing()) is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    results = []
+    for program in PROGRAMS:
+        if all(word in program.name for word in arguments.words):
+            print(program.name, file=sys.stderr, flush=True)
+            results.append(compile_apart(program))
+    print_table([HEADER, *itertools.chain.from_iterable(map(table_rows, results))])
+    print(
+        "temporary memory is the compiler's figure; XLA sorts with a slower algorithm here than on a machine with a GPU"
+    )
+    return int(any(result["faults"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

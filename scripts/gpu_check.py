@@ -1,0 +1,179 @@
+"""Checks and times the ops on this machine's GPU: one table, in under 8 minutes. Called by gpu_check.sh.
+
+Each part is a process with a time limit, so that one that fails or hangs costs its own rows alone. Writes table.txt
+and rows.json, which grow as the parts end. Ends with 1 if a target was missed or something failed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+TOTAL = 465  # seconds
+PATIENCE = 4  # times as long in smoke mode, on however busy a machine
+SPEED_UP = 5.0  # of the forward pass, over "reference"
+COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdict")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """``script`` with ``words``, for at most ``limit`` seconds."""
+
+    name: str
+    script: str
+    words: tuple[str, ...]
+    limit: int
+
+
+# What decides comes first: the limits together exceed the total, which nothing but hanging parts would use up.
+PARTS = [
+    Part("correctness", "gpu_check_correctness.py", ("mosaic_gpu",), 110),
+    Part("speed", "gpu_check_speed.py", ("ops", "mosaic_gpu"), 90),
+    Part("speed", "gpu_check_speed.py", ("ops", "xla"), 75),
+    Part("speed", "gpu_check_speed.py", ("ops", "reference"), 60),
+    Part("step", "gpu_check_speed.py", ("step", "mosaic_gpu"), 75),
+    Part("step", "gpu_check_speed.py", ("step", "xla"), 75),
+    Part("correctness", "gpu_check_correctness.py", ("xla",), 100),
+    Part("speed", "gpu_check_pytorch.py", (), 75),
+    Part("correctness", "gpu_check_correctness.py", ("reference",), 80),
+]
+
+
+def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
+    """The rows that the part printed, and one more if it did not end well."""
+    implementation = part.words[-1] if part.words else "pytorch"
+    left = deadline - time.monotonic()
+    if left < 10:
+        return [failure(part.name, implementation, "left out: the time was used up")]
+    limit = min(part.limit * (PATIENCE if smoke else 1), left)
+    command = [sys.executable, str(FOLDER / part.script), *part.words, *(["--smoke"] if smoke else [])]
+    start = time.monotonic()
+    # With JAX's own frames, so that the error is the last line.
+    setting = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=setting)
+    try:
+        out, err = process.communicate(timeout=limit)
+        problem = None if process.returncode == 0 else f"ended with {process.returncode}: {last_line(err)}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        problem = f"stopped after {limit:.0f} s; the rows above are from before"
+    rows = [row for line in out.splitlines() if (row := parse(line)) is not None]
+    if problem:
+        print(err[-4000:], file=sys.stderr)
+        rows.append(failure(part.name, implementation, problem))
+    label = " ".join((part.script, *part.words))
+    print(f"{label}: {time.monotonic() - start:.0f} s, {len(rows)} rows", file=sys.stderr, flush=True)
+    return rows
+
+
+def parse(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # something that a library printed
+        return None
+    return row if isinstance(row, dict) and "part" in row else None
+
+
+def failure(part: str, implementation: str, result: str) -> dict:
+    return dict(zip(COLUMNS, (part, "whole part", implementation, "the process", result, "ends", "FAIL"), strict=True))
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1][:160]
+
+
+def speed_ups(rows: list[dict], smoke: bool) -> list[dict]:
+    """How many times faster than "reference" and than PyTorch the kernels are, where both were timed."""
+    times = {(row["case"], row["what"], row["implementation"]): row["seconds"] for row in rows if "seconds" in row}
+    found = []
+    for (case, direction, implementation), taken in times.items():
+        if implementation != "mosaic_gpu":
+            continue
+        for other in ("reference", "xla", "pytorch eager", "pytorch compiled"):
+            if (slow := times.get((case, direction, other))) is not None:
+                is_target = other == "reference" and direction == "forward" and not smoke
+                target, verdict = "", ""
+                if is_target:
+                    target, verdict = f">= {SPEED_UP:g}x", "pass" if slow / taken >= SPEED_UP else "FAIL"
+                cells = ("speed", case, implementation, f"{direction}: over {other}", f"{slow / taken:.2f}x")
+                found.append(dict(zip(COLUMNS, (*cells, target, verdict), strict=True)))
+    return found
+
+
+def environment() -> dict:
+    """The machine and the versions that the figures belong to."""
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "torch", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        gpu = "no nvidia-smi"
+    return {"gpu": gpu, "versions": versions, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
+def table(rows: list[dict]) -> str:
+    lines = [COLUMNS, *(tuple(str(row[column]) for column in COLUMNS) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(text) + "\n"
+
+
+def write(folder: Path, setting: dict, rows: list[dict], took: float) -> str:
+    """Both files; the table's text."""
+    order = ["machine", "correctness", "expert_mix", "value_bag", "product_key_top_k", "speed", "memory", "step"]
+    rows = sorted(
+        [*rows, *speed_ups(rows, setting["smoke"])], key=lambda row: (order.index(row["part"]), natural(row["case"]))
+    )
+    verdicts = [row["verdict"] for row in rows]
+    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    summary = f"{verdicts.count('pass')} passed, {verdicts.count('FAIL')} failed, {took:.0f} s"
+    text = f"{setting['gpu']}; {versions}\n\n{table(rows)}\n{summary}\n"
+    (folder / "table.txt").write_text(text)
+    (folder / "rows.json").write_text(json.dumps(setting | {"seconds": took, "rows": rows}, indent=1) + "\n")
+    return text
+
+
+def natural(text: str) -> list:
+    """To sort 4096 before 16384."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", default=os.environ.get("OUT", "gpu_check"))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on any backend, kernels interpreted")
+    arguments = parser.parse_args()
+    folder = Path(arguments.directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    start, setting, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
+    text = ""
+    limit = TOTAL * (PATIENCE if arguments.smoke else 1)
+    # A layer can't be told to interpret its kernels.
+    parts = [part for part in PARTS if not (arguments.smoke and part.words == ("step", "mosaic_gpu"))]
+    # Nothing is timed in earnest in smoke mode, so two parts at once.
+    with ThreadPoolExecutor(2 if arguments.smoke else 1) as pool:
+        for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), parts):
+            rows += found
+            text = write(folder, setting, rows, time.monotonic() - start)
+    print(text, end="")
+    print(f"written to {folder}/table.txt and {folder}/rows.json")
+    return int(any(row["verdict"] == "FAIL" for row in rows + speed_ups(rows, arguments.smoke)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Times of expert_mix against the floor and PyTorch, and of a training step.
+
+python scripts/gpu_check_speed.py ops IMPLEMENTATION [--smoke]     a row of JSON a line, for gpu_check.py
+python scripts/gpu_check_speed.py step IMPLEMENTATION [--smoke]
+"""
+
+import functools
+import importlib.util
+import sys
+import time
+import types
+from collections.abc import Callable
+
+# Before peer_jax: it makes it importable.
+from gpu_check_ops import ROOT, SMOKE, TOP_K, draw, emit, emit_error, mix_by, verdict  # isort: skip
+
+import jax
+import numpy as np
+
+from peer_jax.ops import floor
+
+FORWARD, BACKWARD, MEMORY = 0.60, 0.50, 0.10
+LAST = 4096  # tokens; above, "reference" holds too much for its gradient
+
+# t, d, N, r, type of x, type of the tables
+SIZES = (
+    [(2, 64, 9, 4, "float32", "float32")]
+    if SMOKE
+    else [
+        (32768, 768, 1024**2, 128, "bfloat16", "bfloat16"),
+        *((4096, 1024, N, 32, "bfloat16", "bfloat16") for N in (1024, 4096, 16384, 65536)),
+        (32768, 768, 1024**2, 128, "float32", "float32"),
+        (32768, 768, 1024**2, 128, "bfloat16", "float32"),
+    ]
+)
+
+
+def timing() -> types.ModuleType:
+    """peer_jax.bench.timing by itself; the package would import what this machine may lack."""
+    spec = importlib.util.spec_from_file_location("timing", ROOT / "peer_jax" / "bench" / "timing.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+clock = timing()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    if SMOKE:  # an interpreted kernel takes seconds, which say nothing
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+    return clock.interleaved({"": clock.sampler(call)}, 7)[""].median
+
+
+def peak() -> str:
+    stats = jax.devices()[0].memory_stats() or {}
+    return f"{stats['peak_bytes_in_use'] / 2**30:.1f} GiB" if "peak_bytes_in_use" in stats else "not told"
+
+
+def name_of(t: int, d: int, N: int, r: int, dtype: str, rows: str) -> str:
+    kind = dtype if dtype == rows else f"{dtype}, rows {rows}"
+    return f"T={t} d={d} N={N} hk={r}, {kind}"
+
+
+def ops(implementation: str) -> None:
+    """Bandwidth of the device; then forward and backward at each size."""
+    machine = clock.measure_machine("bfloat16", megabytes=16 if SMOKE else 2048, width=256 if SMOKE else 8192)
+    result = f"{machine.bandwidth / 1e9:.0f} GB/s, {machine.flops_per_second / 1e12:.1f} bf16 TFLOP/s"
+    emit("machine", jax.devices()[0].device_kind, implementation, "measured in its process", result)
+    for sizes in SIZES:
+        for direction in ("forward", "backward"):
+            if implementation == "reference" and direction == "backward" and sizes[0] > LAST:
+                continue
+            try:
+                time_op(implementation, direction, sizes, machine.bandwidth)
+            except Exception as error:  # whatever it is, the next size may work
+                emit_error("speed", name_of(*sizes), implementation, direction, error)
+    emit("memory", "whole process", implementation, "peak of the allocator", peak())
+
+
+def time_op(implementation: str, direction: str, sizes: tuple, bandwidth: float) -> None:
+    """Rows of time, fraction of the floor and memory."""
+    t, d, N, r, dtype, rows = sizes
+    x, down, up, gates, indices, dy = draw(*sizes, 0.0)
+    mix = mix_by(implementation)
+    arguments = (x, down, up, gates, indices)
+    if direction == "forward":
+        function, least = mix, floor.expert_mix
+    else:  # from what the forward pass kept, which holds the inputs too
+        forward = jax.jit(lambda *a: jax.vjp(lambda *primals: mix(*primals, a[-1]), *a[:-1])[1])
+        arguments = (forward(*arguments), dy)
+        function, least = lambda pullback, dy: pullback(dy), floor.expert_mix_backward
+    compiled = jax.jit(function).lower(*arguments).compile()
+    taken = seconds(functools.partial(compiled, *arguments))
+    item, row_item = (np.dtype(jax.numpy.dtype(name)).itemsize for name in (dtype, rows))
+    share = {
+        order: least(t, r, d, N, order, size=item, row_size=row_item).seconds(bandwidth) / taken
+        for order in floor.ORDERS
+    }
+    better = min(share, key=share.get)
+    wanted = FORWARD if direction == "forward" else BACKWARD
+    bound = implementation == "mosaic_gpu" and not SMOKE
+    case = name_of(*sizes)
+    result = f"{share[better]:.0%} ({better} order); " + ", ".join(
+        f"{value:.0%} ({order})" for order, value in share.items() if order != better
+    )
+    emit("speed", case, implementation, direction, f"{taken * 1e3:.3f} ms", seconds=taken)
+    passed = verdict(share[better] >= wanted) if bound else ""
+    target = f">= {wanted:.0%}" if bound else ""
+    emit("speed", case, implementation, f"{direction}: floor / time", result, target, passed, fraction=share[better])
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        extra = memory.temp_size_in_bytes / held
+        result = f"{held / 2**20:.0f} MiB + {extra:.1%}"
+        target, passed = (f"<= + {MEMORY:.0%}", verdict(extra <= MEMORY)) if bound else ("", "")
+        emit("memory", case, implementation, f"{direction}: in, out + temporary", result, target, passed)
+
+
+def step(implementation: str) -> None:
+    """A step of AdamW: 8 blocks, d = 1024, the middle one PEER with 1024^2 experts; bfloat16, float32 parameters."""
+    d, blocks, side, batch, length, vocabulary = (64, 2, 8, 2, 16, 64) if SMOKE else (1024, 8, 1024, 8, 1024, 32000)
+    case = f"d={d} N={side}^2, {batch} x {length} tokens, bfloat16, parameters float32"
+    try:
+        if importlib.util.find_spec("grain") is None:  # step.py takes the type of a batch from the reader, no more
+            reader = types.ModuleType("peer_jax.data.pipeline")
+            reader.Batch = dict
+            sys.modules[reader.__name__] = reader
+        from peer_jax.layers import PEER, Dense
+        from peer_jax.models import Transformer
+        from peer_jax.training.optimizer import AdamW
+        from peer_jax.training.step import Trainer
+
+        if implementation == "mosaic_gpu":
+            from peer_jax.ops import mosaic_gpu
+
+            x, table = (
+                jax.ShapeDtypeStruct((batch * length, d), "bfloat16"),
+                jax.ShapeDtypeStruct((side**2, d), "float32"),
+            )
+            if reason := mosaic_gpu.why_not(x, table, 8 * TOP_K):  # the layer would fall back
+                emit("step", case, implementation, "can run", reason, "yes", "FAIL")
+                return
+        peer = functools.partial(PEER, num_experts=side * side, top_k=TOP_K, implementation=implementation)
+        build = functools.partial(
+            Transformer, vocabulary, d, blocks, d // 64, ffw=Dense, sparse_ffw=peer, dtype=jax.numpy.bfloat16
+        )
+        trainer = Trainer(build, AdamW(learning_rate=1e-3))
+        state = trainer.init(0)
+        tokens = np.random.default_rng(0).integers(1, vocabulary, (batch, length)).astype(np.int32)
+        data = {"inputs": tokens, "targets": np.roll(tokens, -1, 1), "segment_ids": np.ones_like(tokens)}
+        data = jax.device_put(data)
+        rates = trainer.optimizer.rates(trainer.labels, 0, 10)
+        program = jax.jit(trainer.step, donate_argnums=0)
+        losses = []
+
+        def call() -> object:
+            nonlocal state
+            state, metrics = program(state, data, rates)
+            losses.append(metrics["loss"])
+            return losses[-1]
+
+        jax.block_until_ready(call())
+        taken = seconds(call)
+        tokens_per_second = batch * length / taken
+        emit("step", case, implementation, "time", f"{taken * 1e3:.1f} ms, {tokens_per_second:.0f} tokens/s")
+        first, last = float(losses[0]), float(losses[-1])
+        falls = f"{first:.3f} to {last:.3f}, {len(losses)} steps on one batch"
+        emit("step", case, implementation, "loss", falls, "falls", verdict(last < first))
+        emit("memory", case, implementation, "peak of the allocator", peak())
+    except Exception as error:
+        emit_error("step", case, implementation, "time", error)
+
+
+if __name__ == "__main__":
+    {"ops": ops, "step": step}[sys.argv[1]](sys.argv[2])

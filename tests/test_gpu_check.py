@@ -1,0 +1,95 @@
+"""scripts/gpu_check.sh on tiny sizes, and scripts/compile_h200.py as far as it goes without a compiler for CUDA."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import compile_h200  # noqa: E402
+import gpu_check  # noqa: E402
+
+
+def test_smoke(tmp_path):
+    """All parts run, all comparisons pass, and the files hold what is printed."""
+    command = ["bash", str(SCRIPTS / "gpu_check.sh"), str(tmp_path / "out"), "--smoke"]
+    setting = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=setting)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "rows.json").read_text())
+    rows = found["rows"]
+    assert found["smoke"]
+    assert found["versions"]["jax"] == importlib.metadata.version("jax")
+    for implementation in ("reference", "xla", "mosaic_gpu"):
+        ours = [row for row in rows if row["implementation"] == implementation]
+        checked = {row["part"] for row in ours if row["what"] == "error against float64" and row["verdict"] == "pass"}
+        assert checked >= {"expert_mix", "value_bag"}
+        assert ("product_key_top_k" in checked) == (implementation != "mosaic_gpu")
+        assert {row["what"] for row in ours if row["part"] == "speed"} >= {"forward", "backward"}
+    assert {row["what"] for row in rows if row["part"] == "step"} == {"time", "loss"}
+    assert (tmp_path / "out" / "table.txt").read_text() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "result"),
+    [
+        ("import sys; print('{\"part\": \"speed\"}'); sys.exit('no device')", "ended with 1: no device"),
+        ('import time; print(\'{"part": "speed"}\', flush=True); time.sleep(60)', "stopped after 2 s"),
+    ],
+)
+def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
+    (tmp_path / "part.py").write_text(body)
+    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path)
+    part = gpu_check.Part("speed", "part.py", ("ops", "xla"), 2)
+    first, last = gpu_check.run(part, deadline=float("inf"), smoke=False)
+    assert first == {"part": "speed"}
+    assert last["verdict"] == "FAIL"
+    assert last["result"].startswith(result)
+
+
+def test_speed_ups_compare_equal_cases():
+    def row(case, implementation, seconds):
+        return {"case": case, "implementation": implementation, "what": "forward", "seconds": seconds}
+
+    rows = [row("a", "mosaic_gpu", 1.0), row("a", "reference", 4.0), row("a", "xla", 6.0), row("b", "xla", 9.0)]
+    found = gpu_check.speed_ups(rows, smoke=False)
+    assert [(row["what"], row["result"], row["verdict"]) for row in found] == [
+        ("forward: over reference", "4.00x", "FAIL"),
+        ("forward: over xla", "6.00x", ""),
+    ]
+
+
+LOG = """\
+Resources(smem_scratch_bytes=61440, barrier_counts=Counter({Barrier(arrival_count=8, num_barriers=4): 1,\
+ Barrier(arrival_count=2, num_barriers=1, orders_tensor_core=False): 2}), scoped_gmem_semaphores={})
+ptxas info    : Compiling entry function 'mix_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 92 registers, used 2 barriers, 1 bytes smem
+"""
+
+
+def test_what_ptxas_says_is_read_and_judged():
+    (kernel,) = compile_h200.kernels(LOG)
+    sizes = {"registers": 92, "spill stores": 16, "spill loads": 24, "shared": 61440 + 8 * (4 + 2)}
+    assert kernel == {"kernel": "mix"} | sizes
+    memory = {"arguments": 90, "outputs": 10, "temporary": 11}
+    result = {"program": "forward", "memory": memory, "kernels": [kernel]}
+    assert compile_h200.faults(result, bounded=False) == ["registers are spilled"]
+    assert compile_h200.faults(result, bounded=True)[1:] == ["temporary memory above 10% of inputs and outputs"]
+
+
+def test_a_missing_compiler_is_named(monkeypatch, capsys):
+    def version(package):
+        if package != "jax":
+            raise importlib.metadata.PackageNotFoundError
+        return "0.11.2"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sys, "argv", ["compile_h200.py"])
+    assert compile_h200.main() == 2
+    assert "pip install jax-cuda13-plugin==0.11.2" in capsys.readouterr().err
