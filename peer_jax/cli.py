@@ -1,6 +1,5 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
-import ctypes
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from peer_jax.allocator import keep_freed_memory
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 app = typer.Typer(
@@ -190,6 +190,62 @@ def report(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="op|layer|step", help="An op, a whole layer, or a training step.")],
+    only: Annotated[
+        list[str], typer.Option(metavar="NAME", help="An op or a layer, such as expert_mix or PEER; repeatable.")
+    ] = [],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(metavar="T", help="Tokens; this and the next are repeatable.")] = [],  # noqa: B006
+    d_model: Annotated[list[int], typer.Option(metavar="d", help="Width.")] = [],  # noqa: B006
+    num_experts: Annotated[list[int], typer.Option(metavar="N", help="Experts or values, a square.")] = [],  # noqa: B006
+    heads: Annotated[list[int], typer.Option(metavar="h", help="Heads of the retrieval.")] = [],  # noqa: B006
+    top_k: Annotated[list[int], typer.Option(metavar="k", help="Experts retrieved a head.")] = [],  # noqa: B006
+    implementation: Annotated[
+        list[str], typer.Option(metavar="NAME", help="'reference', 'xla' or another of the ops; repeatable.")
+    ] = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="Of tokens and computation: float32, bfloat16 or float16.")] = "float32",
+    table_dtype: Annotated[str, typer.Option(help="Of the tables; of all parameters of a layer.")] = "float32",
+    against: Annotated[
+        str | None, typer.Option(metavar="pytorch", help="Compare with PEER-pytorch, given the same weights.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Samples, of which the median and quartiles are shown.")] = 5,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Gets the JSON file and a figure a table.")] = Path(
+        "runs/bench"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="One small size: see whether it runs.")] = False,
+) -> None:
+    """Time ops, layers or training steps, with their memory and the share of their floor that they reach.
+
+    The floor is the time of the fewest bytes and FLOPs at the rates that this machine is measured to have
+    (docs/performance.md). All combinations of the sizes are measured, competitors in turn.
+
+    Example: peer-jax bench op --only expert_mix --tokens 2048 --d-model 256 --num-experts 262144 --heads 8
+    """
+    _prepare_process(keep_programs=False)  # a program that is read back doesn't tell its memory
+    from peer_jax.bench import Options, report, run
+
+    options = Options(
+        what=what,
+        only=only,
+        tokens=tokens,
+        d_model=d_model,
+        num_experts=num_experts,
+        heads=heads,
+        top_k=top_k,
+        dtype=dtype,
+        table_dtype=table_dtype,
+        implementation=implementation,
+        against=against,
+        repeats=repeats,
+        quick=quick,
+    )
+    result = run(options, on_row=lambda row: typer.echo(report.line(row), err=True))
+    report.show(result)
+    for path in report.write(result, out):
+        typer.echo(str(path))
+
+
+@app.command()
 def sentencepiece(
     config: Configs,
     model: Annotated[Path, typer.Option("--model", metavar="FILE", help="Where it goes, such as data/my.model.")],
@@ -223,7 +279,7 @@ def _with(workdir: Path, files: list[Path] = []) -> list[Path]:  # noqa: B006, n
     return [kept, *files]
 
 
-def _prepare_process() -> None:
+def _prepare_process(*, keep_programs: bool = True) -> None:
     """Before JAX is imported: quiet libraries, and no returning of memory to the system after every step."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -231,7 +287,8 @@ def _prepare_process() -> None:
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     keep_freed_memory()
-    _keep_programs()
+    if keep_programs:
+        _keep_programs()
 
 
 def _keep_programs() -> None:
@@ -246,19 +303,6 @@ def _keep_off_accelerators() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees: on CPU fetching it anew costs up to half of a step (docs/log.md).
-
-    One arena, as those of XLA's threads can't hold large arrays and map them anew each time; no mapping, no trimming.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:  # not glibc
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1), (top_pad, 2**27)):
-        mallopt(parameter, value)
 
 
 def main() -> None:

@@ -55,11 +55,14 @@ def test_two_runs_are_bitwise_equal(rng, order):
     np.testing.assert_array_equal(*(jitted(order)(indices, 3, terms)[0] for _ in range(2)))
 
 
-@pytest.mark.parametrize(("platform", "sorts"), [("cpu", False), ("cuda", True), ("tpu", True)])
-def test_only_elsewhere_are_the_pairs_sorted(platform, sorts):
-    """Unsorted, a GPU would add with atomics, in any order."""
+@pytest.mark.parametrize(
+    ("platform", "num_rows", "sorts"),
+    [("cpu", 9, False), ("cpu", 2**17, False), ("cpu", 2**17 + 1, True), ("cuda", 9, True), ("tpu", 9, True)],
+)
+def test_pairs_are_sorted_where_it_pays_and_where_a_scatter_has_no_order(platform, num_rows, sorts):
+    """On CPU tables of up to 8 MiB, here of 16 float32 a row, are filled in the tokens' order."""
     indices = jax.ShapeDtypeStruct((64, 8), jnp.int32)
     term = jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((64, 16), jnp.float32)
-    gradients = jax.jit(lambda indices, *term: table_gradients(indices, 9, term))
+    gradients = jax.jit(lambda indices, *term: table_gradients(indices, num_rows, term))
     text = gradients.trace(indices, *term).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.sort" in text) is sorts

@@ -35,14 +35,24 @@ def sum_rows(weights: Float[Array, "t r"], rows: Float[Array, "t r d"]) -> Float
 Term = tuple[Float[Array, "t r"], Float[Array, "t d"]]
 
 
+# Bytes of a table that a CPU's caches hold, whatever the order of its rows.
+CACHED = 8 * 2**20
+
+
 def table_gradients(
     indices: Int[Array, "t r"], num_rows: int, *terms: Term
 ) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """A table for each term, in float32 and always added up in the same order."""
+    """A table for each term, in float32 and always added up in the same order.
+
+    A scatter on CPU is one loop on one thread, in the order of the tokens, and where it stays in the caches a sort
+    costs more than it saves (docs/log.md). On a GPU it would add with atomics, in any order.
+    """
+    cached = 4 * num_rows * terms[0][1].shape[1] <= CACHED
+    on_cpu = _in_token_order if cached else _in_row_order
     return jax.lax.platform_dependent(
         indices,
         terms,
-        cpu=lambda indices, terms: _in_token_order(indices, num_rows, terms),
+        cpu=lambda indices, terms: on_cpu(indices, num_rows, terms),
         default=lambda indices, terms: _in_row_order(indices, num_rows, terms),
     )
 
@@ -50,7 +60,7 @@ def table_gradients(
 def _in_token_order(
     indices: Int[Array, "t r"], num_rows: int, terms: tuple[Term, ...]
 ) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """Where a scatter is one loop on one thread, a sort costs more than it saves (docs/log.md)."""
+    """Pair after pair, as the tokens have them."""
     t, r = indices.shape
     d = terms[0][1].shape[1]
 

@@ -1,0 +1,222 @@
+"""Measures what was asked for, case by case."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peer_jax.bench import pytorch
+from peer_jax.bench.cases import BYTES, COMPARED, LAYERS, OPS, PYTORCH, STEP, Case, cases
+from peer_jax.bench.programs import program
+from peer_jax.bench.timing import Machine, Times, interleaved, measure_machine, sampler
+from peer_jax.bench.worker import Worker
+from peer_jax.errors import InputError
+from peer_jax.ops import check_implementation
+from peer_jax.ops.floor import Floor
+
+WHATS = ("op", "layer", "step")
+SCHEMA = 1
+Sizes = dict[str, Sequence[int]]
+GRID: dict[str, Sizes] = {
+    "op": {"tokens": (256, 2048), "d_model": (64, 256), "num_experts": (64**2, 512**2), "heads": (1, 8)},
+    "layer": {"tokens": (256, 2048), "d_model": (64, 256), "num_experts": (64**2, 512**2), "heads": (1, 8)},
+    "step": {"tokens": (2048,), "d_model": (256,), "num_experts": (128**2, 256**2, 512**2, 1024**2), "heads": (8,)},
+}
+AGAINST: Sizes = {"tokens": (2048,), "d_model": (256,), "num_experts": (512**2,), "heads": (8,)}
+QUICK: Sizes = {"tokens": (64,), "d_model": (32,), "num_experts": (16**2,), "heads": (2,), "top_k": (4,)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure; an empty sequence stands for the default of ``what``.
+
+    Args:
+        what: "op", "layer" or "step".
+        only: names of ops or layers.
+        tokens, d_model, num_experts, heads, top_k: sizes; all their combinations are measured.
+        dtype: of tokens and computation.
+        table_dtype: of tables and, in a layer, all parameters.
+        implementation: competitors.
+        against: "pytorch": the layer of PEER-pytorch with the same weights.
+        repeats: samples of each competitor.
+        quick: one small size, few repeats.
+    """
+
+    what: str
+    only: Sequence[str] = ()
+    tokens: Sequence[int] = ()
+    d_model: Sequence[int] = ()
+    num_experts: Sequence[int] = ()
+    heads: Sequence[int] = ()
+    top_k: Sequence[int] = ()
+    dtype: str = "float32"
+    table_dtype: str = "float32"
+    implementation: Sequence[str] = ()
+    against: str | None = None
+    repeats: int = 5
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        _check_one("WHAT", self.what, WHATS)
+        _check_one("--dtype", self.dtype, tuple(BYTES))
+        _check_one("--table-dtype", self.table_dtype, tuple(BYTES))
+        for name in self.only:
+            _check_one("--only", name, self.names)
+        for value in self.implementation:
+            check_implementation(value)
+        for name in ("tokens", "d_model", "num_experts", "heads", "top_k"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise InputError(f"--{name.replace('_', '-')} {value} must be above zero")
+        for value in self.num_experts:
+            if round(value**0.5) ** 2 != value:
+                raise InputError(f"--num-experts {value} is not a square: try {round(value**0.5) ** 2}")
+        if self.repeats < 1:
+            raise InputError(f"--repeats {self.repeats} must be above zero")
+        if self.against is not None:
+            _check_one("--against", self.against, (PYTORCH,))
+            if self.what != "layer":
+                raise InputError(f"--against {self.against} compares whole layers: peer-jax bench layer --against ...")
+            if self.only:
+                raise InputError("--against pytorch compares PEER alone: leave --only out")
+            if {self.dtype, self.table_dtype} != {"float32"}:
+                raise InputError("--against pytorch compares in float32: leave --dtype and --table-dtype out")
+            pytorch.check_installed()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What there is to measure."""
+        return (COMPARED,) if self.against else {"op": OPS, "layer": LAYERS, "step": (STEP,)}[self.what]
+
+    def competitors(self) -> list[list[Case]]:
+        """The cases, those of a problem together."""
+        defaults = {"top_k": (16,)} | (QUICK if self.quick else AGAINST if self.against else GRID[self.what])
+        sizes = {name: getattr(self, name) or values for name, values in defaults.items()}
+        # A step of the reference holds [tokens, h, k, d]: only where asked for.
+        usual = ("xla",) if self.what == "step" or self.against else ("reference", "xla")
+        implementations = (*(self.implementation or usual), *([PYTORCH] if self.against else ()))
+        found = list(
+            cases(
+                self.what,
+                self.only or self.names,
+                implementations,
+                **sizes,
+                dtype=self.dtype,
+                table_dtype=self.table_dtype,
+            )
+        )
+        if not found:
+            raise InputError("nothing is left to measure: top_k is more than num_experts in all combinations")
+        return found
+
+
+def _check_one(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{flag} {value} is not one of {', '.join(choices)}")
+
+
+def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+    """Measures; the result is what the JSON file has. ``on_row`` sees each row as soon as it is there.
+
+    Raises:
+        InputError: if a competitor's output differs, or none can take a size.
+    """
+    start = time.monotonic()
+    # In bytes of the type that the products are in; small where the run is.
+    size = {"megabytes": 32, "width": 512} if options.quick else {}
+    machine = measure_machine(options.dtype, **size)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for competitors in options.competitors():
+        measure = _apart if options.what == "step" or options.against else _together
+        measured, refused = measure(competitors, 3 if options.quick else options.repeats)
+        notes += [note for note in refused if note not in notes]
+        first = next(iter(measured.values()))[0] if measured else None
+        for case, (times, floors, memory) in measured.items():
+            rows.append(_row(case, times, floors, memory, machine, first))
+            on_row(rows[-1])
+    if not rows:
+        raise InputError(f"nothing could be measured: {notes[0]}")
+    device = jax.devices()[0]
+    return {
+        "schema": SCHEMA,
+        "options": dataclasses.asdict(options),
+        "machine": {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            **machine._asdict(),
+        },
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "seconds": time.monotonic() - start,
+        "notes": notes,
+        "rows": rows,
+    }
+
+
+Measured = dict[Case, tuple[Times, Mapping[str, Floor], dict[str, int | None]]]
+
+
+def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
+    """In this process, in turn; what can't take the sizes is left out, with the reason."""
+    programs, notes = {}, []
+    for case in competitors:
+        try:
+            programs[case.implementation] = case, program(case)
+        except InputError as error:
+            notes.append(f"{case.implementation}: {error}")
+    times = interleaved({name: sampler(made.call) for name, (_, made) in programs.items()}, repeats)
+    return {case: (times[name], made.floors, {"memory": made.memory}) for name, (case, made) in programs.items()}, notes
+
+
+def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
+    """In a process each, in turn, which tells the memory of each process."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peer_jax-")))
+        workers = {
+            case.implementation: stack.enter_context(
+                contextlib.closing(Worker(case, folder / f"{case.implementation}.npz"))
+            )
+            for case in competitors
+        }
+        if PYTORCH in workers:
+            results = {name: worker.results() for name, worker in workers.items()}
+            pytorch.check_agreement(competitors[0], results)
+        times = interleaved({name: worker.sample for name, worker in workers.items()}, repeats)
+        return {
+            worker.case: (
+                times[name],
+                worker.floors,
+                {key: worker.answer[key] for key in ("memory", "extra_memory", "process_peak")},
+            )
+            for name, worker in workers.items()
+        }, []
+
+
+def _row(
+    case: Case,
+    times: Times,
+    floors: Mapping[str, Floor],
+    memory: Mapping[str, int | None],
+    machine: Machine,
+    first: Times | None,
+) -> dict[str, Any]:
+    """A row of the table and of the JSON file; times in seconds, memory in bytes."""
+    least = {order: floor.seconds(*machine) for order, floor in floors.items()}
+    return {
+        **dataclasses.asdict(case),
+        **times._asdict(),
+        "floor": {order: dataclasses.asdict(floor) | {"seconds": least[order]} for order, floor in floors.items()},
+        "fraction_of_floor": {order: seconds / times.median for order, seconds in least.items()},
+        "faster_than_first": None if first is None else first.median / times.median,
+        **{"extra_memory": None, "process_peak": None},
+        **memory,
+    }

@@ -1,0 +1,207 @@
+"""The compiled program of a case, its arguments made up."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from peer_jax.bench.cases import BOTH, COMPARED, Case, floors
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Dense
+from peer_jax.ops import expert_mix, mosaic_gpu, product_key_top_k, value_bag
+from peer_jax.ops.floor import Floor, training_step
+
+
+class Program(NamedTuple):
+    """``call`` runs it; ``results`` are y and the gradient of x, where it is to be compared."""
+
+    call: Callable[[], Any]
+    floors: dict[str, Floor]
+    memory: int | None  # bytes of outputs and temporary arrays, as the compiler has it
+    results: Callable[[], dict[str, np.ndarray]] | None = None
+
+
+def program(case: Case) -> Program:
+    """Compiles the case.
+
+    Raises:
+        InputError: if the implementation can't take the sizes.
+    """
+    _check_is_taken(case)
+    if case.what == "step":
+        return _step(case)
+    function, variables, fixed = _op(case) if case.what == "op" else _layer(case)
+    y = jax.eval_shape(lambda variables, fixed: function(variables, fixed)[0], variables, fixed)
+    dy = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
+
+    def forward(variables, fixed, dy):
+        return function(variables, fixed)
+
+    def both(variables, fixed, dy):
+        y, pull, aux = jax.vjp(lambda variables: function(variables, fixed), variables, has_aux=True)
+        return y, aux, pull(dy)
+
+    compiled = jax.jit(both if case.direction == BOTH else forward).lower(variables, fixed, dy).compile()
+
+    def results() -> dict[str, np.ndarray]:
+        y, _, *pulled = compiled(variables, fixed, dy)
+        if not pulled:
+            return {"y": np.asarray(y)}
+        ((params, x),) = pulled[0]
+        return {"y": np.asarray(y), "dx": np.asarray(x), "d_up": np.asarray(params["up"].get_value())}
+
+    call = functools.partial(compiled, variables, fixed, dy)
+    return Program(call, floors(case), compiled_memory(compiled), results if case.name == COMPARED else None)
+
+
+def _check_is_taken(case: Case) -> None:
+    """An InputError if the op would fall back to another implementation: its time would bear the wrong name."""
+    if case.implementation != "mosaic_gpu":
+        return
+    if case.name == "product_key_top_k":
+        raise InputError("product_key_top_k has no such kernel")
+    x = jax.ShapeDtypeStruct((case.tokens, case.d_model), case.dtype)
+    table = jax.ShapeDtypeStruct((case.num_experts, case.d_model), case.table_dtype)
+    if reason := mosaic_gpu.why_not(x, table, case.heads * case.top_k, jax.default_backend()):
+        raise InputError(reason)
+
+
+def compiled_memory(compiled: Any) -> int | None:
+    """Bytes beside the arguments, if the backend tells."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+
+
+Function = Callable[[Any, Any], tuple[Array, Any]]
+
+
+def _op(case: Case) -> tuple[Function, Any, Any]:
+    """The op as ``function(variables, fixed) -> (y, what has no gradient)``, and its arguments."""
+    t, h, k, d, N = case.tokens, case.heads, case.top_k, case.d_model, case.num_experts
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def normal(*shape: int, dtype: str = case.dtype) -> Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    how = {"implementation": case.implementation}
+    if case.name == "product_key_top_k":
+        variables = (normal(t, h, case.d_key), normal(2, round(N**0.5), case.d_key // 2))
+        return lambda arrays, _: product_key_top_k(*arrays, k, **how), variables, ()
+    # As data: of constant indices XLA would fold the sort at compile time.
+    indices = jax.random.randint(next(keys), (t, h, k), 0, N)
+    gates = jax.nn.softmax(normal(t, h, k))
+    if case.name == "value_bag":
+        return (
+            lambda a, i: (value_bag(a[0], i, a[1], **how), ()),
+            (normal(N, d, dtype=case.table_dtype), gates),
+            indices,
+        )
+    tables = [normal(N, d, dtype=case.table_dtype) for _ in range(2)]
+
+    def mix(arrays, indices):
+        x, down, up, gates = arrays
+        return expert_mix(x, down, up, indices, gates, jax.nn.gelu, **how), ()
+
+    return mix, (normal(t, d), *tables, gates), indices
+
+
+def _layer(case: Case) -> tuple[Function, Any, Any]:
+    t, d = case.tokens, case.d_model
+    x = jax.random.normal(jax.random.key(2), (1, t, d), case.dtype)
+    if case.name == "Dense":
+        layer = Dense(d, dtype=case.dtype, rngs=nnx.Rngs(0))
+    else:
+        make = functools.partial(
+            PKM if case.name == "PKM" else PEER,
+            d,
+            case.num_experts,
+            num_heads=case.heads,
+            top_k=case.top_k,
+            d_key=case.d_key,
+            implementation=case.implementation,
+            dtype=case.dtype,
+            param_dtype=case.table_dtype,
+            rngs=nnx.Rngs(0),
+        )
+        layer = make(query_norm=None, share_sub_keys=False) if case.name == COMPARED else make()
+    graph, params, others = nnx.split(layer, nnx.Param, ...)
+    if case.name == COMPARED:
+        given = compared_weights(case)
+        x = given.pop("x")
+        params["query_proj"]["kernel"].set_value(jnp.asarray(given.pop("query_proj")))
+        for name, value in given.items():
+            params[name].set_value(jnp.asarray(value))
+        x = jnp.asarray(x)
+
+    def function(variables, others):
+        params, x = variables
+        layer = nnx.merge(graph, params, others, copy=True)
+        y, _ = layer(x)
+        return y, nnx.split(layer, nnx.Param, ...)[2]
+
+    return function, (params, x), others
+
+
+def compared_weights(case: Case) -> dict[str, np.ndarray]:
+    """Weights and input that both sides of a comparison take; the same in every process. Float32."""
+    rng = np.random.default_rng(0)
+    n, c = round(case.num_experts**0.5), case.d_key // 2
+    d, N, h = case.d_model, case.num_experts, case.heads
+
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * np.float32(scale)
+
+    return {
+        "x": normal(1, case.tokens, d, scale=1),
+        "query_proj": normal(d, h * case.d_key, scale=d**-0.5),
+        "sub_keys": normal(h, 2, n, c, scale=c**-0.5),
+        "down": normal(N, d, scale=d**-0.5),
+        "up": normal(N, d, scale=d**-0.5),
+    }
+
+
+BLOCKS, SEQUENCE, VOCABULARY = 8, 256, 259
+
+
+def _step(case: Case) -> Program:
+    """A step of AdamW on a transformer of 8 blocks, PEER in the middle one, in rows of 256 bytes at most."""
+    from peer_jax.models import Transformer
+    from peer_jax.training.flops import training_flops
+    from peer_jax.training.optimizer import AdamW
+    from peer_jax.training.step import Trainer
+
+    peer = functools.partial(
+        PEER,
+        num_experts=case.num_experts,
+        num_heads=case.heads,
+        top_k=case.top_k,
+        d_key=case.d_key,
+        implementation=case.implementation,
+    )
+    length = min(SEQUENCE, case.tokens)
+    build = functools.partial(
+        Transformer, VOCABULARY, case.d_model, BLOCKS, 4, ffw=Dense, sparse_ffw=peer, dtype=case.dtype
+    )
+    trainer = Trainer(build, AdamW(learning_rate=1e-3))
+    state = trainer.init(0)
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (case.tokens // length, length)).astype(np.int32)
+    data = {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}
+    rates = trainer.optimizer.rates(trainer.labels, 0, 10)
+    compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, data, rates).compile()
+    memory = compiled.memory_analysis()
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, data, rates)
+        return metrics
+
+    least = training_step(
+        trainer.abstract_model.num_params(), training_flops(trainer.abstract_model, tokens.size, length)
+    )
+    # Its outputs are the state's own arrays, which it was given to write in.
+    return Program(call, {"token": least, "expert": least}, None if memory is None else int(memory.temp_size_in_bytes))

@@ -1,0 +1,84 @@
+"""Seconds of a call, of competitors in turn, and what the machine can do: bandwidth and products."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SHORTEST_SAMPLE = 0.02  # seconds; a faster call is repeated within a sample
+
+
+class Times(NamedTuple):
+    """Median and quartiles of the samples, in seconds a call."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+
+class Machine(NamedTuple):
+    """What the machine was measured to do in this run."""
+
+    bandwidth: float  # bytes per second
+    flops_per_second: float
+
+
+def summarise(samples: Sequence[float]) -> Times:
+    """Median and quartiles, both ends included."""
+    if len(samples) == 1:
+        return Times(samples[0], samples[0], samples[0], 1)
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Times(median, low, high, len(samples))
+
+
+def sampler(call: Callable[[], object]) -> Callable[[], float]:
+    """A function that measures the seconds of a call. It has been called twice then: to warm up, and for its length."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    calls = max(1, math.ceil(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-9)))
+
+    def sample() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    return sample
+
+
+def interleaved(samplers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Times]:
+    """Times of each competitor; they take turns, so that what disturbs the machine disturbs all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(repeats):
+        for name, sample in samplers.items():
+            samples[name].append(sample())
+    return {name: summarise(taken) for name, taken in samples.items()}
+
+
+def measure_machine(dtype: str = "float32", *, megabytes: int = 256, width: int = 2048, repeats: int = 5) -> Machine:
+    """The best of some repeats, as these are ceilings.
+
+    Bandwidth is that of ``a += s * b``: two arrays read and one written, each of ``megabytes``, all cores. The rate of
+    products is that of a square matrix product at JAX's default precision.
+    """
+    n = megabytes * 2**20 // 4
+    add = jax.jit(lambda a, b: a + 0.5 * b, donate_argnums=0)
+    a, b = jnp.ones(n, jnp.float32), jnp.ones(n, jnp.float32)
+    moves = []
+    for _ in range(repeats + 1):
+        jax.block_until_ready((a, b))
+        start = time.perf_counter()
+        a = jax.block_until_ready(add(a, b))
+        moves.append(time.perf_counter() - start)
+    del a, b
+    matrix = jnp.ones((width, width), dtype)
+    multiply = jax.jit(jnp.matmul)
+    product = sampler(lambda: multiply(matrix, matrix))
+    return Machine(3 * 4 * n / min(moves[1:]), 2 * width**3 / min(product() for _ in range(repeats)))
