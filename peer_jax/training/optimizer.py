@@ -32,7 +32,7 @@ class AdamW:
         final_fraction: of the peak rate, reached by a cosine exactly at the last step.
         weight_decay, table_weight_decay: times the rate.
         table_second_moment: "element", Adam's, or "row": one for each row of a table, of its mean squared gradient,
-            which takes a third of the optimiser's memory away and time with it (docs/log.md).
+            which halves the optimiser's memory (docs/log.md).
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
         b1, b2, eps: Adam's.
     """
