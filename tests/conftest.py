@@ -33,3 +33,22 @@ def params_of():
         return {".".join(map(str, path)): np.asarray(variable.get_value(), np.float64) for path, variable in flat}
 
     return params_of
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Runs a command in this process; its exit status, standard output and standard error."""
+
+    from peer_jax import cli
+
+    def run_cli(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["peer-jax", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, *capsys.readouterr()
+
+    return run_cli

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_jax import cli
 from peer_jax.bench import Options, cases, measure, pytorch, report, timing, worker
 from peer_jax.errors import InputError
 from peer_jax.ops import floor
@@ -227,19 +226,9 @@ def test_a_layer_is_at_least_its_ops():
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
+def bench(run_cli):
     """Runs `peer-jax bench`; exit status, standard output and standard error."""
-
-    def bench(*arguments):
-        monkeypatch.setattr("sys.argv", ["peer-jax", "bench", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        return status, *capsys.readouterr()
-
-    return bench
+    return functools.partial(run_cli, "bench")
 
 
 KEYS = {

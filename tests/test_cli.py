@@ -33,23 +33,6 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Runs a command in this process; its exit status, standard output and standard error."""
-
-    def run_cli(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["peer-jax", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        return status, *capsys.readouterr()
-
-    return run_cli
-
-
 def command(tiny, *bindings, layer="dense"):
     return [*(f"--config={file}" for file in stack(tiny, layer)), *(f"--set={binding}" for binding in bindings)]
 
