@@ -63,8 +63,18 @@ def test_a_nan_is_not_lost(rng, where):
     np.testing.assert_array_equal(values[:, others], sorted_columns(x[:, others], 3)[0])
 
 
-@pytest.mark.parametrize(("platform", "by_tournament"), [("cpu", True), ("cuda", False), ("tpu", False)])
-def test_the_tournament_is_for_cpu(platform, by_tournament):
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
-    text = jax.jit(lambda x: top_k_columns(x, 8)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+@pytest.mark.parametrize(
+    ("platform", "k", "columns", "by_tournament"),
+    [
+        ("cpu", 8, 64, True),
+        ("cpu", 128, 64, True),
+        ("cpu", 8, 63, False),
+        ("cpu", 129, 64, False),
+        ("cuda", 8, 64, False),
+        ("tpu", 8, 64, False),
+    ],
+)
+def test_the_tournament_is_for_many_columns_on_cpu(platform, k, columns, by_tournament):
+    x = jax.ShapeDtypeStruct((256, columns), jnp.float32)
+    text = jax.jit(lambda x: top_k_columns(x, k)).trace(x).lower(lowering_platforms=(platform,)).as_text()
     assert ("top_k" not in text) is by_tournament

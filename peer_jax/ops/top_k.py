@@ -1,8 +1,8 @@
 """Top k of every column of a matrix.
 
 On CPU, ``jax.lax.top_k`` keeps a heap a row, one row after the other on one thread. Here whole rows of the matrix are
-compared with each other, so that every comparison is a vector instruction and all threads share it: 3 times faster
-at k=16 of 512 (docs/log.md). Elsewhere it is ``jax.lax.top_k``.
+compared with each other, so that every comparison is a vector instruction and all threads share it: 2 to 4 times as
+fast for k from 16 to 128 (docs/log.md). Elsewhere it is ``jax.lax.top_k``.
 
 n  elements a column     m  columns     K  k rounded up to a power of two
 """
@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 # Values and their places in the column; sorting is by value, highest first, then by place.
 Ranked = tuple[Float[Array, "*p m"], Int[Array, "*p m"]]
 
-# Above, it was not measured to win: training PKM with k=32 took twice as long with it (docs/log.md).
-MOST = 16
+# Where the tournament wins: with fewer columns its vectors are mostly empty; higher k were not measured (docs/log.md).
+FEWEST_COLUMNS = 64
+MOST = 128
 
 
 def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
@@ -23,7 +24,7 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
 
     1 <= k <= n. A column that has a NaN gives NaN values, at valid places.
     """
-    on_cpu = _by_tournament if k <= MOST else _by_rows
+    on_cpu = _by_tournament if k <= MOST and x.shape[1] >= FEWEST_COLUMNS else _by_rows
     return jax.lax.platform_dependent(x, cpu=lambda x: on_cpu(x, k), default=lambda x: _by_rows(x, k))
 
 
@@ -96,7 +97,7 @@ def _sort(a: Ranked) -> Ranked:
         values, place = (x.reshape(p // run, 2, run // 2, -1) for x in a)
         low, high = (values[:, 0], place[:, 0]), (values[:, 1, ::-1], place[:, 1, ::-1])
         a = tuple(jnp.stack(both, 1).reshape(p, -1) for both in zip(*_compare(low, high), strict=True))
-        a = _sort_bitonic(a, run // 2)
+        a = _once(_sort_bitonic(a, run // 2))
         run *= 2
     return a
 
