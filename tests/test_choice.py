@@ -19,10 +19,22 @@ def arrays(t=64, d=256, n=1024, dtype=jnp.float32):
 needs_kernels = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="this JAX has no such kernels")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-@pytest.mark.parametrize("size", [{"t": 1, "n": 1}, {}, {"t": 32768, "d": 768, "n": 1024**2}])
-def test_none_is_xla(platform, size):
-    assert choose(None, *arrays(**size), 128, platform) == "xla"
+@pytest.mark.parametrize(
+    ("platform", "size", "r", "expected"),
+    [
+        # 8 MiB of rows, and a token more.
+        ("cpu", {"t": 64}, 128, "reference"),
+        ("cpu", {"t": 65}, 128, "xla"),
+        ("cpu", {"t": 1, "n": 1024**2}, 128, "reference"),
+        ("cpu", {"t": 64, "dtype": jnp.bfloat16}, 128, "xla"),
+        ("cpu", {"t": 32768, "d": 768, "n": 1024**2}, 128, "xla"),
+        ("gpu", {"t": 1, "n": 1}, 1, "xla"),
+        ("gpu", {"t": 32768, "d": 768, "n": 1024**2}, 128, "xla"),
+        ("tpu", {"t": 1, "n": 1}, 1, "xla"),
+    ],
+)
+def test_none(platform, size, r, expected):
+    assert choose(None, *arrays(**size), r, platform) == expected
 
 
 @needs_kernels

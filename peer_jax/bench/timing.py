@@ -37,7 +37,11 @@ def summarise(samples: Sequence[float]) -> Times:
 
 
 def sampler(call: Callable[[], object]) -> Callable[[], float]:
-    """A function that measures the seconds of a call. It has been called twice then: to warm up, and for its length."""
+    """A function that measures the seconds of a call. It has been called twice then: to warm up, and for its length.
+
+    On CPU a call waits for the one before: XLA would run both at once, and what uses one core would seem twice as fast.
+    """
+    wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda result: result
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -46,7 +50,7 @@ def sampler(call: Callable[[], object]) -> Callable[[], float]:
     def sample() -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            result = call()
+            result = wait(call())
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / calls
 

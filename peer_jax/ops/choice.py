@@ -4,10 +4,14 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu
+
+# Bytes of rows gathered, in float32, up to which a CPU does best to hold them all (docs/performance.md).
+HELD = 8 * 2**20
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 
@@ -27,13 +31,16 @@ def choose(
 ) -> str:
     """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
 
-    None is "xla": never measured slower on CPU than "reference" but where both are quick, and bounded in memory. The
-    kernels of "mosaic_gpu" have not been measured on a GPU yet, so they must be asked for. What they can't take falls
-    back to "xla", and says so once.
+    None is "xla", but on CPU "reference" where the rows are few and float32: in the backward pass it is faster there.
+    The kernels of "mosaic_gpu" have not been measured on a GPU yet, so they must be asked for. What they can't take
+    falls back to "xla", and says so once.
     """
     check_implementation(implementation)
+    if implementation is None:
+        few = 4 * x.shape[0] * r * x.shape[1] <= HELD and table.dtype == jnp.float32
+        return "reference" if few and (platform or jax.default_backend()) == "cpu" else "xla"
     if implementation != "mosaic_gpu":
-        return implementation or "xla"
+        return implementation
     if reason := mosaic_gpu.why_not(x, table, r, platform):
         _say_once(reason)
         return "xla"

@@ -35,8 +35,8 @@ def sum_rows(weights: Float[Array, "t r"], rows: Float[Array, "t r d"]) -> Float
 Term = tuple[Float[Array, "t r"], Float[Array, "t d"]]
 
 
-# Bytes of a table that a CPU's caches hold, whatever the order of its rows.
-CACHED = 8 * 2**20
+# Bytes of all of the gradients, in float32, from which on sorting pays on a CPU (docs/log.md).
+SORTED_FROM = 256 * 2**20
 
 
 def table_gradients(
@@ -44,11 +44,11 @@ def table_gradients(
 ) -> tuple[Float[Array, "{num_rows} d"], ...]:
     """A table for each term, in float32 and always added up in the same order.
 
-    A scatter on CPU is one loop on one thread, in the order of the tokens, and where it stays in the caches a sort
-    costs more than it saves (docs/log.md). On a GPU it would add with atomics, in any order.
+    A scatter on CPU is one loop on one thread, in the order of the tokens, and unless the tables are far larger than
+    the caches a sort costs more than it saves. On a GPU it would add with atomics, in any order.
     """
-    cached = 4 * num_rows * terms[0][1].shape[1] <= CACHED
-    on_cpu = _in_token_order if cached else _in_row_order
+    size = sum(4 * num_rows * cotangents.shape[1] for _, cotangents in terms)
+    on_cpu = _in_row_order if size > SORTED_FROM else _in_token_order
     return jax.lax.platform_dependent(
         indices,
         terms,
