@@ -53,11 +53,25 @@ def train(
     set_: Bindings = [],  # noqa: B006
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where the first one listens.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Of several processes: how many.", min=1)] = None,
+    process_id: Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Join the cluster that JAX finds; Slurm, MPI, TPU pods need no flag.")
+    ] = False,
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
-    DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json.
+    DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json. All devices take part, as
+    Sharding.data, fsdp, expert and tables in the config say; of several processes each runs this command, with the same
+    DIR on a file system that all share.
     """
+    _prepare_process()
+    from peer_jax import processes
+
+    processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
     run = _load(config, set_)
     from peer_jax import config as configs
     from peer_jax.scaling import results
@@ -65,7 +79,7 @@ def train(
     from peer_jax.training.loop import train as train_run
 
     train_run(run, workdir, config=configs.text, progress=not quiet)
-    if show_table:
+    if show_table and processes.leads():
         table(results.read([workdir]))
 
 

@@ -8,16 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "peer_jax"
 MAY_IMPORT = {
     "errors": set(),
-    "ops": {"errors"},
-    "layers": {"errors", "ops"},
-    "models": {"errors", "ops", "layers"},
+    "sharding": {"errors"},
+    "processes": {"errors"},
+    "ops": {"errors", "sharding"},
+    "layers": {"errors", "sharding", "ops"},
+    "models": {"errors", "sharding", "ops", "layers"},
     "data": {"errors"},
-    "training": {"errors", "ops", "layers", "models", "data"},
-    "scaling": {"errors", "ops", "layers", "models", "data", "training"},
+    "training": {"errors", "sharding", "processes", "ops", "layers", "models", "data"},
+    "scaling": {"errors", "sharding", "ops", "layers", "models", "data", "training"},
     "bench": {"errors", "allocator", "ops", "layers", "models", "training", "scaling"},
     "allocator": set(),
-    "config": {"errors", "ops", "layers", "models", "data", "training", "scaling"},
-    "cli": {"errors", "allocator", "bench", "data", "training", "scaling", "config"},
+    "config": {"errors", "sharding", "ops", "layers", "models", "data", "training", "scaling"},
+    "cli": {"errors", "allocator", "processes", "bench", "data", "training", "scaling", "config"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
 

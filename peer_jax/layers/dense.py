@@ -38,7 +38,7 @@ class Dense(FeedForward):
         check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
         check_positive(d_model=d_model, d_ff=d_ff)
 
-        def linear(d_in: int, d_out: int) -> nnx.Linear:
+        def linear(d_in: int, d_out: int, *axes: str) -> nnx.Linear:
             return nnx.Linear(
                 d_in,
                 d_out,
@@ -46,13 +46,14 @@ class Dense(FeedForward):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
+                kernel_metadata={"axes": axes},
                 rngs=rngs,
             )
 
         self.activation = activation
-        self.up = linear(d_model, d_ff)
-        self.gate = linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
-        self.down = linear(d_ff, d_model)
+        self.up = linear(d_model, d_ff, "embed", "hidden")
+        self.gate = linear(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
+        self.down = linear(d_ff, d_model, "hidden", "embed")
 
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None

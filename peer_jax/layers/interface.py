@@ -32,6 +32,10 @@ class Table(nnx.Param):
     """A parameter whose rows are retrieved, [N, d]; the optimiser treats it apart from the backbone."""
 
 
+# Logical axes of a table, by which ``peer_jax.sharding`` places it.
+TABLE_AXES = ("rows", "columns")
+
+
 class FeedForward(nnx.Module):
     """A layer that takes a transformer's feed-forward slot.
 

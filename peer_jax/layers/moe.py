@@ -27,6 +27,7 @@ from peer_jax.layers.interface import (
     check_choice,
     check_positive,
 )
+from peer_jax.sharding import constrain
 
 ROUTINGS = ("expert_choice", "token_choice")
 
@@ -110,12 +111,13 @@ class MoE(FeedForward):
             rngs=rngs,
         )
 
-        def kernels(d_in: int, d_out: int) -> nnx.Param:
-            return nnx.Param(kernel_init(rngs.params(), (num_experts, d_in, d_out), param_dtype))
+        def kernels(d_in: int, d_out: int, *axes: str) -> nnx.Param:
+            stacked = kernel_init(rngs.params(), (num_experts, d_in, d_out), param_dtype)
+            return nnx.Param(stacked, axes=("experts", *axes))
 
-        self.up = kernels(d_model, d_ff)
-        self.gate = kernels(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
-        self.down = kernels(d_ff, d_model)
+        self.up = kernels(d_model, d_ff, "embed", "hidden")
+        self.gate = kernels(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
+        self.down = kernels(d_ff, d_model, "hidden", "embed")
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
@@ -169,6 +171,11 @@ class MoE(FeedForward):
             hidden = GATED_ACTIVATIONS[self.activation](product(rows, self.gate[...].astype(rows.dtype))) * up
         return product(hidden, self.down[...].astype(rows.dtype))
 
+    def _by_capacity(self, rows: Float[Array, "b E C d"]) -> Float[Array, "b E C d"]:
+        """Every expert's MLP on its C rows of each sequence, where the expert is: an all-to-all there, and one back."""
+        y = self._expert(_capacity_product, constrain(rows, "group", "experts"))
+        return constrain(constrain(y, "group", "experts"), "batch")
+
     # Expert choice.
 
     def _choose_tokens(
@@ -183,10 +190,12 @@ class MoE(FeedForward):
         self, x: Float[Array, "b s d"], logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
     ) -> tuple[Float[Array, "b s d"], Aux]:
         token, weight = self._choose_tokens(logits, mask)
-        sequence = jnp.arange(x.shape[0])[:, None, None]
-        y = self._expert(_capacity_product, x[sequence, token])
-        y = jnp.zeros_like(x).at[sequence, token].add(weight[..., None].astype(x.dtype) * y)
-        taken = jnp.zeros(mask.shape).at[sequence, token].max(jnp.where(weight > 0, 1.0, 0.0))
+        y = self._by_capacity(jax.vmap(lambda x, token: x[token])(x, token))
+        y = jax.vmap(lambda x, token, y: jnp.zeros_like(x).at[token].add(y))(
+            x, token, weight[..., None].astype(x.dtype) * y
+        )
+        used = jnp.where(weight > 0, 1.0, 0.0)
+        taken = jax.vmap(lambda token, used: jnp.zeros(x.shape[1]).at[token].max(used))(token, used)
         return y, Aux(jnp.zeros(()), {"dropped": 1 - jnp.mean(taken, where=mask)})
 
     # Token choice.
@@ -233,13 +242,13 @@ class MoE(FeedForward):
         """Outputs of the chosen experts; those of dropped choices are left to a weight of zero."""
         b, s, k = experts.shape
         e, capacity = self.num_experts, self._capacity(s)
-        sequence = jnp.arange(b)[:, None, None]
         slot = jnp.where(place < 0, e * capacity, experts * capacity + place)
         token = jnp.broadcast_to(jnp.arange(s)[None, :, None], (b, s, k))
-        taken = jnp.zeros((b, e * capacity), jnp.int32).at[sequence, slot].set(token, mode="drop")
+        empty = jnp.zeros(e * capacity, jnp.int32)
+        taken = jax.vmap(lambda slot, token: empty.at[slot].set(token, mode="drop"))(slot, token)
         rows = jnp.take_along_axis(x, taken[..., None], axis=1).reshape(b, e, capacity, -1)
-        y = self._expert(_capacity_product, rows).reshape(b, e * capacity, -1)
-        return y[sequence, jnp.minimum(slot, e * capacity - 1)]
+        y = self._by_capacity(rows).reshape(b, e * capacity, -1)
+        return jax.vmap(lambda y, slot: y[slot])(y, jnp.minimum(slot, e * capacity - 1))
 
     def _dropless(
         self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from peer_jax.layers.interface import ACTIVATIONS, Aux, Table, check_choice
+from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table, check_choice
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.ops import expert_mix
 
@@ -76,8 +76,8 @@ class PEER(ProductKeyRetrieval):
             rngs=rngs,
         )
         self.activation = activation
-        self.down = Table(down_init(rngs.params(), (num_experts, d_model), param_dtype))
-        self.up = Table(up_init(rngs.params(), (num_experts, d_model), param_dtype))
+        self.down = Table(down_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.up = Table(up_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None

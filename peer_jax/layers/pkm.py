@@ -8,7 +8,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from peer_jax.layers.interface import Aux, Table
+from peer_jax.layers.interface import TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.ops import value_bag
 
@@ -56,7 +56,7 @@ class PKM(ProductKeyRetrieval):
             query_init=query_init,
             rngs=rngs,
         )
-        self.values = Table(value_init(rngs.params(), (num_experts, d_model), param_dtype))
+        self.values = Table(value_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None

@@ -71,6 +71,7 @@ class ProductKeyRetrieval(FeedForward):
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=query_init,
+            kernel_metadata={"axes": ("embed", "keys")},
             rngs=rngs,
         )
         self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None

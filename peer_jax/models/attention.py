@@ -52,7 +52,7 @@ class Attention(nnx.Module):
                 f"choose d_model as a multiple of {2 * num_heads}"
             )
 
-        def linear(d_in: int, d_out: int) -> nnx.Linear:
+        def linear(d_in: int, d_out: int, *axes: str) -> nnx.Linear:
             return nnx.Linear(
                 d_in,
                 d_out,
@@ -60,12 +60,13 @@ class Attention(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
+                kernel_metadata={"axes": axes},
                 rngs=rngs,
             )
 
         self.num_heads, self.rope_theta = num_heads, rope_theta
-        self.query_key_value = linear(d_model, 3 * d_model)
-        self.out = linear(d_model, d_model)
+        self.query_key_value = linear(d_model, 3 * d_model, "embed", "heads")
+        self.out = linear(d_model, d_model, "heads", "embed")
 
     def __call__(
         self,

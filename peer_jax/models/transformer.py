@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import Aux, FeedForward, Routing, check_positive
 from peer_jax.models.attention import Attention, KVCache
+from peer_jax.sharding import constrain
 
 FeedForwardFactory = Callable[..., FeedForward]
 
@@ -133,10 +134,17 @@ class Transformer(nnx.Module):
 
         self.d_model, self.num_heads, self.vocab_size = d_model, num_heads, vocab_size
         self.dtype, self.remat = dtype, remat
-        self.embed = nnx.Embed(vocab_size, d_model, embedding_init=embed_init, **types)
+        self.embed = nnx.Embed(
+            vocab_size, d_model, embedding_init=embed_init, embedding_metadata={"axes": ("vocab", "embed")}, **types
+        )
         self.blocks = nnx.List([block(index) for index in range(num_blocks)])
         self.final_norm = norm(d_model)
-        self.head = None if tie_embeddings else nnx.Linear(d_model, vocab_size, use_bias=False, **types)
+        head_axes = {"axes": ("embed", "vocab")}
+        self.head = (
+            None
+            if tie_embeddings
+            else nnx.Linear(d_model, vocab_size, use_bias=False, kernel_metadata=head_axes, **types)
+        )
 
     @property
     def is_causal(self) -> bool:
@@ -158,10 +166,11 @@ class Transformer(nnx.Module):
         """
         positions, mask, real = _layout(tokens, segment_ids)
         run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = self.embed(tokens)
+        x = constrain(self.embed(tokens), "batch")
         loss, metrics = jnp.zeros(()), {}
         for index, block in enumerate(self.blocks):
             x, aux, _ = run(block, x, positions, mask, real)
+            x = constrain(x, "batch")
             loss += aux.loss
             metrics |= {f"block_{index}/{name}": value for name, value in aux.metrics.items()}
         return self._logits(x), Aux(loss, metrics)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.ops import mosaic_gpu
+from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
@@ -59,8 +59,14 @@ def expert_mix(
 
     *tokens, h, k = indices.shape
     flat = x.reshape(-1, x.shape[-1])
-    mix = _IMPLEMENTATIONS[choose(implementation, flat, down, h * k)]
-    y = mix(flat, down, up, indices.reshape(-1, h * k), gates.reshape(-1, h * k), activation)
+    pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
+    if sharded.splits_tables():
+        y = sharded.expert_mix(flat, down, up, *pairs, activation)
+    else:
+        mix = _IMPLEMENTATIONS[choose(implementation, flat, down, h * k)]
+        y = sharded.by_tokens(
+            lambda down, up, x, *pairs: mix(x, down, up, *pairs, activation), (down, up), (flat, *pairs)
+        )
     return jnp.where(valid[..., None], y.reshape(*tokens, x.shape[-1]), jnp.nan)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from peer_jax.errors import InputError
+from peer_jax.ops import sharded
 from peer_jax.ops.checks import check_not_nan
 from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
@@ -58,7 +59,9 @@ def product_key_top_k(
 
     *tokens, h, d_key = queries.shape
     retrieve = _reference if implementation == "reference" else _xla
-    scores, indices = retrieve(queries.reshape(-1, h, d_key), sub_keys, k)
+    scores, indices = sharded.by_tokens(
+        lambda sub_keys, queries: retrieve(queries, sub_keys, k), (sub_keys,), (queries.reshape(-1, h, d_key),)
+    )
     check_not_nan("product_key_top_k", scores)
     return scores.reshape(*tokens, h, k), indices.reshape(*tokens, h, k)
 

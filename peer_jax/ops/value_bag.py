@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peer_jax.ops import mosaic_gpu
+from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
@@ -45,8 +45,12 @@ def value_bag(
     *tokens, h, k = indices.shape
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
-    bag = _IMPLEMENTATIONS[choose(implementation, like_y, values, h * k)]
-    y = bag(values, indices.reshape(-1, h * k), gates)
+    pairs = indices.reshape(-1, h * k), gates
+    if sharded.splits_tables():
+        y = sharded.value_bag(values, *pairs)
+    else:
+        bag = _IMPLEMENTATIONS[choose(implementation, like_y, values, h * k)]
+        y = sharded.by_tokens(bag, (values,), pairs)
     return jnp.where(valid[..., None], y.reshape(*tokens, values.shape[-1]), jnp.nan)
 
 

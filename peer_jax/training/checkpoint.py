@@ -13,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from peer_jax.errors import InputError
+from peer_jax.processes import leads, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,10 @@ class Checkpoints:
             target = self.directory / f"damaged-{step}"
             while target.exists():
                 target = target.with_name(target.name + "-again")
-            (self.directory / str(step)).rename(target)
+            wait_for_all(f"read checkpoint {step}")
+            if leads():
+                (self.directory / str(step)).rename(target)
+            wait_for_all(f"set checkpoint {step} aside")
             logger.warning("it is now %s; going on from the one before it", target)
         if damaged:
             self._manager.reload()

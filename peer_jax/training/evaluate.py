@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from peer_jax.data.pipeline import Batch, PackedText, eval_batches
 from peer_jax.models import Transformer
+from peer_jax.sharding import constrain, current
 from peer_jax.training.metrics import ProgressBar
 from peer_jax.training.step import cross_entropy
 
@@ -37,11 +38,15 @@ def evaluate(
         least once with a weight above zero, and ``unevenness``, KL(p || uniform) in nats, p being the weight mass.
     """
     graph, state = nnx.split(model)
-    batches = eval_batches(source, batch_size=batch_size)
+    placement = current()
+    batches = eval_batches(
+        source, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
+    )
     masses = _no_mass(model) if routing else {}
     nll = tokens = 0.0
     with ProgressBar("evaluate", len(batches), enabled=progress) as bar:
         for done, batch in enumerate(batches, start=1):
+            batch = batch if placement is None else placement.batch(batch)
             batch_nll, batch_tokens, masses = _evaluate_batch(graph, state, batch, masses)
             nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
             bar.update(done, f"loss {nll / max(tokens, 1):.4f}")
@@ -70,7 +75,9 @@ def usage(mass: Float[np.ndarray, " N"]) -> dict[str, float]:
 def _no_mass(model: Transformer) -> dict[int, Float[Array, " N"]]:
     """A zero for every expert of every block that routes."""
     sparse = {index: block.ffw for index, block in enumerate(model.blocks) if hasattr(block.ffw, "route")}
-    return {index: jnp.zeros(layer.num_experts, jnp.float32) for index, layer in sparse.items()}
+    replicated = None if current() is None else current().sharding()
+    zeros = functools.partial(jax.jit, static_argnums=0, out_shardings=replicated)(jnp.zeros)
+    return {index: zeros(layer.num_experts) for index, layer in sparse.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -83,7 +90,7 @@ def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses:
         real = (batch["segment_ids"] > 0)[:, :, None, None]
         for block, (indices, gates) in model.route(batch["inputs"], batch["segment_ids"]).items():
             masses = masses | {block: masses[block].at[indices].add(jnp.where(real, gates, 0.0), mode="drop")}
-    return nll, tokens, masses
+    return jax.tree.map(constrain, (nll, tokens, masses))
 
 
 def _exp(x: float) -> float:

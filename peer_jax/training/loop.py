@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +12,15 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache, train_batches, vocabulary_size
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 from peer_jax.layers.interface import check_positive
 from peer_jax.models import Transformer
 from peer_jax.ops import checked as with_checks
+from peer_jax.processes import leads
+from peer_jax.sharding import Placement, Sharding, current, use
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.evaluate import evaluate
@@ -42,7 +46,8 @@ class Run:
         accumulation: micro-batches a step is split into.
         log_every, evaluate_every, checkpoint_every: steps between them; the last step always counts.
         keep_checkpoints: last ones to keep, beside the best.
-        checked: raise on indices out of range and NaN scores inside the ops; slower.
+        checked: raise on indices out of range and NaN scores inside the ops, on one device; slower.
+        sharding: how many devices share what.
     """
 
     model: Callable[..., Transformer]
@@ -59,6 +64,7 @@ class Run:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     checked: bool = False
+    sharding: Sharding = Sharding()
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
@@ -86,7 +92,8 @@ class Run:
 
     def eval_batch_size(self) -> int:
         """Rows at a time in evaluation: a batch, but at least 4096 tokens, or small ones would take long."""
-        return max(self.batch_size, -(-4096 // self.task.seq_len))
+        rows = max(self.batch_size, -(-4096 // self.task.seq_len))
+        return rows if current() is None else current().round_up(rows)
 
     def num_steps(self, model: Transformer) -> int:
         """Updates to make, given or from the budget.
@@ -104,6 +111,8 @@ class Run:
 def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, progress: bool = True) -> dict[str, Any]:
     """Trains, from the last checkpoint in ``workdir`` if there is one, and writes ``result.json``, which it returns.
 
+    All devices of all processes that ``peer_jax.processes`` has joined take part; the first process writes.
+
     Args:
         run: what to train.
         workdir: the run directory.
@@ -115,6 +124,18 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
         TrainingFailed: if the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, when the state is saved.
     """
+    placement = run.sharding.place()
+    with use(placement):
+        return _train(run, workdir, placement, config, progress and leads())
+
+
+def _train(
+    run: Run, workdir: Path, placement: Placement | None, config: Callable[[], str] | None, progress: bool
+) -> dict[str, Any]:
+    if placement is not None:
+        placement.check_rows("Run.batch_size / Run.accumulation", run.batch_size // run.accumulation)
+        if run.checked:
+            raise InputError(f"Run.checked=True can't check what {placement.mesh.size} devices share: use one device")
     trainer = run.trainer()
     model = trainer.abstract_model
     steps = run.num_steps(model)
@@ -123,7 +144,13 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
 
     cache = ensure_prepared(run.task, progress=progress)
     text = open_cache(cache, "train")
-    batches = train_batches(text, batch_size=run.batch_size, seed=run.seed)
+    batches = train_batches(
+        text,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     own_validation = open_cache(cache, "validation")
     validation = {run.task.corpus.name: own_validation}
     for task in run.eval_tasks:
@@ -134,7 +161,7 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
     with workdirs.owned(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=run.keep_checkpoints)
         restored = checkpoints.restore(trainer.abstract_state())
-        if config is not None:
+        if config is not None and leads():
             workdirs.keep_config(workdir, config())
         if (result := workdirs.read_result(workdir)) is not None:
             checkpoints.close()
@@ -145,10 +172,10 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
         clock = Clock(**position["clock"]) if position else Clock()
         evaluations = {}
 
-        step_function = with_checks(trainer.step) if run.checked else jax.jit(trainer.step, donate_argnums=0)
+        step_function = with_checks(trainer.step) if run.checked else trainer.compiled_step()
         with (
             StopOnSignal() as stop,
-            MetricsLog(workdir, start) as log,
+            MetricsLog(workdir, start, enabled=leads()) as log,
             ProgressBar("train", steps, start, enabled=progress) as bar,
         ):
             if position and position["validation_due"]:
@@ -159,9 +186,11 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
             meter = Meter(log, bar, clock, checkpoints, run.log_every, step_tokens, step_flops)
             for step in range(start + 1, steps + 1):
                 rates = run.optimizer.rates(trainer.labels, step - 1, steps)
-                state, metrics = step_function(state, next(batches), rates)
+                batch = next(batches)
+                batch = batch if placement is None else placement.batch(batch)
+                state, metrics = step_function(state, batch, rates)
                 meter.add(step, metrics, rates)
-                last, stopping = step == steps, stop.signal_number is not None
+                last, stopping = step == steps, stop.requested(step)
                 validating = last or step % run.evaluate_every == 0
                 evaluating = validating and not stopping
                 saving = last or step % run.checkpoint_every == 0 or stopping
@@ -320,15 +349,20 @@ class Meter:
 
 
 class StopOnSignal:
-    """Turns the first SIGTERM or SIGINT into a request; a second SIGINT interrupts at once."""
+    """Turns the first SIGTERM or SIGINT into a request; a second SIGINT interrupts at once.
+
+    Of several processes one that is asked is enough: JAX's preemption service, which has SIGTERM then, lets them agree
+    on a step.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         try:
-            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._request) for number in numbers}
         except ValueError:  # not in the main thread: the signals are its caller's
             self._before = {}
         return self
@@ -337,6 +371,15 @@ class StopOnSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def requested(self, step: int) -> bool:
+        """Whether to stop after ``step``; the same answer in all processes, which all ask after every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal_number = number

@@ -25,14 +25,16 @@ class MetricsLog:
 
     A resumed run goes on from the checkpoint: lines of later steps, and a half-written one, are dropped first, so each
     step stands there once. Events are written in the caller's thread: tensorboardX's own thread dies on a full disk
-    and leaves its caller waiting.
+    and leaves its caller waiting. One that is not ``enabled`` writes nothing: one process of a run writes for all.
 
     Raises:
         InputError: if the files can't be written, at any time.
     """
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
-        self._workdir = workdir
+    def __init__(self, workdir: Path, resume_step: int, *, enabled: bool = True) -> None:
+        self._workdir, self._enabled = workdir, enabled
+        if not enabled:
+            return
         path = workdir / "metrics.jsonl"
         with self._naming_the_directory():
             rewritten = path.with_suffix(".jsonl.tmp")
@@ -48,6 +50,8 @@ class MetricsLog:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step."""
+        if not self._enabled:
+            return
         with self._naming_the_directory():
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
@@ -64,7 +68,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in (self._file, self._events):
+        for file in (self._file, self._events) if self._enabled else ():
             with contextlib.suppress(OSError):  # what write() left to write, it has complained about
                 file.close()
 

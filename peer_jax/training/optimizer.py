@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import Table, check_choice, check_positive
 from peer_jax.ops.chunks import update_by_rows
+from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
 
 BACKBONE = "backbone"
 
@@ -119,31 +121,41 @@ class AdamW:
             for group in sorted(set(label))
         }
 
-        def leaf(group: str, p: Array, g: Array, mu: Array, nu: Array):
+        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array):
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
+            moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
 
-            def step(p: Array, mu: Array, nu: Array, g: Array):
-                moments = state._replace(mu=mu, nu=nu)
-                direction, after = self._direction(g * clip[group].astype(g.dtype), moments)
-                u = (-rates[group] * (direction + decay * p)).astype(p.dtype)
-                return (p + u, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(p + u)])
+            def part(p: Array, mu: Array, nu: Array, g: Array, clip: Array, rate: Array, count: Array):
+                def step(p: Array, mu: Array, nu: Array, g: Array):
+                    moments = optax.ScaleByAdamState(count, mu, nu)
+                    direction, after = self._direction(g * clip.astype(g.dtype), moments, spec)
+                    u = (-rate * (direction + decay * p)).astype(p.dtype)
+                    return (p + u, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(p + u)])
 
-            return update_by_rows(step, (p, mu, nu), g)
+                new, sums = update_by_rows(step, (p, mu, nu), g)
+                return new, sum_over(spec, sums)
 
-        trees = (treedef.flatten_up_to(tree) for tree in (params, grads, state.mu, state.nu))
+            arrays = (spec, spec, moment_spec, spec)
+            update = on_each_device(part, (*arrays, *(PartitionSpec(),) * 3), (arrays[:3], PartitionSpec()))
+            return update(p, mu, nu, g, clip[group], jnp.asarray(rates[group], jnp.float32), state.count)
+
+        trees = (treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu))
         new, sums = zip(*(leaf(*of) for of in zip(label, *trees, strict=True)), strict=True)
         params, mu, nu = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
         update_norm, param_norm = jnp.sqrt(sum(sums))
         norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
         return params, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), norms
 
-    def _direction(self, g: Array, state: optax.ScaleByAdamState) -> tuple[Array, optax.ScaleByAdamState]:
+    def _direction(
+        self, g: Array, state: optax.ScaleByAdamState, spec: PartitionSpec
+    ) -> tuple[Array, optax.ScaleByAdamState]:
         """Adam's, with the second moment of an element or of a row, whichever the state has."""
         if state.nu.shape == g.shape:
             return optax.scale_by_adam(self.b1, self.b2, self.eps).update(g, state)
         count = optax.safe_increment(state.count)
         mu = self.b1 * state.mu + (1 - self.b1) * g
-        nu = self.b2 * state.nu + (1 - self.b2) * jnp.mean(jnp.square(g), axis=-1, keepdims=True)
+        squares = mean_over(PartitionSpec(*spec[1:]), jnp.mean(jnp.square(g), axis=-1, keepdims=True))
+        nu = self.b2 * state.nu + (1 - self.b2) * squares
         unbiased_mu, unbiased_nu = mu / (1 - self.b1**count), nu / (1 - self.b2**count)
         return unbiased_mu / (jnp.sqrt(unbiased_nu) + self.eps), optax.ScaleByAdamState(count, mu, nu)
 

@@ -9,6 +9,7 @@ import jax
 from peer_jax.data.pipeline import decode, encode, ensure_prepared, open_cache
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer, generate
+from peer_jax.sharding import current, use
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.evaluate import evaluate
@@ -58,7 +59,16 @@ def evaluate_run(
         The checkpoint's step, and by corpus what ``evaluate`` returns. Evaluations of the last checkpoint are added to
         ``result.json``, if the run has one.
     """
+    with use(runs[0].sharding.place()):
+        return _evaluate_run(runs, workdir, checkpoint, batch_size, progress)
+
+
+def _evaluate_run(
+    runs: Sequence[Run], workdir: Path, checkpoint: str, batch_size: int | None, progress: bool
+) -> tuple[int, dict[str, Any]]:
     step, model = restore_model(runs[0], workdir, checkpoint)
+    if batch_size is not None and current() is not None:
+        current().check_rows("--batch-size", batch_size)
     evaluations = {}
     for run in runs:
         if run.task.vocabulary != runs[0].task.vocabulary:

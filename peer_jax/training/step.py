@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
+from peer_jax.sharding import constrain, current
 from peer_jax.training.optimizer import AdamW, label_params
 
 Metrics = dict[str, Float[Array, ""]]
@@ -65,16 +67,32 @@ class Trainer:
         optimizer.check(self.labels)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step."""
-        return jax.jit(self._init)(jax.random.key(seed))
+        """The state before the first step; made where it belongs, so that no device ever has more than its part."""
+        return jax.jit(self._init, out_shardings=self.shardings())(jax.random.key(seed))
 
     def _init(self, key: Array) -> TrainState:
         _, params, others = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
         return TrainState(jnp.zeros((), jnp.int32), params, others, self.optimizer.init(self.labels, params))
 
     def abstract_state(self) -> TrainState:
-        """Shapes and types of the state."""
-        return jax.eval_shape(self._init, jax.random.key(0))
+        """Shapes and types of the state, and where it is in the placement in use."""
+        state = jax.eval_shape(self._init, jax.random.key(0))
+        shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), state)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+    def shardings(self) -> TrainState | None:
+        """Of each array of the state, in the placement in use; None on one device."""
+        placement = current()
+        if placement is None:
+            return None
+        return placement.shardings(jax.eval_shape(self._init, jax.random.key(0)))
+
+    def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        """``step``, compiled at its first call; it takes the state over."""
+        shardings = self.shardings()
+        return jax.jit(
+            self.step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, current().sharding())
+        )
 
     def model(self, state: TrainState) -> Transformer:
         """The model of a state, in evaluation mode."""
@@ -106,7 +124,7 @@ class Trainer:
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
         """Sums of gradients and metrics over micro-batches of consecutive rows."""
-        split = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
+        split = jax.tree.map(lambda a: constrain(a.reshape(self.accumulation, -1, *a.shape[1:]), None, "batch"), batch)
 
         def add(carry, micro_batch):
             grads, others = carry

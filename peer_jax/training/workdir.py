@@ -15,19 +15,25 @@ import jax
 from peer_jax.errors import InputError, InUse
 from peer_jax.layers import Dense
 from peer_jax.models import Transformer
+from peer_jax.processes import leads
 
 SCHEMA = 1
 CONFIG = "config.gin"
 RESULT = "result.json"
+# What a run that goes on may have otherwise: the devices that it runs on.
+MAY_CHANGE = "Sharding."
 
 
 @contextlib.contextmanager
 def owned(workdir: Path) -> Iterator[None]:
-    """Makes the directory and keeps other processes from training in it at the same time.
+    """Makes the directory and keeps other runs from training in it at the same time; the first process does, for all.
 
     Raises:
         InputError: if it can't be made or written to, or another process has it.
     """
+    if not leads():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / ".lock", timeout=0)
@@ -52,7 +58,10 @@ def keep_config(workdir: Path, config: str) -> None:
     if not path.exists():
         write_whole(path, config)
         return
-    before, now = _bindings(path.read_text()), _bindings(config)
+    before, now = (
+        {name: value for name, value in _bindings(text).items() if not name.startswith(MAY_CHANGE)}
+        for text in (path.read_text(), config)
+    )
     if differing := sorted(name for name in before | now if before.get(name) != now.get(name)):
         name = differing[0]
         raise InputError(
@@ -101,13 +110,22 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``result.json``, all of it or nothing, with the machine and versions that made it; returns it."""
+    """Writes ``result.json``, all of it or nothing, with the machine and versions that made it; returns it.
+
+    One process writes for all.
+    """
     packages = ("peer-jax", "jax", "flax", "optax", "numpy")
     versions = {name: _version(name) for name in packages} | {"python": platform.python_version()}
     device = jax.devices()[0]
-    machine = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    machine = {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
     result = {"schema": SCHEMA, "machine": machine, "versions": versions} | result
-    write_whole(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    if leads():
+        write_whole(workdir / RESULT, json.dumps(result, indent=2) + "\n")
     return result
 
 
