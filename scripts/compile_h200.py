@@ -1,4 +1,4 @@
-"""Compiles expert_mix for an H200 on a machine without a GPU: registers, spills, shared memory, temporary memory.
+"""Compiles expert_mix and value_bag for an H200 on a machine without a GPU: registers, spills, shared memory, temporary memory.
 
 python scripts/compile_h200.py              every program
 python scripts/compile_h200.py xla bf16     those whose names contain all of these words
@@ -49,8 +49,9 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """expert_mix forward, or forward and backward. ``rows`` is the type of the tables, ``dtype`` that of the rest."""
+    """An op forward, or forward and backward. ``rows`` is the type of the tables, ``dtype`` that of the rest."""
 
+    op: str
     implementation: str
     direction: str
     dtype: str
@@ -64,16 +65,18 @@ class Program:
     def name(self) -> str:
         types = self.dtype if self.dtype == self.rows else f"{self.dtype}, rows {self.rows}"
         sizes = f"T={self.t} d={self.d} N={self.N} hk={self.r}"
-        return f"{self.implementation} {self.direction} {types} {sizes}".replace("float", "fp").replace("bfp", "bf")
+        return f"{self.op} {self.implementation} {self.direction} {types} {sizes}".replace("float", "fp").replace("bfp", "bf")
 
 
-SIZES = [(32768, 768, 1024**2, 128), *((4096, 1024, N, 32) for N in (1024, 16384, 65536))]
+SIZES = {
+    "expert_mix": [(32768, 768, 1024**2, 128), *((4096, 1024, N, 32) for N in (1024, 16384, 65536))],
+    "value_bag": [(32768, 768, 1024**2, 256), (4096, 1024, 65536, 32)],
+}
 TYPES = [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float32")]  # the last is mixed precision
 PROGRAMS = [
-    Program(implementation, direction, *types, *sizes)
-    for implementation, sizes, types, direction in itertools.product(
-        ("mosaic_gpu", "xla"), SIZES, TYPES, ("forward", "forward+backward")
-    )
+    Program(op, implementation, direction, *types, *sizes)
+    for op, implementation in itertools.product(SIZES, ("mosaic_gpu", "xla"))
+    for sizes, types, direction in itertools.product(SIZES[op], TYPES, ("forward", "forward+backward"))
 ]
 
 
@@ -112,7 +115,13 @@ def compile_here(program: Program) -> dict[str, int]:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from peer_jax.ops import expert_mix, mosaic_gpu
+    from peer_jax.ops import expert_mix, mosaic_gpu, value_bag
+
+    def bag(values, gates, indices):
+        if program.implementation == "mosaic_gpu":
+            return mosaic_gpu.value_bag(values, indices, gates)
+        indices, gates = (a.reshape(program.t, -1, 16) for a in (indices, gates))
+        return value_bag(values, indices, gates, implementation=program.implementation)
 
     def mix(x, down, up, gates, indices):
         if program.implementation == "mosaic_gpu":
@@ -122,7 +131,7 @@ def compile_here(program: Program) -> dict[str, int]:
 
     def both(*arguments):
         *primals, indices, dy = arguments
-        y, pullback = jax.vjp(lambda *primals: mix(*primals, indices), *primals)
+        y, pullback = jax.vjp(lambda *primals: op(*primals, indices), *primals)
         return y, pullback(dy)
 
     x = jax.ShapeDtypeStruct((program.t, program.d), program.dtype)
@@ -131,11 +140,12 @@ def compile_here(program: Program) -> dict[str, int]:
     indices = jax.ShapeDtypeStruct(gates.shape, jnp.int32)
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
-    function, arguments = (mix, ()) if program.direction == "forward" else (both, (x,))
+    op, tables = (mix, (x, table, table)) if program.op == "expert_mix" else (bag, (table,))
+    function, arguments = (op, ()) if program.direction == "forward" else (both, (x,))
     jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
     # The ops size their chunks for the backend; it is to be that of the target.
     with mock.patch("jax.default_backend", return_value="gpu"):
-        compiled = jitted.lower(x, table, table, gates, indices, *arguments).compile()
+        compiled = jitted.lower(*tables, gates, indices, *arguments).compile()
     memory = compiled.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
