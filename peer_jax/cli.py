@@ -59,7 +59,10 @@ def train(
     num_processes: Annotated[int | None, typer.Option(help="Of several processes: how many.", min=1)] = None,
     process_id: Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")] = None,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Join the cluster that JAX finds; Slurm, MPI, TPU pods need no flag.")
+        bool,
+        typer.Option(
+            "--distributed", help="Join the cluster that JAX finds; Slurm, Open MPI, GKE's TPUs need no flag."
+        ),
     ] = False,
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
@@ -177,6 +180,38 @@ def sweep(
     plan.kept_configs_agree(planned, workdir)
     runner.run_sweep(described, planned, workdir, load=load_run, workers=workers, progress=not quiet)
     typer.echo(f"{workdir / 'results.csv'} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
+
+
+@app.command()
+def plan(
+    config: Configs,
+    device: Annotated[str, typer.Option(metavar="NAME", help="tpu-v5p, tpu-v6e, h100 or h200.")],
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS=SIZE,...", help="Of data, fsdp and expert; what isn't named is as in the config."),
+    ] = None,
+    set_: Bindings = [],  # noqa: B006
+    devices: Annotated[
+        int | None, typer.Option(help="How many there are: by default as many as the mesh names.", min=1)
+    ] = None,
+) -> None:
+    """Say whether a run fits a mesh of devices, and how fast a step can be at best, without any of them.
+
+    Prints the memory of a device, the bytes that it receives from others in a step by cause, and the least time that
+    FLOPs, memory traffic and interconnect take (docs/sharding.md has the formulas). Nothing is allocated: a mesh of
+    hundreds of devices is planned on a laptop. Sharding.tables="columns" splits the expert tables the other way.
+
+    Example: peer-jax plan --config configs/base.gin --config configs/layers/peer.gin --config configs/sizes/paper.gin
+    --config configs/data/c4.gin --mesh data=8,expert=8 --device tpu-v5p --set Transformer.remat=True
+    """
+    run = _load(config, set_)
+    _keep_off_accelerators()
+    from peer_jax.scaling import capacity
+    from peer_jax.scaling.capacity_table import show
+
+    on = capacity.device(device)
+    planned = capacity.plan(run, capacity.parse_mesh(mesh), devices)
+    show(planned, device, on, run.batch_size * run.task.seq_len, devices or 0)
 
 
 @app.command()

@@ -1,9 +1,13 @@
 """The processes of a run: one by default; several, each with its own devices, under ``jax.distributed``."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import socket
+import threading
+from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from peer_jax.errors import InputError
@@ -36,21 +40,47 @@ def start(
         raise InputError(f"--process-id {process_id} is not one of 0 to {num_processes - 1}")
     if missing and not from_cluster and not in_cluster(environment):
         return
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=START,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=SHUTDOWN,
-        )
-    except (RuntimeError, ValueError) as error:
+    if not missing:
+        _check_address(coordinator, listens=process_id == 0)
+    failures = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=2 * START,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=SHUTDOWN,
+            )
+        except Exception as error:  # of whatever kind, for the thread that waits
+            failures.append(error)
+
+    # JAX aborts the process when its time is up, with no word of whom it waited for: ours is up before.
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    joining.join(START)
+    if failures or joining.is_alive():
         where = f"{num_processes} processes at {coordinator}" if not missing else "the cluster's processes"
-        reason = str(error).splitlines()[0]
+        reason = str(failures[0]).splitlines()[0] if failures else f"waited {START} s"
         raise InputError(
-            f"{where} did not start together within {START} s ({reason}): start all, and check that they reach the first"
-        ) from error
+            f"{where} did not start together ({reason}): start all, and check that they reach the first"
+        ) from (failures[0] if failures else None)
+
+
+def _check_address(coordinator: str, *, listens: bool) -> None:
+    """An InputError unless this is a host and a port; one that is free, if it is here. JAX would crash."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(f"--coordinator {coordinator!r} is not HOST:PORT")
+    if listens:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("", int(port)))
+            except OSError as error:
+                raise InputError(f"--coordinator {coordinator}: port {port} can't be had ({error.strerror})") from error
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
@@ -69,3 +99,32 @@ def wait_for_all(what: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def gather(text: str) -> list[str]:
+    """The text of each process, in all of them; every process calls it."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    rows = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) + 1 - own.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses in this block, all refuse: none goes on to wait for one that has ended.
+
+    Raises:
+        InputError: that of this process, or else the first one's.
+    """
+    refused = None
+    try:
+        yield
+    except InputError as error:
+        refused = error
+    messages = gather("" if refused is None else str(refused))
+    if refused is not None:
+        raise refused
+    for message in filter(None, messages):
+        raise InputError(message)

@@ -1,12 +1,13 @@
 """Where arrays live on many devices: the mesh, and the table from logical axis names to its axes.
 
-A parameter carries the logical names of its axes in its metadata, ``axes=("embed", "hidden")``; nothing but ``RULES`` says
-where they go. Activations and batches are split over all devices by their first axis. The mesh in use is part of
+A parameter carries the logical names of its axes in its metadata, ``axes=("embed", "hidden")``; nothing but ``RULES``
+says where they go. Activations and batches are split over all devices by their first axis. The mesh in use is part of
 JAX's context, as ``jax.set_mesh``'s is; without one everything is on one device.
 """
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from peer_jax.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 DATA, FSDP, EXPERT = AXES = ("data", "fsdp", "expert")
 
-# Logical axis to mesh axis, or axes; None: to none. "rows" and "columns" are those of expert tables; "group" is a batch whose
-# sequences are where an MoE's expert is.
+# Logical axis to mesh axis, or axes; None: to none. "rows" and "columns" are those of expert tables; "group" is a batch
+# whose sequences are where an MoE's expert is.
 _COMMON = {"batch": AXES, "group": (DATA, FSDP), "experts": EXPERT, "embed": FSDP} | dict.fromkeys(
     ("hidden", "heads", "keys", "vocab")
 )
@@ -75,17 +78,26 @@ class Sharding:
             raise InputError(f"the mesh {shown} splits by {given}, which does not divide the {num_devices} devices")
         return {axis: num_devices // given if size == -1 else size for axis, size in sizes.items()}
 
-    def place(self, devices: Sequence[jax.Device] | None = None) -> "Placement | None":
+    def place(self, devices: Sequence[jax.Device] | None = None, *, rows: int | None = None) -> "Placement | None":
         """The placement on these devices, all of them by default; None where that is a single one.
+
+        Of one process, ``data=-1`` leaves out devices that a batch of so many ``rows`` can't be split over.
 
         Raises:
             InputError: as ``sizes``; or if the mesh leaves out devices of a run of several processes.
         """
         devices = jax.devices() if devices is None else devices
         sizes = self.sizes(len(devices))
+        if self.data == -1 and rows is not None and jax.process_count() == 1:
+            others = sizes[FSDP] * sizes[EXPERT]
+            fitting = [size for size in range(1, sizes[DATA] + 1) if rows % (size * others) == 0]
+            sizes[DATA] = max(fitting, default=sizes[DATA])
         used = math.prod(sizes.values())
-        if used < len(devices) and jax.process_count() > 1:
-            raise InputError(f"the mesh uses {used} of {len(devices)} devices, but every process needs its own in it")
+        if used < len(devices):
+            said = f"the mesh uses {used} of {len(devices)} devices"
+            if jax.process_count() > 1:
+                raise InputError(f"{said}, but every process needs its own in it")
+            logger.warning(said)
         if used == 1:
             return None
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
@@ -94,9 +106,9 @@ class Sharding:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, and how expert tables are split over its ``expert`` axis. Hashable."""
+    """A mesh, or on paper an abstract one, and how expert tables are split over its ``expert`` axis. Hashable."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     tables: str
 
     def size(self, axis: str) -> int:
@@ -121,7 +133,8 @@ class Placement:
             for mesh_axis in over:
                 if mesh_axis in used:
                     raise InputError(
-                        f"{name} has axes {tuple(axes)}: {used[mesh_axis]!r} and {axis!r} are both split over {mesh_axis!r}"
+                        f"{name} has axes {tuple(axes)}: {used[mesh_axis]!r} and {axis!r} are both split over "
+                        f"{mesh_axis!r}"
                     )
                 used[mesh_axis] = axis
             parts = math.prod(self.size(mesh_axis) for mesh_axis in over)
@@ -174,7 +187,8 @@ class Placement:
         if rows % self.mesh.size:
             raise InputError(
                 f"{name}={rows} does not divide over the {self.mesh.size} devices of the mesh "
-                f"{' x '.join(f'{axis}={size}' for axis, size in self.mesh.shape.items())}: make it a multiple, or use fewer"
+                f"{' x '.join(f'{axis}={size}' for axis, size in self.mesh.shape.items())}: make it a multiple, or set "
+                "sizes of Sharding that use fewer"
             )
 
 

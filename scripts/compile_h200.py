@@ -1,4 +1,4 @@
-"""Compiles expert_mix and value_bag for an H200 on a machine without a GPU: registers, spills, shared memory, temporary memory.
+"""Compiles expert_mix and value_bag for an H200 without a GPU: registers, spills, shared memory, temporary memory.
 
 python scripts/compile_h200.py              every program
 python scripts/compile_h200.py xla bf16     those whose names contain all of these words
@@ -65,7 +65,9 @@ class Program:
     def name(self) -> str:
         types = self.dtype if self.dtype == self.rows else f"{self.dtype}, rows {self.rows}"
         sizes = f"T={self.t} d={self.d} N={self.N} hk={self.r}"
-        return f"{self.op} {self.implementation} {self.direction} {types} {sizes}".replace("float", "fp").replace("bfp", "bf")
+        return f"{self.op} {self.implementation} {self.direction} {types} {sizes}".replace("float", "fp").replace(
+            "bfp", "bf"
+        )
 
 
 SIZES = {

@@ -12,7 +12,7 @@ from test_loop import CONFIGS, ROOT, environment, load, stack, tiny_config, trai
 from peer_jax import cli, config
 from peer_jax.training import workdir
 
-COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "report", "bench", "sentencepiece")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "plan", "report", "bench", "sentencepiece")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
@@ -27,7 +28,8 @@ from peer_jax.layers.interface import (
     check_choice,
     check_positive,
 )
-from peer_jax.sharding import constrain
+from peer_jax.ops import sharded
+from peer_jax.sharding import AXES, EXPERT, constrain, on_each_device
 
 ROUTINGS = ("expert_choice", "token_choice")
 
@@ -162,18 +164,24 @@ class MoE(FeedForward):
         choices = self.top_k if self.routing == "token_choice" else 1
         return min(seq_len, math.ceil(seq_len * choices * self.capacity_factor / self.num_experts))
 
-    def _expert(self, product: Callable[[Array, Array], Array], rows: Array) -> Array:
+    def _kernels(self) -> list[Float[Array, "E i o"]]:
+        """Up, down and, if gated, gate."""
+        return [kernel[...] for kernel in (self.up, self.down, self.gate) if kernel is not None]
+
+    def _mlp(
+        self, product: Callable[[Array, Array], Array], rows: Array, up: Array, down: Array, gate: Array | None = None
+    ) -> Array:
         """Every expert's MLP on the rows that ``product`` gives it."""
-        up = product(rows, self.up[...].astype(rows.dtype))
-        if self.gate is None:
-            hidden = ACTIVATIONS[self.activation](up)
+        hidden = product(rows, up.astype(rows.dtype))
+        if gate is None:
+            hidden = ACTIVATIONS[self.activation](hidden)
         else:
-            hidden = GATED_ACTIVATIONS[self.activation](product(rows, self.gate[...].astype(rows.dtype))) * up
-        return product(hidden, self.down[...].astype(rows.dtype))
+            hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate.astype(rows.dtype))) * hidden
+        return product(hidden, down.astype(rows.dtype))
 
     def _by_capacity(self, rows: Float[Array, "b E C d"]) -> Float[Array, "b E C d"]:
         """Every expert's MLP on its C rows of each sequence, where the expert is: an all-to-all there, and one back."""
-        y = self._expert(_capacity_product, constrain(rows, "group", "experts"))
+        y = self._mlp(_capacity_product, constrain(rows, "group", "experts"), *self._kernels())
         return constrain(constrain(y, "group", "experts"), "batch")
 
     # Expert choice.
@@ -183,7 +191,7 @@ class MoE(FeedForward):
     ) -> tuple[Int[Array, "b E C"], Float[Array, "b E C"]]:
         """Each expert's tokens and their weights, which are zero for padding."""
         probabilities = jnp.swapaxes(jax.nn.softmax(logits), 1, 2)
-        weight, token = jax.lax.top_k(jnp.where(mask[:, None, :], probabilities, -1.0), self._capacity(logits.shape[1]))
+        weight, token = _top_k(jnp.where(mask[:, None, :], probabilities, -1.0), self._capacity(logits.shape[1]))
         return token, jnp.maximum(weight, 0.0)
 
     def _expert_choice(
@@ -204,7 +212,7 @@ class MoE(FeedForward):
         self, logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
     ) -> tuple[Routing, Int[Array, "b s k"]]:
         """Each token's experts, weights after dropping, and the place in the expert's queue."""
-        gates, experts = jax.lax.top_k(jax.nn.softmax(logits), self.top_k)
+        gates, experts = _top_k(jax.nn.softmax(logits), self.top_k)
         if self.top_k > 1:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
         chosen = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32) * mask[..., None, None].astype(jnp.int32)
@@ -246,21 +254,35 @@ class MoE(FeedForward):
         token = jnp.broadcast_to(jnp.arange(s)[None, :, None], (b, s, k))
         empty = jnp.zeros(e * capacity, jnp.int32)
         taken = jax.vmap(lambda slot, token: empty.at[slot].set(token, mode="drop"))(slot, token)
-        rows = jnp.take_along_axis(x, taken[..., None], axis=1).reshape(b, e, capacity, -1)
+        rows = jnp.take_along_axis(x, taken[..., None], axis=1, mode="promise_in_bounds").reshape(b, e, capacity, -1)
         y = self._by_capacity(rows).reshape(b, e * capacity, -1)
         return jax.vmap(lambda y, slot: y[slot])(y, jnp.minimum(slot, e * capacity - 1))
 
     def _dropless(
         self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
     ) -> Float[Array, "b s k d"]:
-        """Outputs of the chosen experts, by ragged products over the choices sorted by expert."""
-        b, s, k = experts.shape
-        flat = experts.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=self.num_experts)
-        rows = x.reshape(b * s, -1)[order // k]
-        y = self._expert(lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, sizes), rows)
-        return y[jnp.argsort(order)].reshape(b, s, k, -1)
+        """Outputs of the chosen experts, by ragged products over the choices sorted by expert.
+
+        Where experts are split over devices, each has all tokens of these devices come, works on the choices of its
+        own experts, and sends the outputs back.
+        """
+
+        def of_device(kernels: list[Array], x: Array, experts: Array) -> Array:
+            split = sharded.splits_experts()
+            if split:
+                x, experts = sharded.gather(x), sharded.gather(experts)
+            here = kernels[0].shape[0]
+            own = experts.reshape(-1) - (here * jax.lax.axis_index(EXPERT) if split else 0)
+            own = jnp.where((own >= 0) & (own < here), own, here)  # those of others come last
+            order = jnp.argsort(own, stable=True)
+            sizes = jnp.bincount(own, length=here)
+            rows = x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]
+            y = self._mlp(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes), rows, *kernels)
+            y = jnp.where((own < here)[:, None], y[jnp.argsort(order)], 0).reshape(*experts.shape, -1)
+            return sharded.scatter_sum(y) if split else y
+
+        kernels, tokens = PartitionSpec(EXPERT), PartitionSpec(AXES)
+        return on_each_device(of_device, (kernels, tokens, tokens), tokens)(self._kernels(), x, experts)
 
     def flops_per_token(self, seq_len: int) -> float:
         router = 2 * math.prod(self.router.kernel.shape)
@@ -279,6 +301,11 @@ class MoE(FeedForward):
     def _expert_params(self) -> int:
         kernels = (self.up, self.gate, self.down)
         return sum(math.prod(kernel.shape[1:]) for kernel in kernels if kernel is not None)
+
+
+def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}"], Int[Array, "b i {k}"]]:
+    """Along the last axis; on many devices, of each one's own sequences: GSPMD would gather all of them to select."""
+    return sharded.by_tokens(lambda scores: tuple(jax.lax.top_k(scores, k)), (), (scores,))
 
 
 def _capacity_product(rows: Float[Array, "b E C i"], kernels: Float[Array, "E i o"]) -> Float[Array, "b E C o"]:

@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         """
         positions, mask, real = _layout(tokens, segment_ids)
         run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = constrain(self.embed(tokens), "batch")
+        x = self._embed(tokens)
         loss, metrics = jnp.zeros(()), {}
         for index, block in enumerate(self.blocks):
             x, aux, _ = run(block, x, positions, mask, real)
@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
     def route(self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None) -> dict[int, Routing]:
         """The routing of every block that has one, by block; call it in evaluation mode."""
         positions, mask, real = _layout(tokens, segment_ids)
-        x = self.embed(tokens)
+        x = self._embed(tokens)
         routings = {}
         for index, block in enumerate(self.blocks):
             if hasattr(block.ffw, "route"):
@@ -205,6 +205,11 @@ class Transformer(nnx.Module):
             x, _, block_cache = block(x, positions, mask, None, block_cache)
             longer.append(block_cache)
         return self._logits(x), longer
+
+    def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Embeddings; of a table that is split, each device looks its tokens up in the whole."""
+        table = constrain(self.embed.embedding[...].astype(self.embed.dtype))
+        return constrain(jnp.take(table, tokens, axis=0), "batch")
 
     def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s V"]:
         x = self.final_norm(x)

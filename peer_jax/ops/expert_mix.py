@@ -60,7 +60,7 @@ def expert_mix(
     *tokens, h, k = indices.shape
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
-    if sharded.splits_tables():
+    if sharded.splits_experts():
         y = sharded.expert_mix(flat, down, up, *pairs, activation)
     else:
         mix = _IMPLEMENTATIONS[choose(implementation, flat, down, h * k)]

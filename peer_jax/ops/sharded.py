@@ -1,8 +1,8 @@
 """The ops on many devices: tokens split over all of them, tables over the ``expert`` axis by rows or by columns.
 
-No row of a table leaves its device. Split by rows, the devices of an ``expert`` axis exchange their tokens and each adds
-up what its own experts contribute; the sums, [tokens, d], go back. Split by columns, each takes its columns of the tokens;
-of partial products, [tokens, r], sums are exchanged. ``docs/sharding.md`` counts the bytes.
+No row of a table leaves its device. Split by rows, the devices of an ``expert`` axis exchange their tokens and each
+adds up what its own experts contribute; the sums, [tokens, d], go back. Split by columns, each takes its columns of the
+tokens; of partial products, [tokens, r], sums are exchanged. ``docs/sharding.md`` counts the bytes.
 
 t  tokens of a device     g  of the devices along ``expert``, g = E t     r  retrieved rows a token     d  row width
 N  rows of a table     E  devices along ``expert``     p  pairs of a token and a row, p = g r
@@ -31,8 +31,8 @@ def by_tokens(f: Callable[..., Any], whole: tuple[Array, ...], split: tuple[Arra
     return on_each_device(f, specs, TOKENS)(*whole, *split)
 
 
-def splits_tables() -> bool:
-    """Whether tables are split over devices."""
+def splits_experts() -> bool:
+    """Whether experts, or expert tables, are split over devices."""
     return current() is not None and current().size(EXPERT) > 1
 
 
@@ -66,8 +66,8 @@ def _by_rows() -> bool:
 
 # Exchanges along the ``expert`` axis.
 
-_gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)  # t -> g tokens
-_scatter_sum = functools.partial(jax.lax.psum_scatter, axis_name=EXPERT, tiled=True)  # g -> t tokens, summed
+gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)  # t -> g tokens
+scatter_sum = functools.partial(jax.lax.psum_scatter, axis_name=EXPERT, tiled=True)  # g -> t tokens, summed
 _sum = functools.partial(jax.lax.psum, axis_name=EXPERT)
 
 
@@ -83,7 +83,8 @@ def _to_tokens(x: Float[Array, "g e"]) -> Float[Array, "t d"]:
 
 def _sum_of_copies(table: Float[Array, "M e"]) -> Float[Array, "M e"]:
     """The gradient of a part of a table, summed over the devices that hold the same part."""
-    return jax.lax.psum(table, (DATA, FSDP))
+    copies = current().size(DATA) * current().size(FSDP)
+    return jax.lax.psum(table, (DATA, FSDP)) if copies > 1 else table
 
 
 # expert_mix.
@@ -125,19 +126,19 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _mix_rows(activation, x, down, up, indices, gates):
-    x, pairs = _gather(x), OwnPairs(_gather(indices), _gather(gates), down)
+    x, pairs = gather(x), OwnPairs(gather(indices), gather(gates), down)
 
     def body(y, token, row, gate, live, place):
         s = _dot(x[token], down[row].astype(x.dtype))
         return y.at[token].add(_rows(gate * activation(s), up[row].astype(x.dtype), live), **_IN_ORDER)
 
     y = pairs.loop(body, jnp.zeros(x.shape, jnp.float32))
-    return _scatter_sum(y).astype(x.dtype)
+    return scatter_sum(y).astype(x.dtype)
 
 
 def _mix_rows_backward(activation, x, down, up, indices, gates, dy):
     dtype = x.dtype
-    x, dy, pairs = _gather(x), _gather(dy), OwnPairs(_gather(indices), _gather(gates), down)
+    x, dy, pairs = gather(x), gather(dy), OwnPairs(gather(indices), gather(gates), down)
 
     def body(carry, token, row, gate, live, place):
         dx, d_gates, d_down, d_up = carry
@@ -155,13 +156,13 @@ def _mix_rows_backward(activation, x, down, up, indices, gates, dy):
 
     zeros = (x.shape, (indices.shape[1] * x.shape[0],), down.shape, up.shape)
     dx, d_gates, d_down, d_up = pairs.loop(body, tuple(jnp.zeros(shape, jnp.float32) for shape in zeros))
-    d_gates = _scatter_sum(d_gates.reshape(x.shape[0], -1)).astype(gates.dtype)
+    d_gates = scatter_sum(d_gates.reshape(x.shape[0], -1)).astype(gates.dtype)
     d_down, d_up = _sum_of_copies(d_down), _sum_of_copies(d_up)
-    return _scatter_sum(dx).astype(dtype), d_down.astype(down.dtype), d_up.astype(up.dtype), d_gates
+    return scatter_sum(dx).astype(dtype), d_down.astype(down.dtype), d_up.astype(up.dtype), d_gates
 
 
 def _mix_columns(activation, x, down, up, indices, gates):
-    columns, indices, all_gates = _to_columns(x), _gather(indices), _gather(gates)
+    columns, indices, all_gates = _to_columns(x), gather(indices), gather(gates)
     s = _sum(_dots(columns, down, indices))
     y = _sums(all_gates.astype(jnp.float32) * activation(s), up, indices, x.dtype)
     return _to_tokens(y.astype(x.dtype)), _own_tokens(s, x.shape[0])
@@ -169,8 +170,8 @@ def _mix_columns(activation, x, down, up, indices, gates):
 
 def _mix_columns_backward(activation, x, down, up, indices, gates, s, dy):
     t, dtype, gates_dtype = x.shape[0], x.dtype, gates.dtype
-    x, dy, indices = _to_columns(x), _to_columns(dy), _gather(indices)
-    g, s = _gather(gates).astype(jnp.float32), _gather(s)
+    x, dy, indices = _to_columns(x), _to_columns(dy), gather(indices)
+    g, s = gather(gates).astype(jnp.float32), gather(s)
     a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
     r = _sum(_dots(dy, up, indices))
     ds = r * g * slope
@@ -206,17 +207,17 @@ _bag.defvjp(_bag_forward, _bag_backward)
 
 
 def _bag_rows(values, indices, gates):
-    pairs = OwnPairs(_gather(indices), _gather(gates), values)
+    pairs = OwnPairs(gather(indices), gather(gates), values)
 
     def body(y, token, row, gate, live, place):
         return y.at[token].add(_rows(gate, values[row].astype(gates.dtype), live), **_IN_ORDER)
 
     y = pairs.loop(body, jnp.zeros((pairs.tokens, values.shape[1]), jnp.float32))
-    return _scatter_sum(y).astype(gates.dtype)
+    return scatter_sum(y).astype(gates.dtype)
 
 
 def _bag_rows_backward(values, indices, gates, dy):
-    dy, pairs = _gather(dy), OwnPairs(_gather(indices), _gather(gates), values)
+    dy, pairs = gather(dy), OwnPairs(gather(indices), gather(gates), values)
 
     def body(carry, token, row, gate, live, place):
         d_gates, d_values = carry
@@ -229,17 +230,17 @@ def _bag_rows_backward(values, indices, gates, dy):
 
     zeros = (pairs.tokens * indices.shape[1],), values.shape
     d_gates, d_values = pairs.loop(body, tuple(jnp.zeros(shape, jnp.float32) for shape in zeros))
-    d_gates = _scatter_sum(d_gates.reshape(pairs.tokens, -1))
+    d_gates = scatter_sum(d_gates.reshape(pairs.tokens, -1))
     return _sum_of_copies(d_values).astype(values.dtype), d_gates.astype(gates.dtype)
 
 
 def _bag_columns(values, indices, gates):
-    return _to_tokens(_sums(_gather(gates), values, _gather(indices), gates.dtype).astype(gates.dtype))
+    return _to_tokens(_sums(gather(gates), values, gather(indices), gates.dtype).astype(gates.dtype))
 
 
 def _bag_columns_backward(values, indices, gates, dy):
-    dy, indices, all_gates = _to_columns(dy), _gather(indices), _gather(gates)
-    d_gates = _scatter_sum(_dots(dy, values, indices))
+    dy, indices, all_gates = _to_columns(dy), gather(indices), gather(gates)
+    d_gates = scatter_sum(_dots(dy, values, indices))
     (d_values,) = table_gradients(indices, values.shape[0], (all_gates.astype(jnp.float32), dy))
     return _sum_of_copies(d_values).astype(values.dtype), d_gates.astype(gates.dtype)
 

@@ -46,7 +46,7 @@ def value_bag(
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
     pairs = indices.reshape(-1, h * k), gates
-    if sharded.splits_tables():
+    if sharded.splits_experts():
         y = sharded.value_bag(values, *pairs)
     else:
         bag = _IMPLEMENTATIONS[choose(implementation, like_y, values, h * k)]

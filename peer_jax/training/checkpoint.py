@@ -3,7 +3,7 @@
 import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from peer_jax.errors import InputError
-from peer_jax.processes import leads, wait_for_all
+from peer_jax.processes import gather, leads, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             epath.Path(self.directory),
             item_names=("state", "data"),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
+            item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -61,30 +61,42 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave({"text": text, "crc32": zlib.crc32(text.encode())}),
         )
+        metrics = None if validation_loss is None else {METRIC: validation_loss}
+
+        def start() -> None:
+            self._manager.save(step, args=arguments, metrics=metrics)
+
         for _ in range(3):  # an old error of Orbax's comes up again, up to twice, in place of the new checkpoint
             if step in self._manager.all_steps():
                 return True
-            try:
-                self._manager.wait_until_finished()
-                self._manager.save(
-                    step, args=arguments, metrics=None if validation_loss is None else {METRIC: validation_loss}
-                )
+            if self.wait() and self._succeeds(self._probe) and self._succeeds(start):
                 return True
-            except (OSError, ValueError, RuntimeError) as error:
-                self._complain(error)
         return False
+
+    def _probe(self) -> None:
+        """An OSError if there is no room for the little that the first process writes while the others wait for it."""
+        if jax.process_count() > 1 and leads():
+            path = self.directory / ".probe"
+            try:
+                path.write_bytes(bytes(2**16))
+            finally:
+                path.unlink(missing_ok=True)
 
     def wait(self) -> bool:
         """Waits for the checkpoint being written. Whether it was."""
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._complain(error)
-            return False
-        return True
+        return self._succeeds(self._manager.wait_until_finished)
 
-    def _complain(self, error: Exception) -> None:
-        logger.warning("a checkpoint could not be written to %s: %s", self.directory, _reason(error))
+    def _succeeds(self, action: Callable[[], Any]) -> bool:
+        """Whether a part of writing has gone well in all processes, which do it at the same time; if not, a warning."""
+        fault = ""
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            fault = _reason(error)
+        faults = list(filter(None, gather(fault)))
+        for fault in faults[:1]:
+            logger.warning("a checkpoint could not be written to %s: %s", self.directory, fault)
+        return not faults
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and data position of the newest whole checkpoint (or that of ``step``); None if there is none.
@@ -99,16 +111,14 @@ class Checkpoints:
         damaged = []
         for candidate in steps:
             self._check_shapes(candidate, abstract_state)
+            fault = ""
             try:
-                items = self._manager.restore(
-                    candidate,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-                    ),
-                )
+                items = self._read(candidate, abstract_state)
                 data = _verified(items["data"])
             except Exception as error:  # whatever a damaged file makes the reader raise
-                logger.warning("the checkpoint of step %d can't be read: %s", candidate, _reason(error))
+                fault = _reason(error)
+            if faults := list(filter(None, gather(fault))):
+                logger.warning("the checkpoint of step %d can't be read: %s", candidate, faults[0])
                 damaged.append(candidate)
                 continue
             self._set_aside(damaged)
@@ -116,6 +126,16 @@ class Checkpoints:
         if steps:
             raise InputError(f"no checkpoint of steps {steps} in {self.directory} can be read: use another --workdir")
         return None
+
+    def _read(self, step: int, abstract_state: Any) -> Any:
+        """What a checkpoint holds. A process reads its part and waits for no other, which may find its own damaged."""
+        handlers = ocp.CompositeCheckpointHandler(**_handlers())
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        with ocp.Checkpointer(handlers, multiprocessing_options=alone) as reader:
+            return reader.restore(self.directory / str(step), args=arguments)
 
     def best_step(self) -> int | None:
         """The step of the lowest validation loss; the last one if none was measured."""
@@ -164,6 +184,11 @@ class Checkpoints:
         """Waits for what is being written and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+
+def _handlers() -> dict[str, Any]:
+    """Orbax's, of each item of a checkpoint."""
+    return {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
 
 
 def _verified(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def train(run: Run, workdir: Path, *, config: Callable[[], str] | None = None, p
         TrainingFailed: if the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, when the state is saved.
     """
-    placement = run.sharding.place()
+    placement = run.sharding.place(rows=run.batch_size // run.accumulation)
     with use(placement):
         return _train(run, workdir, placement, config, progress and leads())
 
@@ -158,11 +158,15 @@ def _train(
             raise InputError(f"two of the tasks to evaluate are named {task.corpus.name!r}: rename a file or folder")
         validation[task.corpus.name] = open_cache(ensure_prepared(task, progress=progress), "validation")
 
+    abstract_state = trainer.abstract_state()
+    text_of_config = None if config is None else config()
+    if text_of_config is not None:
+        workdirs.check_same(text_of_config)
     with workdirs.owned(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=run.keep_checkpoints)
-        restored = checkpoints.restore(trainer.abstract_state())
-        if config is not None and leads():
-            workdirs.keep_config(workdir, config())
+        restored = checkpoints.restore(abstract_state)
+        if text_of_config is not None:
+            workdirs.keep_config(workdir, text_of_config)
         if (result := workdirs.read_result(workdir)) is not None:
             checkpoints.close()
             return result

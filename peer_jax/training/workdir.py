@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 from peer_jax.errors import InputError, InUse
 from peer_jax.layers import Dense
 from peer_jax.models import Transformer
-from peer_jax.processes import leads
+from peer_jax.processes import gather, leads, together
 
 SCHEMA = 1
 CONFIG = "config.gin"
@@ -29,11 +30,19 @@ def owned(workdir: Path) -> Iterator[None]:
     """Makes the directory and keeps other runs from training in it at the same time; the first process does, for all.
 
     Raises:
-        InputError: if it can't be made or written to, or another process has it.
+        InputError: if it can't be made or written to, if another run has it, or if not all processes see the same one.
     """
-    if not leads():
+    with contextlib.ExitStack() as held:
+        with together():
+            if leads():
+                held.callback(_lock(workdir).release)
+        if jax.process_count() > 1:
+            _check_shared(workdir)
         yield
-        return
+
+
+def _lock(workdir: Path) -> filelock.BaseFileLock:
+    """That of a directory, which is made."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / ".lock", timeout=0)
@@ -42,32 +51,71 @@ def owned(workdir: Path) -> Iterator[None]:
         raise InUse(f"--workdir {workdir} is in use by another process: wait for it, or choose another") from None
     except OSError as error:
         raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
+    return lock
+
+
+def _check_shared(workdir: Path) -> None:
+    """An InputError, in all processes, unless each finds there what the first one has written."""
+    mark = gather(str(time.time_ns()))[0]
+    path = workdir / f".shared-{mark}"
+    with together():
+        if leads():
+            try:
+                path.touch()
+            except OSError as error:
+                raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): free space") from error
     try:
-        yield
+        with together():
+            if not path.exists():
+                raise InputError(
+                    f"--workdir {workdir} of process {jax.process_index()} is not that of process 0: give all the same "
+                    "one, on a file system that they share"
+                )
     finally:
-        lock.release()
+        if leads():
+            path.unlink()
+
+
+def check_same(config: str) -> None:
+    """An InputError, in all processes, unless all have this config."""
+    first, *others = gather(config)
+    for process, other in enumerate(others, start=1):
+        if (found := _differing(first, other)) is not None:
+            name, of_first, of_other = found
+            raise InputError(
+                f"process {process} has {name} = {of_other}, process 0 has {of_first}: give all the same config"
+            )
 
 
 def keep_config(workdir: Path, config: str) -> None:
-    """Writes ``config.gin``, or finds the same one there.
+    """Writes ``config.gin``, or finds the same one there; the first process does, for all.
 
     Raises:
         InputError: if the directory holds a run of another config.
     """
+    with together():
+        if leads():
+            _keep_config(workdir, config)
+
+
+def _keep_config(workdir: Path, config: str) -> None:
     path = workdir / CONFIG
     if not path.exists():
         write_whole(path, config)
-        return
-    before, now = (
-        {name: value for name, value in _bindings(text).items() if not name.startswith(MAY_CHANGE)}
-        for text in (path.read_text(), config)
-    )
-    if differing := sorted(name for name in before | now if before.get(name) != now.get(name)):
-        name = differing[0]
+    elif (found := _differing(path.read_text(), config, may_change=MAY_CHANGE)) is not None:
+        name, before, now = found
         raise InputError(
-            f"{workdir} holds a run with {name} = {before.get(name, 'unset')}, now it is {now.get(name, 'unset')}: "
-            "use its config, or another --workdir"
+            f"{workdir} holds a run with {name} = {before}, now it is {now}: use its config, or another --workdir"
         )
+
+
+def _differing(before: str, now: str, *, may_change: str | None = None) -> tuple[str, str, str] | None:
+    """The first name that two configs bind otherwise, with its values in them."""
+    a, b = _bindings(before), _bindings(now)
+    for name in sorted(a | b):
+        if a.get(name) != b.get(name) and not (may_change and name.startswith(may_change)):
+            return name, a.get(name, "unset"), b.get(name, "unset")
+    return None
 
 
 def _bindings(config: str) -> dict[str, str]:

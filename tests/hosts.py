@@ -1,0 +1,104 @@
+"""Processes with CPU devices of their own, as hosts have theirs: commands of peer-jax, and functions of a test module.
+
+Two with 4 devices each are one run. A function runs in all of them, and returns what can be written as JSON; shapes and
+types of peer_jax are checked there, too.
+"""
+
+import importlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from test_loop import environment, stack
+
+HOSTS, DEVICES = 2, 4
+
+
+def train_command(tiny, folder, *bindings, layer="peer"):
+    """That of a run, but for the flags of several processes."""
+    command = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--no-table", "--workdir", str(folder)]
+    return command + [f"--config={file}" for file in stack(tiny, layer)] + [f"--set={binding}" for binding in bindings]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def flags(host, port):
+    return ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(HOSTS), "--process-id", str(host)]
+
+
+class Hosts:
+    """Starts processes; whatever still runs at the end of a test is killed."""
+
+    def __init__(self, compiled):
+        self._started = []
+        self._cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(self, command, devices=DEVICES):
+        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **self._cache}
+        process = subprocess.Popen(
+            command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._started.append(process)
+        return process
+
+    def start_all(self, command, **more):
+        """The command as two processes of one run, with ``more["first"]`` and ``more["second"]`` behind it."""
+        port = free_port()
+        own = [more.get("first", []), more.get("second", [])]
+        return [self.start([*command, *own[host], *flags(host, port)]) for host in range(HOSTS)]
+
+    def measured(self, folder, module, function, *arguments, hosts=HOSTS):
+        """What ``module.function(*arguments)`` returns, in each of two processes; or in one that has all devices."""
+        command = [sys.executable, __file__, module, function, json.dumps(arguments), str(folder), str(hosts)]
+        command += [str(free_port())]
+        for process in [self.start([*command, str(host)], HOSTS * DEVICES // hosts) for host in range(hosts)]:
+            finish(process)
+        return [json.loads((folder / f"returned-{host}").read_text()) for host in range(hosts)]
+
+    def kill(self):
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+
+def ended(process, timeout=60):
+    """Exit status and standard error of a process that ends by itself within a minute."""
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, errors
+
+
+def finish(process):
+    """Waits for a process that ends well."""
+    status, errors = ended(process, timeout=240)
+    assert status == 0, errors
+
+
+def main():
+    module, function, arguments, folder, hosts, port, host = sys.argv[1:]
+    sys.path.insert(0, str(Path(__file__).parent))
+    import conftest  # noqa: F401, as the tests have it
+    import jax
+
+    from peer_jax import processes
+
+    if int(hosts) > 1:
+        processes.start(f"127.0.0.1:{port}", int(hosts), int(host))
+    # optax's bias correction raises a float to the power of an integer count, which strict promotion forbids.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    assert len(jax.devices()) == HOSTS * DEVICES, jax.devices()
+    returned = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    Path(folder, f"returned-{host}").write_text(json.dumps(returned))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What `peer-jax plan` counts against compiled training steps on 8 devices; its output, and what it refuses."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from collectives import collectives
+from eight_devices import measured
+from test_loop import ROOT
+
+from peer_jax.data.corpora import python_stdlib
+from peer_jax.data.pipeline import TextTask
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.models import Transformer
+from peer_jax.ops import traffic
+from peer_jax.ops.chunks import CPU_BUDGET
+from peer_jax.scaling import capacity
+from peer_jax.sharding import AXES, Sharding, current, use
+from peer_jax.training.loop import Run
+from peer_jax.training.optimizer import AdamW
+
+RETRIEVAL = {"num_heads": 4, "top_k": 4, "d_key": 64}
+LAYERS = {
+    "peer": functools.partial(PEER, num_experts=256**2, **RETRIEVAL),
+    "small peer": functools.partial(PEER, num_experts=128**2, **RETRIEVAL),
+    "pkm": functools.partial(PKM, num_experts=256**2, **RETRIEVAL),
+    "moe": functools.partial(MoE, num_experts=8),
+    "dropless": functools.partial(MoE, num_experts=8, routing="token_choice", capacity_factor=None),
+}
+# Layer, devices along data, fsdp and expert, form of the tables, d_model, length of a row, remat.
+CASES = {
+    "PEER, rows": ("peer", (2, 1, 4), "rows", 64, 64, False),
+    "PEER, columns": ("peer", (1, 2, 4), "columns", 64, 64, False),
+    "PEER, whole": ("small peer", (8, 1, 1), "rows", 128, 64, False),
+    "PKM, rows": ("pkm", (1, 1, 8), "rows", 128, 128, True),
+    "PKM, columns": ("pkm", (2, 2, 2), "columns", 64, 128, False),
+    "MoE": ("moe", (2, 1, 4), "rows", 64, 64, False),
+}
+
+
+def run_of(layer, mesh, tables, d_model, seq_len, remat, **options):
+    model = functools.partial(
+        Transformer, d_model=d_model, num_blocks=2, num_heads=4, ffw=Dense, sparse_ffw=LAYERS[layer], remat=remat
+    )
+    return Run(
+        model=model,
+        optimizer=AdamW(learning_rate=1e-3),
+        task=TextTask(python_stdlib(), vocabulary="bytes", seq_len=seq_len),
+        batch_size=16,
+        steps=1,
+        sharding=Sharding(**dict(zip(AXES, mesh, strict=True)), tables=tables),
+        **options,
+    )
+
+
+def planned(case):
+    return capacity.plan(run_of(*CASES[case]), devices=8, on_cpu=True)
+
+
+def compiled(case):
+    """Bytes a device that the compiled step holds, and what it sends."""
+    run = run_of(*CASES[case])
+    with use(run.sharding.place()):
+        trainer = run.trainer()
+        row = jax.ShapeDtypeStruct((run.batch_size, run.task.seq_len), jnp.int32, sharding=current().sharding("batch"))
+        batch = dict.fromkeys(("inputs", "targets", "segment_ids"), row)
+        rates = run.optimizer.rates(trainer.labels, 0, 10)
+        step = trainer.compiled_step().lower(trainer.abstract_state(), batch, rates).compile()
+    held = step.memory_analysis()
+    total = held.argument_size_in_bytes + held.temp_size_in_bytes
+    return total + held.output_size_in_bytes - held.alias_size_in_bytes, collectives(step.as_text())
+
+
+def measure():
+    return {case: compiled(case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return measured("test_capacity", "measure")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_that_of_the_compiled_step(steps, case):
+    """Within 15%: XLA packs arrays as well as it can, and keeps or computes again what it likes."""
+    assert planned(case).memory.total == pytest.approx(steps[case][0], rel=0.15)
+
+
+@pytest.mark.parametrize("case", ["PEER, rows", "PEER, whole", "PKM, rows", "MoE"])
+def test_exchanges_are_those_of_the_compiled_step(steps, case):
+    """Where they can be told apart: all over ``expert`` but all-reduces, which are over D or P devices."""
+    data, fsdp, E = CASES[case][1]
+    D, P = data * fsdp, data * fsdp * E
+    moved = planned(case).step.interconnect
+    found = dict.fromkeys(("all-gather", "all-to-all", "reduce-scatter", "all-reduce"), 0)
+    for kind, size in steps[case][1]:
+        found[kind] += size * (E if kind == "reduce-scatter" else 1)
+    summed = found.pop("all-reduce")
+    assert sum(found.values()) * (E - 1) / E == moved[capacity.TOKENS] + moved[capacity.EXPERTS]
+    if case != "MoE":  # whose experts have copies, other kernels more of them
+        of_tables = moved[capacity.TABLE_GRADIENTS] * D / (2 * (D - 1)) if D > 1 else 0
+        of_others = moved[capacity.GRADIENTS] * P / (2 * (P - 1))
+        # On top come batch-norm's statistics, norms and metrics.
+        assert of_tables + of_others <= summed < 1.05 * (of_tables + of_others)
+
+
+def test_tables_take_what_the_formulas_say():
+    """Parameters, gradients and moments differ by the tables alone between two numbers of experts."""
+    few, many = (planned_with(num_experts=n * n) for n in (64, 128))
+    held = [traffic.expert_mix_memory(128, 16, 64, n * n, 4, 2, "rows", CPU_BUDGET) for n in (64, 128)]
+    sub_keys = 4 * 64 * (128 - 64)  # two halves of width 32
+    assert many.memory.parameters - few.memory.parameters == held[1].tables - held[0].tables + sub_keys
+    assert many.memory.optimizer - few.memory.optimizer == held[1].moments - held[0].moments + 2 * sub_keys
+
+
+def planned_with(**options):
+    made = run_of("peer", (2, 1, 4), "rows", 64, 64, False)
+    sparse = functools.partial(LAYERS["peer"], **options)
+    model = functools.partial(made.model, sparse_ffw=sparse)
+    return capacity.plan(dataclasses.replace(made, model=model), devices=8, on_cpu=True)
+
+
+# In closed form
+
+
+def test_mesh_and_devices():
+    run = run_of("peer", (-1, 1, 2), "rows", 64, 64, False)
+    assert capacity.plan(run).mesh == {"data": 1, "fsdp": 1, "expert": 2}
+    assert capacity.plan(run, devices=8).mesh == {"data": 4, "fsdp": 1, "expert": 2}
+    assert capacity.plan(run, {"expert": 8}, devices=16).mesh == {"data": 2, "fsdp": 1, "expert": 8}
+    assert capacity.plan(run, {"data": 1, "expert": 1}).step.interconnect == dict.fromkeys(capacity.CAUSES, 0.0)
+
+
+def test_the_slowest_of_the_three_sets_the_floor_and_nodes_share_their_ports():
+    step = capacity.StepPlan(1e12, {"rows": 2e9}, dict.fromkeys(capacity.CAUSES, 0.0) | {capacity.TOKENS: 4e8})
+    device = capacity.Device(1e12, 1.0, 1e9, 4e8, 8, 1e8)
+    near, far = ({"data": 1, "fsdp": 1, "expert": size} for size in (8, 16))
+    assert step.seconds(device, near) == {"FLOPs": 1.0, "memory traffic": 2.0, "interconnect": 1.0}
+    assert step.seconds(device, far)["interconnect"] == 1.0  # 8 ports of 1e8 are faster than the links
+    copies = step._replace(interconnect=dict.fromkeys(capacity.CAUSES, 0.0) | {capacity.TABLE_GRADIENTS: 4e8})
+    assert copies.seconds(device, {"data": 2, "fsdp": 1, "expert": 8})["interconnect"] == 4.0  # a port each
+
+
+def test_remat_and_accumulation_and_rows_of_moments_save_memory():
+    plain = run_of("peer", (2, 1, 4), "rows", 64, 64, False)
+    remat = run_of("peer", (2, 1, 4), "rows", 64, 64, True)
+    by_row = dataclasses.replace(plain, optimizer=AdamW(learning_rate=1e-3, table_second_moment="row"))
+    of = {name: capacity.plan(run) for name, run in {"plain": plain, "remat": remat, "by row": by_row}.items()}
+    assert of["remat"].memory.fullest.activations < of["plain"].memory.fullest.activations
+    assert of["remat"].step.flops == 4 / 3 * of["plain"].step.flops
+    tables = 2 * 4 * 256**2 * 64 / 4
+    assert of["plain"].memory.optimizer - of["by row"].memory.optimizer == tables - tables / 64
+
+
+# The command
+
+PAPER = [
+    f"--config={ROOT / 'configs' / file}" for file in ("base.gin", "layers/peer.gin", "sizes/paper.gin", "data/c4.gin")
+]
+
+
+def test_the_command_plans_for_256_devices(run_cli):
+    status, out, _ = run_cli(
+        "plan",
+        *PAPER,
+        "--device=tpu-v5p",
+        "--mesh=data=2,fsdp=2,expert=64",
+        "--set=Run.batch_size=256",
+        "--set=PEER.num_experts=16777216",
+    )
+    assert status == 0
+    assert "256 tpu-v5p: data=2, fsdp=2, expert=64; tables by rows; 524,288 tokens a step" in out
+    table = dict(re.findall(r"^ *([a-z][\w' ]+?)  +([\d.]+) *$", out, re.MULTILINE))
+    tables = 2 * 4 * 4096**2 * 1024 / 64 / 2**30  # of the parameters, all but 2%
+    assert tables < float(table["parameters"]) < 1.2 * tables
+    assert re.search(r"Fits: \d+% of 95.0 GiB, most in ", out)
+    assert re.search(r"A step takes [\d.]+ ms at least, limited by [\w ]+: [\d,]+ tokens/s at most", out)
+
+
+def test_the_command_says_what_does_not_fit(run_cli):
+    status, out, _ = run_cli(
+        "plan", *PAPER, "--device=tpu-v6e", "--mesh=expert=2", "--devices=4", "--set=Sharding.data=1"
+    )
+    assert status == 0
+    assert out.startswith("2 of 4 tpu-v6e: data=1, fsdp=1, expert=2")
+    assert re.search(r"DOES NOT FIT: \d+% of 32.0 GiB", out)
+    assert "Transformer.remat=True" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device=v100"], "--device v100 is not one of tpu-v5p, tpu-v6e, h100, h200"),
+        (["--mesh=data=2,model=4"], "no axis 'model': the mesh has data, fsdp, expert"),
+        (["--mesh=data=2,data=4"], "names data twice"),
+        (["--mesh=expert=four"], "not of the form data=2,fsdp=1,expert=4"),
+        (["--mesh=data=2,expert=8", "--devices=8"], "needs 16 devices, but there are 8"),
+        (["--mesh=data=-1,expert=3", "--devices=8"], "splits by 3, which does not divide the 8 devices"),
+        (["--mesh=expert=3"], "Run.batch_size / Run.accumulation=128 does not divide over the 3 devices"),
+        (["--mesh=expert=8", "--set=PEER.num_experts=36"], "36 along 'rows', which does not divide into the 8 devices"),
+    ],
+)
+def test_what_can_not_be_planned_is_refused_in_a_sentence(run_cli, arguments, words):
+    status, out, err = run_cli("plan", "--device=tpu-v5p", *PAPER, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_layer_that_drops_nothing_is_refused():
+    run = run_of("dropless", (2, 1, 4), "rows", 64, 64, False)
+    with pytest.raises(InputError, match="capacity_factor=None can't be planned on several devices"):
+        capacity.plan(run)
