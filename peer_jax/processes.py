@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from peer_jax.errors import InputError
 
-# Seconds after which a process that is no longer heard of has died, and after which one that ends stops waiting for others.
+# Seconds: without a sign of life a process has died; one that ends, and one that starts, waits so long for others.
 HEARTBEAT, SHUTDOWN, START = 20, 20, 120
 
 

@@ -213,7 +213,6 @@ TOPOLOGIES = {
     "two": (2, Sharding(expert=2)),
     "four": (4, Sharding(data=2, expert=2, tables="columns")),
     "eight": (8, Sharding(data=2, fsdp=2, expert=2)),
-    "eight by columns": (8, Sharding(expert=4, tables="columns")),
 }
 
 

@@ -46,7 +46,8 @@ MODELS = {
 }
 ALONE = ((1, 1, 1), "rows")
 # Devices along data, fsdp and expert, and the form of the tables.
-ROWS, COLUMNS = ([((1, 1, 8), form), ((2, 1, 4), form), ((2, 2, 2), form)] for form in ("rows", "columns"))
+ROWS = [((1, 1, 8), "rows"), ((2, 1, 4), "rows"), ((2, 2, 2), "rows")]
+COLUMNS = [((1, 1, 8), "columns"), ((2, 2, 2), "columns")]
 WHOLE = [((8, 1, 1), "rows"), ((1, 8, 1), "rows")]
 RETRIEVING = [
     *(("retrieval", *case) for case in [*ROWS, *COLUMNS, *WHOLE]),
@@ -54,7 +55,7 @@ RETRIEVING = [
     ("moment a row", (4, 1, 2), "columns"),
 ]
 OTHERS = [("accumulation", (2, 2, 2), "columns"), ("bfloat16", (2, 2, 2), "rows")]
-COARSE = [("coarse", *case) for case in [*ROWS, ((1, 4, 2), "rows"), *WHOLE]]
+COARSE = [("coarse", *case) for case in [*ROWS, *WHOLE]]
 DROPLESS = [("dropless", (2, 1, 4), "rows"), ("dropless", (4, 1, 2), "rows")]
 # What a process measures.
 GROUPS = {"retrieving": RETRIEVING + OTHERS, "coarse": COARSE + DROPLESS}

@@ -64,7 +64,7 @@ class Run:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     checked: bool = False
-    sharding: Sharding = Sharding()
+    sharding: Sharding = dataclasses.field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
