@@ -26,8 +26,8 @@ def start(
 ) -> None:
     """Joins the other processes, if there are any: those of the arguments, or of the cluster that JAX finds.
 
-    Before JAX is used. Slurm, Open MPI and TPU pods are seen in the environment; ``from_cluster`` has JAX look for any
-    other cluster that it knows.
+    Before JAX is used. Slurm, Open MPI and TPU pods of GKE are seen in the environment; ``from_cluster`` has JAX look
+    for any other cluster that it knows.
 
     Raises:
         InputError: if only some of the arguments are given, or the processes don't find one another in time.
@@ -63,7 +63,7 @@ def start(
     joining.join(START)
     if failures or joining.is_alive():
         where = f"{num_processes} processes at {coordinator}" if not missing else "the cluster's processes"
-        reason = str(failures[0]).splitlines()[0] if failures else f"waited {START} s"
+        reason = (str(failures[0]) or type(failures[0]).__name__).splitlines()[0] if failures else f"waited {START} s"
         raise InputError(
             f"{where} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)
@@ -84,7 +84,7 @@ def _check_address(coordinator: str, *, listens: bool) -> None:
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether the environment is that of one of several processes of Slurm, Open MPI or a TPU pod (GKE's included)."""
+    """Whether the environment is that of one of several processes of Slurm, Open MPI or a TPU pod of GKE."""
     counts = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     several = any(count.isdecimal() and int(count) > 1 for count in counts)
     return several or "," in environment.get("TPU_WORKER_HOSTNAMES", "")

@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hosts import HOSTS, Hosts, ended, finish, free_port, train_command
+from hosts import HOSTS, Hosts, ended, finish, flags, free_port, train_command
 from test_loop import (
     arrays,
-    environment,
     lines,
     load,
     losses,
@@ -478,31 +476,28 @@ def test_one_process_alone_starts_nothing():
     assert processes.leads()
 
 
-@pytest.mark.parametrize("host", range(HOSTS))
-def test_a_process_that_meets_no_other_says_so(host):
-    """The second where nobody listens; the first where nobody comes."""
-    program = f"""
+LONELY = """
 import sys
 from peer_jax import cli, processes
 processes.START = 3
-port = {free_port()}
-sys.argv = ["peer-jax", "train", "--config=none.gin", "--workdir=none", f"--coordinator=127.0.0.1:{{port}}"]
-sys.argv += ["--num-processes=2", "--process-id={host}"]
+sys.argv = ["peer-jax", "train", "--config=none.gin", "--workdir=none", *sys.argv[1:]]
 cli.main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(JAX_PLATFORMS="cpu"),
-        timeout=60,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    said = [line for line in done.stderr.splitlines() if line.startswith("peer-jax: ")]
-    assert done.returncode == 2, done.stderr
-    assert len(said) == 1
-    assert said[0].endswith("did not start together (waited 3 s): start all, and check that they reach the first")
-    assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_meets_no_other_says_so(hosts):
+    """The first where nobody comes; the second where nobody listens."""
+    ports = [free_port() for _ in range(HOSTS)]
+    started = [hosts.start([sys.executable, "-c", LONELY, *flags(host, port)]) for host, port in enumerate(ports)]
+    for process, port in zip(started, ports, strict=True):
+        status, errors = ended(process)
+        said = [line for line in errors.splitlines() if line.startswith("peer-jax: ")]
+        assert status == 2, errors
+        assert said == [
+            f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together (waited 3 s): start all, and check that "
+            "they reach the first"
+        ]
+        assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ MODELS = {
 ALONE = ((1, 1, 1), "rows")
 # Devices along data, fsdp and expert, and the form of the tables.
 ROWS = [((1, 1, 8), "rows"), ((2, 1, 4), "rows"), ((2, 2, 2), "rows")]
-COLUMNS = [((1, 1, 8), "columns"), ((2, 2, 2), "columns")]
+COLUMNS = [((1, 1, 8), "columns"), ((2, 1, 4), "columns")]
 WHOLE = [((8, 1, 1), "rows"), ((1, 8, 1), "rows")]
 RETRIEVING = [
     *(("retrieval", *case) for case in [*ROWS, *COLUMNS, *WHOLE]),
