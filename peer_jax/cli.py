@@ -369,6 +369,10 @@ def main() -> None:
 def _exit(error: Exception, status: int) -> None:
     message = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"peer-jax: {message}", file=sys.stderr)
+    if "jax" in sys.modules:
+        from peer_jax import processes
+
+        processes.leave(status)
     sys.exit(status)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -14,6 +15,7 @@ from peer_jax.errors import InputError
 
 # Seconds: without a sign of life a process has died; one that ends, and one that starts, waits so long for others.
 HEARTBEAT, SHUTDOWN, START = 20, 20, 120
+LEAVE = 5  # the same for one that has failed
 
 
 def start(
@@ -81,6 +83,19 @@ def _check_address(coordinator: str, *, listens: bool) -> None:
                 trial.bind(("", int(port)))
             except OSError as error:
                 raise InputError(f"--coordinator {coordinator}: port {port} can't be had ({error.strerror})") from error
+
+
+def leave(status: int) -> None:
+    """Ends a process that can't go on. Of several it does not wait long for the others: JAX would, and abort then."""
+    if jax.distributed.is_initialized():
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE)
+        if leaving.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +104,11 @@ class Sharding:
         return Placement(jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:used]), self.tables)
 
 
+def mesh_axes(spec: Iterable[str | Sequence[str] | None]) -> tuple[str, ...]:
+    """The mesh axes that a spec names."""
+    return tuple(axis for over in spec for axis in ((over,) if isinstance(over, str) else over or ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """A mesh, or on paper an abstract one, and how expert tables are split over its ``expert`` axis. Hashable."""
@@ -129,7 +134,7 @@ class Placement:
         mapped = [rules[axis] if axis is not None else None for axis in axes]
         used: dict[str, str | None] = {}
         for place, (axis, over) in enumerate(zip(axes, mapped, strict=True)):
-            over = (over,) if isinstance(over, str) else over or ()
+            over = mesh_axes((over,))
             for mesh_axis in over:
                 if mesh_axis in used:
                     raise InputError(
@@ -170,13 +175,7 @@ class Placement:
 
     def shardings(self, tree: Any) -> Any:
         """``specs`` as shardings."""
-        is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree), is_leaf=is_spec)
-
-    def batch(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch of all processes, of which this one has ``rows``."""
-        sharding = self.sharding("batch")
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
 
     def round_up(self, rows: int) -> int:
         """The next number of rows that splits over all devices."""
@@ -195,11 +194,9 @@ class Placement:
 _current = jax.make_user_context(None)
 
 
-@contextlib.contextmanager
-def use(placement: Placement | None) -> Iterator[None]:
+def use(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
     """Has what is traced and run within it follow this placement."""
-    with _current(placement):
-        yield
+    return _current(placement)
 
 
 def current() -> Placement | None:
@@ -211,6 +208,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """``x``, laid out by its logical axes where a placement is in use; axes that are not named are replicated."""
     placement = current()
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement.sharding(*axes))
+
+
+def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax.Array]:
+    """The batch of all processes, of which this one has ``rows``, on all devices; of a single one ``rows`` itself."""
+    if current() is None:
+        return rows
+    sharding = current().sharding("batch")
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
 
 
 def specs(tree: Any) -> Any:
@@ -230,16 +235,11 @@ def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
     return jax.shard_map(f, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes that a spec names."""
-    return tuple(axis for over in spec for axis in ((over,) if isinstance(over, str) else over or ()))
-
-
 def sum_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
     """Within ``on_each_device``: the sum over the parts of an array that is split like that."""
-    return jax.lax.psum(x, _axes(spec)) if _axes(spec) else x
+    return jax.lax.psum(x, mesh_axes(spec)) if mesh_axes(spec) else x
 
 
 def mean_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
     """Within ``on_each_device``: the mean over the parts of an array that is split like that."""
-    return jax.lax.pmean(x, _axes(spec)) if _axes(spec) else x
+    return jax.lax.pmean(x, mesh_axes(spec)) if mesh_axes(spec) else x

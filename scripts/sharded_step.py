@@ -24,7 +24,7 @@ def measure(num_experts: int, tables: str, steps: int) -> None:
     from peer_jax.allocator import keep_freed_memory
     from peer_jax.layers import PEER, Dense
     from peer_jax.models import Transformer
-    from peer_jax.sharding import Sharding, use
+    from peer_jax.sharding import Sharding, split_batch, use
     from peer_jax.training.optimizer import AdamW
     from peer_jax.training.step import Trainer
 
@@ -37,7 +37,7 @@ def measure(num_experts: int, tables: str, steps: int) -> None:
         state = trainer.init(0)
         tokens = np.random.default_rng(0).integers(3, 259, (8, 256)).astype(np.int32)
         batch = {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}
-        batch = batch if placement is None else placement.batch(batch)
+        batch = split_batch(batch)
         rates = trainer.optimizer.rates(trainer.labels, 0, 10)
         step = trainer.compiled_step().lower(state, batch, rates).compile()
         held = step.memory_analysis()

@@ -35,6 +35,23 @@ def params_of():
     return params_of
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A config file of a model and a text of seconds."""
+    from test_loop import tiny_config
+
+    return tiny_config(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def trains(tmp_path_factory):
+    """For a module of tests that train."""
+    from test_loop import training
+
+    with training(tmp_path_factory.getbasetemp()):
+        yield
+
+
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
     """Runs a command in this process; its exit status, standard output and standard error."""

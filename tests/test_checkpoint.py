@@ -21,9 +21,7 @@ from test_loop import (
     load,
     losses,
     stack,
-    tiny_config,
     train,
-    training,
     without_times,
 )
 
@@ -35,20 +33,10 @@ SIZE = 1000
 
 # Where reading a file fails, Orbax leaves the reads of the others unfinished, and Python complains of them.
 pytestmark = [
+    pytest.mark.usefixtures("trains"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
 
 
 # Processes that are killed

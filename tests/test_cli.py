@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_loop import CONFIGS, ROOT, environment, load, stack, tiny_config, train, training
+from test_loop import CONFIGS, ROOT, environment, load, stack, train
 
 from peer_jax import cli, config
 from peer_jax.training import workdir
@@ -15,15 +15,7 @@ from peer_jax.training import workdir
 COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "plan", "report", "bench", "sentencepiece")
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from flax import nnx
-from test_loop import CONFIGS, SEQ_LEN, tiny_config, training
+from test_loop import CONFIGS, SEQ_LEN
 
 from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
@@ -26,10 +26,7 @@ def files(layer, size, data):
     return [CONFIGS / "base.gin", layer, size, data]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture

@@ -7,23 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from test_loop import BATCH, ROOT, SEQ_LEN, environment, load, losses, stack, tiny_config, train, training
+from test_loop import BATCH, ROOT, SEQ_LEN, environment, load, losses, stack, train
 
 from peer_jax.data import corpora, pipeline, tasks, vocabulary
 from peer_jax.data.prepared import prepared
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_loop import BATCH, load, tiny_config, train, training, write_text
+from test_loop import BATCH, load, train, write_text
 
 from peer_jax import cli, config
 from peer_jax.data.pipeline import eval_batches, open_cache, shift_right
@@ -28,15 +28,7 @@ ROUTERS = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture

@@ -186,15 +186,7 @@ def training(folder):
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 # Learning

@@ -19,7 +19,7 @@ from test_step import SMOOTH, B, S, V, ragged
 
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
-from peer_jax.sharding import Sharding, use
+from peer_jax.sharding import Sharding, split_batch, use
 from peer_jax.training.step import Trainer
 
 D, N, E, F = 16, 64**2, 8, 64
@@ -115,7 +115,7 @@ class Trained:
             self.shardings = made.shardings()
 
             def place(rows):
-                return rows if placement is None else placement.batch(rows)
+                return split_batch(rows)
 
             def begin():
                 state = initial(model)

@@ -233,7 +233,7 @@ def measure():
         with use(Sharding(data=2, fsdp=2, expert=2, tables=tables).place()):
             state, planned = made.init(0), made.abstract_state()
             pairs = [*zip(jax.tree.leaves(state), jax.tree.leaves(planned), strict=True)]
-            batch = sharding.current().batch({"inputs": np.arange(16 * 3).reshape(16, 3)})["inputs"]
+            batch = sharding.split_batch({"inputs": np.arange(16 * 3).reshape(16, 3)})["inputs"]
         report[tables] = {
             "as planned": all(
                 {shard.data.shape for shard in leaf.addressable_shards} == {plan.sharding.shard_shape(plan.shape)}

@@ -1,12 +1,7 @@
 """The training step: accumulation, data parallelism, donation, padding, rates; and loss falls for every layer."""
 
 import functools
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -179,59 +174,6 @@ def test_a_micro_batch_of_padding_only_adds_nothing():
     actual, metrics = micro_step(state, batch, rates_of(accumulating))
     assert differences(actual, expected) < EQUAL
     assert {name for name, value in metrics.items() if not np.isfinite(value)} == set()
-
-
-# Devices
-
-
-SHARDED = "moe and peer"  # a block of each
-
-
-def compare_sharded():
-    """In a process of its own with 8 devices: prints by how much two steps differ from one device's."""
-    devices = jax.devices()
-    assert len(devices) == 8, devices
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-
-    def place(batch):
-        placed = jax.device_put(batch, rows)
-        assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(1, S)}
-        return placed
-
-    state, metrics, before = run(SHARDED, steps=2)
-    sharded, sharded_metrics, _ = run(SHARDED, steps=2, place=place)
-    statistics = zip(jax.tree.leaves(state.others), jax.tree.leaves(before.others), strict=True)
-    report = {
-        "devices": min(len(p.sharding.device_set) for p in jax.tree.leaves(sharded.params)),
-        "metrics": differences(sharded_metrics, metrics),
-        "parameters": differences(sharded.params, state.params),
-        "optimizer": differences(sharded.optimizer, state.optimizer),
-        "statistics": differences(sharded.others, state.others),
-        "moved": min(float(np.max(np.abs(new - old))) for new, old in statistics),
-    }
-    print(json.dumps(report))
-
-
-def test_data_parallel_steps_equal_one_device_s():
-    """Loss, parameters, optimiser state, and batch-norm statistics, over rows with unlike numbers of real tokens."""
-    here = Path(__file__).parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    # Most of the time goes into compiling; these passes don't change what is computed.
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    search = os.pathsep.join([str(here), str(here.parent)])
-    process = subprocess.run(
-        [sys.executable, "-c", "import test_step; test_step.compare_sharded()"],
-        env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    report = json.loads(process.stdout.splitlines()[-1])
-    assert report.pop("devices") == 8
-    assert report.pop("moved") > 1e-2
-    assert max(report.values()) < EQUAL, report
 
 
 # One compiled step

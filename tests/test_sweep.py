@@ -5,7 +5,7 @@ import itertools
 import re
 
 import pytest
-from test_loop import CONFIGS, tiny_config, training
+from test_loop import CONFIGS
 
 from peer_jax import config
 from peer_jax.cli import load_run
@@ -19,15 +19,7 @@ METHODS = ("dense", "moe", "moe_token_choice", "pkm", "peer")
 FOLDER = CONFIGS / "sweeps"
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_config(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def setting(tmp_path_factory):
-    with training(tmp_path_factory.getbasetemp()):
-        yield
+pytestmark = pytest.mark.usefixtures("trains")
 
 
 def sweep(tiny, **fields):

@@ -29,7 +29,7 @@ from peer_jax.layers.interface import (
     check_positive,
 )
 from peer_jax.ops import sharded
-from peer_jax.sharding import AXES, EXPERT, constrain, on_each_device
+from peer_jax.sharding import EXPERT, constrain, on_each_device
 
 ROUTINGS = ("expert_choice", "token_choice")
 
@@ -281,8 +281,8 @@ class MoE(FeedForward):
             y = jnp.where((own < here)[:, None], y[jnp.argsort(order)], 0).reshape(*experts.shape, -1)
             return sharded.scatter_sum(y) if split else y
 
-        kernels, tokens = PartitionSpec(EXPERT), PartitionSpec(AXES)
-        return on_each_device(of_device, (kernels, tokens, tokens), tokens)(self._kernels(), x, experts)
+        specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
+        return on_each_device(of_device, specs, sharded.TOKENS)(self._kernels(), x, experts)
 
     def flops_per_token(self, seq_len: int) -> float:
         router = 2 * math.prod(self.router.kernel.shape)

@@ -47,7 +47,7 @@ from peer_jax.models.transformer import Block
 from peer_jax.ops import floor, traffic
 from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET, ROWS_BUDGET
 from peer_jax.ops.traffic import INDEX
-from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, use
+from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, use
 from peer_jax.training.flops import TRAINING_TO_FORWARD
 from peer_jax.training.loop import Run
 from peer_jax.training.step import TrainState
@@ -373,7 +373,7 @@ class _Counting:
 
     def _whole(self, leaf: jax.ShapeDtypeStruct) -> tuple[float, int, int]:
         """Bytes of a kernel once it is gathered over fsdp, into how many parts it is split there, and its copies."""
-        named = [axis for over in leaf.sharding.spec for axis in ((over,) if isinstance(over, str) else over or ())]
+        named = mesh_axes(leaf.sharding.spec)
         F = self.placement.size(FSDP) if FSDP in named else 1
         parts = F * (self.E if EXPERT in named else 1)
         return F * _part(leaf), F, self.P // parts

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from peer_jax.data.pipeline import Batch, PackedText, eval_batches
 from peer_jax.models import Transformer
-from peer_jax.sharding import constrain, current
+from peer_jax.sharding import constrain, current, split_batch
 from peer_jax.training.metrics import ProgressBar
 from peer_jax.training.step import cross_entropy
 
@@ -38,7 +38,6 @@ def evaluate(
         least once with a weight above zero, and ``unevenness``, KL(p || uniform) in nats, p being the weight mass.
     """
     graph, state = nnx.split(model)
-    placement = current()
     batches = eval_batches(
         source, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
     )
@@ -46,8 +45,7 @@ def evaluate(
     nll = tokens = 0.0
     with ProgressBar("evaluate", len(batches), enabled=progress) as bar:
         for done, batch in enumerate(batches, start=1):
-            batch = batch if placement is None else placement.batch(batch)
-            batch_nll, batch_tokens, masses = _evaluate_batch(graph, state, batch, masses)
+            batch_nll, batch_tokens, masses = _evaluate_batch(graph, state, split_batch(batch), masses)
             nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
             bar.update(done, f"loss {nll / max(tokens, 1):.4f}")
     counts = source.counts
@@ -76,8 +74,7 @@ def _no_mass(model: Transformer) -> dict[int, Float[Array, " N"]]:
     """A zero for every expert of every block that routes."""
     sparse = {index: block.ffw for index, block in enumerate(model.blocks) if hasattr(block.ffw, "route")}
     replicated = None if current() is None else current().sharding()
-    zeros = functools.partial(jax.jit, static_argnums=0, out_shardings=replicated)(jnp.zeros)
-    return {index: zeros(layer.num_experts) for index, layer in sparse.items()}
+    return {index: jnp.zeros(layer.num_experts, jnp.float32, device=replicated) for index, layer in sparse.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

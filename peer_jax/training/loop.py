@@ -20,7 +20,7 @@ from peer_jax.layers.interface import check_positive
 from peer_jax.models import Transformer
 from peer_jax.ops import checked as with_checks
 from peer_jax.processes import leads
-from peer_jax.sharding import Placement, Sharding, current, use
+from peer_jax.sharding import Placement, Sharding, current, split_batch, use
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.evaluate import evaluate
@@ -190,9 +190,7 @@ def _train(
             meter = Meter(log, bar, clock, checkpoints, run.log_every, step_tokens, step_flops)
             for step in range(start + 1, steps + 1):
                 rates = run.optimizer.rates(trainer.labels, step - 1, steps)
-                batch = next(batches)
-                batch = batch if placement is None else placement.batch(batch)
-                state, metrics = step_function(state, batch, rates)
+                state, metrics = step_function(state, split_batch(next(batches)), rates)
                 meter.add(step, metrics, rates)
                 last, stopping = step == steps, stop.requested(step)
                 validating = last or step % run.evaluate_every == 0
