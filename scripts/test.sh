@@ -11,7 +11,8 @@ lint=0
 if [ $# = 0 ]; then
   ruff check . || lint=1
   ruff format --check . || lint=1
-  set -- -n auto --maxprocesses 4 --dist loadfile # files, not tests: those of a file share what they prepare
+  # Files, not tests: those of a file share what they prepare; in the order of tests/conftest.py.
+  set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 status=0
 python -m pytest "$@" || status=$?

@@ -19,6 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Files of minutes: they come first, or one process would still be at the last of them when the others have done.
+LONG = ("test_hosts", "test_sharded_training", "test_sweep_processes", "test_quickstart", "test_capacity", "test_loop")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture
-def needed(tmp_path, tmp_path_factory):
+def needed(tmp_path, tiny):
     """Bindings for what the user has to give: a length, and a path where the data are the user's own."""
 
     def local():
@@ -39,7 +39,7 @@ def needed(tmp_path, tmp_path_factory):
         return [f"local_files.{key}={str(text)!r}" for key in ("path", "validation_path")]
 
     def prepared():
-        (cache,) = tiny_config(tmp_path_factory.getbasetemp()).parent.glob("cache/corpus-bytes-*")
+        (cache,) = tiny.parent.glob("cache/corpus-bytes-*")
         return [f"prepared.path={str(cache)!r}", f"TextTask.seq_len={SEQ_LEN}"]
 
     def needed(data):
