@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from flax import nnx
-from test_loop import CONFIGS, SEQ_LEN
+from test_loop import CONFIGS, SEQ_LEN, load
 
 from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
@@ -39,8 +39,7 @@ def needed(tmp_path, tiny):
         return [f"local_files.{key}={str(text)!r}" for key in ("path", "validation_path")]
 
     def prepared():
-        (cache,) = tiny.parent.glob("cache/corpus-bytes-*")
-        return [f"prepared.path={str(cache)!r}", f"TextTask.seq_len={SEQ_LEN}"]
+        return [f"prepared.path={str(load(tiny).task.cache_path())!r}", f"TextTask.seq_len={SEQ_LEN}"]
 
     def needed(data):
         given = [
