@@ -45,6 +45,13 @@ def test_equals_a_stable_sort(way, case):
     assert place.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_zeros_rank_by_their_sign(way):
+    values, place = jitted(way, 4)(np.array([[-0.0, 0.0, -1.0, -0.0, 0.0]], np.float32).T)
+    np.testing.assert_array_equal(place[:, 0], [1, 4, 0, 3])
+    np.testing.assert_array_equal(np.signbit(values[:, 0]), [False, False, True, True])
+
+
 @pytest.mark.parametrize(("n", "k"), [(512, 16), (1000, 32), (128, 100), (300, 17)])
 def test_large_columns(rng, n, k):
     x = rng.normal(size=(n, 65)).astype(np.float32)
@@ -52,10 +59,11 @@ def test_large_columns(rng, n, k):
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("where", [0, 6, 12])
-def test_a_nan_is_not_lost(rng, where):
+def test_a_nan_is_not_lost(rng, where, sign):
     x = rng.normal(size=(13, 4)).astype(np.float32)
-    x[where, 2] = np.nan
+    x[where, 2] = np.copysign(np.nan, sign)
     values, place = jitted("tournament", 3)(x)
     assert np.isnan(values[:, 2]).all()
     assert ((place >= 0) & (place < 13)).all()

@@ -17,7 +17,8 @@ from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
+from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.table_gradients import table_gradients
 
 Activation = Callable[[Array], Array]
 
@@ -99,8 +100,8 @@ def _chunk(indices: Int[Array, "t r"], d: int) -> int:
 def _xla_forward(x, down, up, indices, gates, activation):
     def body(_, chunk):
         x, indices, gates = chunk
-        s = dot_rows(x, gather_rows(down, indices, x.dtype))
-        y = sum_rows(gates.astype(jnp.float32) * activation(s), gather_rows(up, indices, x.dtype))
+        s = dot_rows(x, down, indices)
+        y = sum_rows(gates.astype(jnp.float32) * activation(s), up, indices, x.dtype)
         return None, (y.astype(x.dtype), s)
 
     _, (y, s) = scan_chunks(body, None, (x, indices, gates), x.shape[0], _chunk(indices, x.shape[1]))
@@ -115,9 +116,9 @@ def _xla_backward(activation, residuals, dy):
         indices, gates, s, dy = chunk
         g = gates.astype(jnp.float32)
         a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
-        r = dot_rows(dy, gather_rows(up, indices, dy.dtype))
+        r = dot_rows(dy, up, indices)
         ds = r * g * slope
-        dx = sum_rows(ds, gather_rows(down, indices, dy.dtype))
+        dx = sum_rows(ds, down, indices, dy.dtype)
         return None, (dx.astype(dy.dtype), (r * a).astype(gates.dtype), ds, g * a)
 
     t, d = x.shape

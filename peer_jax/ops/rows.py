@@ -1,117 +1,109 @@
-"""Moving rows of a table: gather them for a chunk of tokens, add their gradients up expert by expert.
+"""Products with rows of a table that each token retrieves: ``rows . x``, and weighted sums of rows.
 
-t  tokens     r  rows a token     d  row width     N  rows of the table     p  pairs, p = t * r
+On CPU the time is that of fetching rows, so loops have to ask for many at once. XLA fuses a gather with what uses it,
+but its plain sums read row after row, each element waiting for the last. Written out as sums of a few terms, each a
+gather of its own, LLVM vectorises them, and one step of the innermost loop reads several rows (docs/log.md).
+
+t  tokens     r  rows a token     d  row width     N  rows of the table
 """
 
-from typing import NamedTuple
+import functools
+import math
+import operator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peer_jax.ops.chunks import chunk_size, scan_chunks
+# Rows that one step of a loop reads: more are not faster.
+ROWS_OF_A_SUM = 8
+ROWS_OF_A_DOT = 16
+# Parts of a row that a loop over columns reads in one step. With fewer than 16, LLVM no longer vectorises it.
+PARTS_OF_A_DOT = 16
+# Width of a row from which on a product is added up row by row: a step then reads enough of it.
+WIDE = 128
 
 
-def gather_rows(table: Float[Array, "N d"], indices: Int[Array, "t r"], dtype: jnp.dtype) -> Float[Array, "t r d"]:
-    """Rows of the table, cast after the gather. The indices must be in range."""
-    return table.at[indices].get(mode="promise_in_bounds").astype(dtype)
+def dot_rows(x: Float[Array, "t d"], table: Float[Array, "N d"], indices: Int[Array, "t r"]) -> Float[Array, "t r"]:
+    """``table[indices] . x`` for every token, in float32. Rows are cast to the type of x; indices must be in range."""
+    return jax.lax.platform_dependent(x, table, indices, cpu=_dot_on_cpu, default=_dot)
 
 
-# Products and sums rather than `einsum`: XLA fuses these with the gather. On CPU it makes `expert_mix` twice as fast.
+def sum_rows(
+    weights: Float[Array, "t r"], table: Float[Array, "N d"], indices: Int[Array, "t r"], dtype: jnp.dtype
+) -> Float[Array, "t d"]:
+    """Weighted sums of each token's rows, in float32. Rows are cast to ``dtype``; indices must be in range."""
+
+    def on_cpu(*arrays: Array) -> Array:
+        return _sum_on_cpu(*arrays, dtype)
+
+    def default(*arrays: Array) -> Array:
+        return _sum(*arrays, dtype)
+
+    return jax.lax.platform_dependent(weights.astype(jnp.float32), table, indices, cpu=on_cpu, default=default)
 
 
-def dot_rows(x: Float[Array, "t d"], rows: Float[Array, "t r d"]) -> Float[Array, "t r"]:
-    """``rows . x`` for every token, in float32."""
-    return jnp.sum(x[:, None].astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+def _rows(table: Array, indices: Array, dtype: jnp.dtype) -> Array:
+    """[*indices, d] in float32, by way of ``dtype``."""
+    return table.at[indices].get(mode="promise_in_bounds").astype(dtype).astype(jnp.float32)
 
 
-def sum_rows(weights: Float[Array, "t r"], rows: Float[Array, "t r d"]) -> Float[Array, "t d"]:
-    """Weighted sums of each token's rows, in float32."""
-    return jnp.sum(weights[..., None].astype(jnp.float32) * rows.astype(jnp.float32), axis=1)
+# Products and sums rather than `einsum`: XLA fuses these with the gather.
 
 
-# A term of a table's gradient: weights [t, r] and cotangents [t, d]; row i sums weights[t, r] * cotangents[t] over the
-# pairs (t, r) that retrieved it.
-Term = tuple[Float[Array, "t r"], Float[Array, "t d"]]
+def _dot(x: Array, table: Array, indices: Array) -> Array:
+    return jnp.sum(x[:, None].astype(jnp.float32) * _rows(table, indices, x.dtype), axis=-1)
 
 
-# Bytes of all of the gradients, in float32, from which on sorting pays on a CPU (docs/log.md).
-SORTED_FROM = 256 * 2**20
+def _sum(weights: Array, table: Array, indices: Array, dtype: jnp.dtype) -> Array:
+    return jnp.sum(weights[..., None] * _rows(table, indices, dtype), axis=1)
 
 
-def table_gradients(
-    indices: Int[Array, "t r"], num_rows: int, *terms: Term
-) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """A table for each term, in float32 and always added up in the same order.
-
-    A scatter on CPU is one loop on one thread, in the order of the tokens, and unless the tables are far larger than
-    the caches a sort costs more than it saves. On a GPU it would add with atomics, in any order.
-    """
-    size = sum(4 * num_rows * cotangents.shape[1] for _, cotangents in terms)
-    on_cpu = _in_row_order if size > SORTED_FROM else _in_token_order
-    return jax.lax.platform_dependent(
-        indices,
-        terms,
-        cpu=lambda indices, terms: on_cpu(indices, num_rows, terms),
-        default=lambda indices, terms: _in_row_order(indices, num_rows, terms),
-    )
+def _added(terms: Iterable[Array]) -> Array:
+    """Their sum as one loop, which the barrier keeps XLA from fusing with what adds up the rest."""
+    return jax.lax.optimization_barrier(functools.reduce(operator.add, terms))
 
 
-def _in_token_order(
-    indices: Int[Array, "t r"], num_rows: int, terms: tuple[Term, ...]
-) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """Pair after pair, as the tokens have them."""
+def _sum_on_cpu(weights: Array, table: Array, indices: Array, dtype: jnp.dtype) -> Array:
+    """Eight rows at a time."""
     t, r = indices.shape
-    d = terms[0][1].shape[1]
-
-    def body(tables, chunk):
-        indices, terms = chunk
-        return tuple(
-            table.at[indices.reshape(-1)].add(
-                (weights[..., None] * cotangents[:, None].astype(jnp.float32)).reshape(-1, d), mode="promise_in_bounds"
-            )
-            for table, (weights, cotangents) in zip(tables, terms, strict=True)
-        ), None
-
-    return scan_chunks(body, _zeros(num_rows, terms), (indices, terms), t, chunk_size(t, 4 * r * d))[0]
+    together = math.gcd(r, ROWS_OF_A_SUM)
+    indices, weights = (a.reshape(t, r // together, together) for a in (indices, weights))
+    parts = _added(weights[..., i, None] * _rows(table, indices[..., i], dtype) for i in range(together))
+    return jnp.sum(parts, axis=1)
 
 
-class SortedPairs(NamedTuple):
-    """The (token, row) pairs of a batch in the order of the rows."""
-
-    row: Int[Array, " p"]
-    pair: Int[Array, " p"]
-
-
-def sort_pairs(indices: Int[Array, "t r"]) -> SortedPairs:
-    """Stable, so that the gradients of a row always add up in the order of the tokens."""
-    flat = indices.reshape(-1)
-    row, pair = jax.lax.sort_key_val(flat, jnp.arange(flat.size, dtype=flat.dtype), is_stable=True)
-    return SortedPairs(row, pair)
+def _dot_on_cpu(x: Array, table: Array, indices: Array) -> Array:
+    d, parts = x.shape[1], PARTS_OF_A_DOT
+    if d % parts:
+        return _dot(x, table, indices)
+    return (_dot_of_wide_rows if d >= WIDE else _dot_of_narrow_rows)(x, table, indices)
 
 
-def _in_row_order(
-    indices: Int[Array, "t r"], num_rows: int, terms: tuple[Term, ...]
-) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """Sorted by row, a row's contributions are neighbours, so the tables are walked through once, front to back."""
-    t, r = indices.shape
-    pairs = sort_pairs(indices)
+def _dot_of_wide_rows(x: Array, table: Array, indices: Array) -> Array:
+    """A row at a time, all of its parts at once."""
+    width = x.shape[1] // PARTS_OF_A_DOT
+    take = jax.lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
 
-    def body(tables, chunk):
-        row, token, weights = chunk
-        return tuple(
-            table.at[row].add(
-                weight[:, None] * cotangents[token].astype(jnp.float32),
-                mode="promise_in_bounds",
-                indices_are_sorted=True,
-            )
-            for table, weight, (_, cotangents) in zip(tables, weights, terms, strict=True)
-        ), None
+    def term(start: int) -> Array:
+        corner = jnp.stack([indices, jnp.full_like(indices, start)], axis=-1)
+        part = jax.lax.gather(table, corner, take, (1, width), mode="promise_in_bounds").astype(x.dtype)
+        return x[:, None, start : start + width].astype(jnp.float32) * part.astype(jnp.float32)
 
-    weights = tuple(weights.reshape(-1)[pairs.pair] for weights, _ in terms)
-    size = chunk_size(t * r, 4 * terms[0][1].shape[1])
-    return scan_chunks(body, _zeros(num_rows, terms), (pairs.row, pairs.pair // r, weights), t * r, size)[0]
+    return jnp.sum(_added(map(term, range(0, x.shape[1], width))), axis=-1)
 
 
-def _zeros(num_rows: int, terms: tuple[Term, ...]) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    return tuple(jnp.zeros((num_rows, cotangents.shape[1]), jnp.float32) for _, cotangents in terms)
+def _dot_of_narrow_rows(x: Array, table: Array, indices: Array) -> Array:
+    """Sixteen rows at a time, column by column."""
+    (t, r), d = indices.shape, x.shape[1]
+    together = math.gcd(r, ROWS_OF_A_DOT)
+    indices = indices.reshape(t, r // together, 1, together)
+    width = PARTS_OF_A_DOT
+
+    def term(start: int) -> Array:
+        columns = start + jnp.arange(width, dtype=indices.dtype)[:, None]
+        part = table.at[indices, columns].get(mode="promise_in_bounds").astype(x.dtype)
+        return x[:, None, start : start + width, None].astype(jnp.float32) * part.astype(jnp.float32)
+
+    return jnp.sum(_added(map(term, range(0, d, width))), axis=2).reshape(t, r)

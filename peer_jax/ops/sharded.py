@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
+from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, current, on_each_device
 
 TOKENS = P(AXES)
@@ -257,7 +258,7 @@ def _dots(x: Float[Array, "g e"], table: Float[Array, "N e"], indices: Int[Array
 
     def body(_: None, chunk: Any) -> tuple[None, Array]:
         x, indices = chunk
-        return None, dot_rows(x, gather_rows(table, indices, x.dtype))
+        return None, dot_rows(x, table, indices)
 
     return scan_chunks(body, None, (x, indices), *_chunks(x.shape[1], indices))[1]
 
@@ -269,7 +270,7 @@ def _sums(
 
     def body(_: None, chunk: Any) -> tuple[None, Array]:
         weights, indices = chunk
-        return None, sum_rows(weights, gather_rows(table, indices, dtype))
+        return None, sum_rows(weights, table, indices, dtype)
 
     return scan_chunks(body, None, (weights, indices), *_chunks(table.shape[1], indices))[1]
 

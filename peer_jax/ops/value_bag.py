@@ -13,7 +13,8 @@ from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import dot_rows, gather_rows, sum_rows, table_gradients
+from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.table_gradients import table_gradients
 
 
 def value_bag(
@@ -68,7 +69,7 @@ def _xla(values: Float[Array, "N d"], indices: Int[Array, "t r"], gates: Float[A
 def _xla_forward(values, indices, gates):
     def body(_, chunk):
         indices, gates = chunk
-        return None, sum_rows(gates, gather_rows(values, indices, gates.dtype)).astype(gates.dtype)
+        return None, sum_rows(gates, values, indices, gates.dtype).astype(gates.dtype)
 
     t, r = indices.shape
     _, y = scan_chunks(body, None, (indices, gates), t, chunk_size(t, 4 * r * values.shape[1]))
@@ -81,7 +82,7 @@ def _xla_backward(residuals, dy):
 
     def body(_, chunk):
         indices, dy = chunk
-        return None, dot_rows(dy, gather_rows(values, indices, dy.dtype))
+        return None, dot_rows(dy, values, indices)
 
     t, r = indices.shape
     _, d_gates = scan_chunks(body, None, (indices, dy), t, chunk_size(t, 4 * r * values.shape[1]))
