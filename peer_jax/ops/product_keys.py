@@ -18,6 +18,8 @@ from peer_jax.ops import sharded
 from peer_jax.ops.checks import check_not_nan
 from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.rows import sum_rows
+from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.ops.top_k import top_k_columns
 
 
@@ -149,37 +151,74 @@ def _xla_forward(queries, sub_keys, k):
 
 
 def _xla_backward(k, residuals, cotangents):
-    """A retrieved score is linear in its query and its two sub-keys; nothing flows to the keys left out.
-
-    The scores' gradient is scattered into a [s, n] matrix a half and head, which turns both gradients into products.
-    """
+    """A retrieved score is linear in its query and its two sub-keys; nothing flows to the keys left out."""
     queries, sub_keys, indices = residuals
-    d_scores = cotangents[0]
+    d_queries, d_keys = jax.lax.platform_dependent(
+        queries.astype(jnp.float32),
+        sub_keys.reshape(-1, *sub_keys.shape[-3:]).astype(jnp.float32),
+        indices,
+        cotangents[0],
+        cpu=_backward_by_rows,
+        default=_backward_by_products,
+    )
+    return d_queries.astype(queries.dtype), d_keys.reshape(sub_keys.shape).astype(sub_keys.dtype)
+
+
+def _backward_by_rows(
+    queries: Float[Array, "t h d_key"],
+    keys: Float[Array, "g 2 n c"],
+    indices: Int[Array, "t h k"],
+    d_scores: Float[Array, "t h k"],
+) -> tuple[Float[Array, "t h d_key"], Float[Array, "g 2 n c"]]:
+    """Of each half, the k retrieved sub-keys a query: sub-keys are a small table, which stays in the cache."""
     t, h, d_key = queries.shape
-    n, c = sub_keys.shape[-2:]
-    keys = sub_keys.reshape(-1, 2, n, c).astype(jnp.float32)
-    g = keys.shape[0]
+    g, _, n, c = keys.shape
+    d_scores, indices = d_scores.reshape(t * h, -1), indices.reshape(t * h, -1)
+    first = jnp.tile(jnp.arange(h, dtype=jnp.int32) * (n if g > 1 else 0), t)[:, None]  # of the head's set
+    d_halves, d_half_keys = [], []
+    for half, index in enumerate((indices // n, indices % n)):
+        index, table = first + index, keys[:, half].reshape(g * n, c)
+
+        def body(_: None, chunk: tuple[Array, Array], table: Array = table) -> tuple[None, Array]:
+            d_scores, index = chunk
+            return None, sum_rows(d_scores, table, index, table.dtype)
+
+        size = chunk_size(t * h, 4 * d_scores.shape[1] * c)
+        d_halves.append(scan_chunks(body, None, (d_scores, index), t * h, size)[1])
+        query = queries[..., half * c : (half + 1) * c].reshape(t * h, c)
+        d_half_keys.append(table_gradients(index, g * n, (d_scores, query))[0].reshape(g, n, c))
+    return jnp.concatenate(d_halves, axis=-1).reshape(t, h, d_key), jnp.stack(d_half_keys, axis=1)
+
+
+def _backward_by_products(
+    queries: Float[Array, "t h d_key"],
+    keys: Float[Array, "g 2 n c"],
+    indices: Int[Array, "t h k"],
+    d_scores: Float[Array, "t h k"],
+) -> tuple[Float[Array, "t h d_key"], Float[Array, "g 2 n c"]]:
+    """The scores' gradient is scattered into a [s, n] matrix a half and head, which turns both into products."""
+    t, h, d_key = queries.shape
+    g, _, n, c = keys.shape
 
     def body(d_keys, chunk):
         grouped, d_grouped, chosen = (_group(a, g) for a in chunk)
-        m = grouped.shape[1]
+        m, k = chosen.shape[1:]
         row = jnp.arange(g * m)[:, None]
         d_halves, d_half_keys = [], []
         for half, index in enumerate((chosen // n, chosen % n)):
             weights = jnp.zeros((g * m, n), jnp.float32)
             weights = weights.at[row, index.reshape(-1, k)].add(d_grouped.reshape(-1, k), mode="promise_in_bounds")
             weights = weights.reshape(g, m, n)
-            query = grouped[..., half * c : (half + 1) * c].astype(jnp.float32)
+            query = grouped[..., half * c : (half + 1) * c]
             product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
             d_halves.append(product("gmn,gnc->gmc", weights, keys[:, half]))
             d_half_keys.append(product("gmn,gmc->gnc", weights, query))
         d_queries = _ungroup(jnp.concatenate(d_halves, axis=-1).reshape(g * m, d_key), g, h)
         return d_keys + jnp.stack(d_half_keys, axis=1), d_queries
 
-    d_keys, d_queries = scan_chunks(
-        body, jnp.zeros_like(keys), (queries, d_scores, indices), t, chunk_size(t, 4 * h * n)
-    )
-    return d_queries.astype(queries.dtype), d_keys.reshape(sub_keys.shape).astype(sub_keys.dtype)
+    size = chunk_size(t, 4 * h * n)
+    d_keys, d_queries = scan_chunks(body, jnp.zeros_like(keys), (queries, d_scores, indices), t, size)
+    return d_queries, d_keys
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
