@@ -15,6 +15,7 @@ LAYERS = ("PEER", "PKM", "Dense")
 COMPARED = "PEER without query norm"
 STEP = "training step"
 PYTORCH = "pytorch"
+PYTORCH_KEEPING = "pytorch, keeping memory"  # with the settings of malloc that our commands have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

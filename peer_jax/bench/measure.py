@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from peer_jax.bench import pytorch
-from peer_jax.bench.cases import BYTES, COMPARED, LAYERS, OPS, PYTORCH, STEP, Case, cases
+from peer_jax.bench.cases import BYTES, COMPARED, LAYERS, OPS, PYTORCH, PYTORCH_KEEPING, STEP, Case, cases
 from peer_jax.bench.programs import program
 from peer_jax.bench.timing import Machine, Times, interleaved, measure_machine, sampler
 from peer_jax.bench.worker import Worker
@@ -101,7 +101,7 @@ class Options:
         sizes = {name: getattr(self, name) or values for name, values in defaults.items()}
         # A step of the reference holds [tokens, h, k, d]: only where asked for.
         usual = ("xla",) if self.what == "step" or self.against else ("reference", "xla")
-        implementations = (*(self.implementation or usual), *([PYTORCH] if self.against else ()))
+        implementations = (*(self.implementation or usual), *([PYTORCH, PYTORCH_KEEPING] if self.against else ()))
         found = list(
             cases(
                 self.what,

@@ -56,6 +56,7 @@ LOOKS = {
     "reference": ("#000000", "o"),
     "xla": ("#d55e00", "s"),
     "pytorch": ("#0072b2", "^"),
+    "pytorch, keeping memory": ("#56b4e9", "v"),
     "mosaic_gpu": ("#009e73", "D"),
 }
 COLUMNS = ("sizes", "implementation", "median", "quartiles", "ratio", "floor, token", "expert", "memory")

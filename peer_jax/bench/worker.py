@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from peer_jax.allocator import keep_freed_memory, return_freed_memory
-from peer_jax.bench.cases import PYTORCH, Case
+from peer_jax.bench.cases import PYTORCH, PYTORCH_KEEPING, Case
 from peer_jax.errors import InputError
 from peer_jax.ops.floor import Floor
 
@@ -106,15 +106,16 @@ def main() -> None:
     def answer(value: Any) -> None:
         print(json.dumps(value), file=pipe, flush=True)
 
-    keep_freed_memory()
     case = Case(**json.loads(sys.stdin.readline()))
+    if case.implementation != PYTORCH:
+        keep_freed_memory()
     import jax
 
     from peer_jax.bench import programs, pytorch
     from peer_jax.bench.timing import sampler
 
     try:
-        program = (pytorch if case.implementation == PYTORCH else programs).program(case)
+        program = (pytorch if case.implementation in (PYTORCH, PYTORCH_KEEPING) else programs).program(case)
     except InputError as error:
         answer({"refused": str(error)})
         return
