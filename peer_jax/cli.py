@@ -77,12 +77,13 @@ def train(
     processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
     run = _load(config, set_)
     from peer_jax import config as configs
-    from peer_jax.scaling import results
-    from peer_jax.scaling.report import table
     from peer_jax.training.loop import train as train_run
 
     train_run(run, workdir, config=configs.text, progress=not quiet)
     if show_table and processes.leads():
+        from peer_jax.scaling import results
+        from peer_jax.scaling.report import table
+
         table(results.read([workdir]))
 
 

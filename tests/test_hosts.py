@@ -34,12 +34,12 @@ from peer_jax.training import workdir as workdirs
 from peer_jax.training.checkpoint import Checkpoints
 
 # Batches that 8 devices share; and so much validation that its last batch of 128 rows has some in both processes.
-STEPS, EVERY = 40, 5
+STEPS, EVERY = 24, 4
 BINDINGS = (
     "Run.batch_size=8",
     f"Run.steps={STEPS}",
     f"Run.checkpoint_every={EVERY}",
-    "Run.evaluate_every=16",
+    "Run.evaluate_every=9",
     "local_files.validation_share=0.4",
 )
 # Sums over the parts of a batch come in another order: a rounding of 6e-8 each, some dozen of them.
@@ -140,7 +140,7 @@ def test_one_process_writes_for_all(one, two):
     assert len(list((two / "tensorboard").iterdir())) == 1
     assert (two / "config.gin").read_text() == (one / "config.gin").read_text()
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    assert sorted(path.name for path in (two / "checkpoints").iterdir()) == ["35", "40"]
+    assert sorted(path.name for path in (two / "checkpoints").iterdir()) == ["20", "24"]
 
 
 # Stopped and killed
@@ -169,7 +169,7 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
         return hosts.start_all(train_command(tiny, tmp_path, *BINDINGS))
 
     kill, term = signal.SIGKILL, signal.SIGTERM
-    for step, numbers in ((9, (None, kill)), (17, (kill, None)), (24, (kill, kill))):
+    for step, numbers in ((5, (None, kill)), (10, (kill, None)), (13, (kill, kill))):
         for number, (status, errors) in zip(numbers, signal_at(start(), tmp_path, step, numbers), strict=True):
             if number == kill:
                 assert status == -kill
@@ -179,9 +179,9 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
         assert max(saved(tmp_path), default=0) >= step - 2 * EVERY
         assert not (tmp_path / "result.json").exists()
 
-    ends = signal_at(start(), tmp_path, 28, (None, term))
+    ends = signal_at(start(), tmp_path, 15, (None, term))
     stopped = lines(tmp_path)[-1]["step"]
-    assert 28 <= stopped < STEPS
+    assert 15 <= stopped < STEPS
     for status, errors in ends:
         assert status == 128 + term
         assert f"peer-jax: stopped at step {stopped} and saved; the same command resumes\n" in errors
@@ -384,7 +384,7 @@ def told(hosts, tiny, one, two, tmp_path_factory):
     [
         ("batch", "Run.batch_size / Run.accumulation=12 does not divide over the 8 devices"),
         ("rate", "process 1 has AdamW.learning_rate = 0.5, process 0 has 0.01"),
-        ("steps", "process 1 has Run.steps = 3, process 0 has 40"),
+        ("steps", "process 1 has Run.steps = 3, process 0 has 24"),
         ("mesh", "process 1 has Sharding.expert = 2, process 0 has 1"),
         ("another directory", "there of process 1 is not that of process 0"),
         ("another run", "holds a run with Run.seed = 0, now it is 1"),
@@ -415,7 +415,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(told, t
     assert [answer["damaged for one"] for answer in answers] == [loss, loss]
     assert losses(folder / "damaged for one") == losses(two)
     names = sorted(path.name for path in (folder / "damaged for one" / "checkpoints").iterdir())
-    assert names == ["35", "40", "damaged-40"]
+    assert names == ["20", "24", "damaged-24"]
 
 
 def test_gathered_text(told):

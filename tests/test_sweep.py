@@ -300,7 +300,8 @@ def test_the_paper_s_sweep_has_the_paper_s_layers():
     described, _ = config.load_sweep([path])
     assert set(described.budgets) == {6e18, 2e19}
     found = {}
-    for point in expand(described, path.parent):
+    points = {(point.method, point.size): point for point in expand(described, path.parent)}
+    for point in points.values():
         run, _ = load_run(point.files, point.bindings)
         model = run.trainer().abstract_model
         (place,) = [i for i, b in enumerate(model.blocks) if type(b.ffw).__name__ != "Dense"] or [None]

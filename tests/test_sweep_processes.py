@@ -46,7 +46,9 @@ def start(config, folder, *bindings, workers=2, compiled):
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(PEER_JAX_CACHE=str(compiled), JAX_PLATFORMS="cpu"),
+        env=environment(
+            PEER_JAX_CACHE=str(compiled), JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        ),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

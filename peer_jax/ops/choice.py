@@ -11,7 +11,7 @@ from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu
 
 # Bytes of rows gathered, in float32, up to which a CPU does best to hold them all (docs/performance.md).
-HELD = 8 * 2**20
+HELD = 2**20
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 
@@ -31,7 +31,7 @@ def choose(
 ) -> str:
     """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
 
-    None is "xla", but on CPU "reference" where the rows are few and float32: in the backward pass it is faster there.
+    None is "xla", but on CPU "reference" where the rows are few and float32, which can be faster backward.
     The kernels of "mosaic_gpu" have not been measured on a GPU yet, so they must be asked for. What they can't take
     falls back to "xla", and says so once.
     """

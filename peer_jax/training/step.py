@@ -62,9 +62,11 @@ class Trainer:
                 "set query_norm to 'layer' or None, or accumulation to 1"
             )
         self.abstract_model = abstract
-        self.graph, params, _ = nnx.split(abstract, nnx.Param, ...)
+        self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
         optimizer.check(self.labels)
+        moments = jax.eval_shape(functools.partial(optimizer.init, self.labels), params)
+        self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, moments)
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step; made where it belongs, so that no device ever has more than its part."""
@@ -76,16 +78,13 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Shapes and types of the state, and where it is in the placement in use."""
-        state = jax.eval_shape(self._init, jax.random.key(0))
-        shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), state)
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+        shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), self._shapes)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self._shapes, shardings)
 
     def shardings(self) -> TrainState | None:
         """Of each array of the state, in the placement in use; None on one device."""
         placement = current()
-        if placement is None:
-            return None
-        return placement.shardings(jax.eval_shape(self._init, jax.random.key(0)))
+        return None if placement is None else placement.shardings(self._shapes)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
         """``step``, compiled at its first call; it takes the state over."""
