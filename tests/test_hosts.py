@@ -225,8 +225,7 @@ class Topology:
         batches.set_state(position["batches"])
         with use(self.placement):
             for step in range(steps):
-                batch = next(batches)
-                batch = split_batch(batch)
+                batch = split_batch(next(batches))
                 state, metrics = self.step(state, batch, self.run.optimizer.rates(self.trainer.labels, step, STEPS))
                 found.append(float(metrics["loss"]))
         return state, found, {"batches": batches.get_state()}

@@ -115,20 +115,17 @@ class Trained:
         with use(placement):
             self.shardings = made.shardings()
 
-            def place(rows):
-                return split_batch(rows)
-
             def begin():
                 state = initial(model)
                 return state if placement is None else jax.device_put(state, self.shardings)
 
             rates = [made.optimizer.rates(made.labels, step, 2 * STEPS) for step in range(STEPS)]
-            self.step = made.compiled_step().lower(begin(), place(batch(model, 0)), rates[0]).compile()
+            self.step = made.compiled_step().lower(begin(), split_batch(batch(model, 0)), rates[0]).compile()
 
             def run():
                 state, states, metrics = begin(), [], []
                 for step in range(STEPS):
-                    state, measured = self.step(state, place(batch(model, step)), rates[step])
+                    state, measured = self.step(state, split_batch(batch(model, step)), rates[step])
                     states.append(jax.device_get(state))
                     metrics.append(jax.device_get(measured))
                 self.last = state

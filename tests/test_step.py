@@ -1,4 +1,4 @@
-"""The training step: accumulation, data parallelism, donation, padding, rates; and loss falls for every layer."""
+"""The training step: accumulation, donation, padding, rates; and loss falls for every layer."""
 
 import functools
 import math
@@ -78,13 +78,13 @@ def rates_of(made, step=0, steps=10):
     return made.optimizer.rates(made.labels, step, steps)
 
 
-def run(name, steps=3, accumulation=1, place=lambda batch: batch):
+def run(name, steps=3, accumulation=1):
     """The state and metrics after some steps from seed 0, and the state before."""
     made, step = trainer(name, accumulation)
     state = before = initial(name)
     metrics = []
     for index in range(steps):
-        state, measured = step(state, place(ragged(index)), rates_of(made, index))
+        state, measured = step(state, ragged(index), rates_of(made, index))
         metrics.append(measured)
     return state, metrics, before
 

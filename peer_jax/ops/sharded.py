@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.chunks import chosen_first, chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, current, on_each_device
@@ -303,11 +303,7 @@ class OwnPairs:
         self._gates = gates.reshape(-1)
         self._row = indices.reshape(-1) - jax.lax.axis_index(EXPERT) * num_rows
         own = (self._row >= 0) & (self._row < num_rows)
-        p = own.size
-        place = jnp.where(own, jnp.cumsum(own, dtype=jnp.int32) - 1, p)
-        # What is left over is the last pair, so that tokens stay in order.
-        self._pair = jnp.full(p, p - 1, jnp.int32).at[place].set(jnp.arange(p, dtype=jnp.int32), mode="drop")
-        self._count = jnp.sum(own, dtype=jnp.int32)
+        self._pair, self._count = chosen_first(own)
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
         """``carry = body(carry, token, row, gate, live, place)`` over chunks of the own pairs, as many as there are."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.chunks import chosen_first, chunk_size, scan_chunks
 
 # The weights of the pairs and what they weigh.
 Term = tuple[Float[Array, "t r"], Float[Array, "t d"]]
@@ -156,9 +156,7 @@ def _scatter_some(
     """Adds the chosen pairs to the tables, in as many chunks as they fill."""
     p = chosen.size
     size = min(p, chunk_size(p, 4 * tables[0].shape[1]))
-    place = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, p)
-    order = jnp.full(p, p - 1, jnp.int32).at[place].set(jnp.arange(p, dtype=jnp.int32), mode="drop")
-    total = jnp.sum(chosen, dtype=jnp.int32)
+    order, total = chosen_first(chosen)
 
     def step(index, tables):
         at = index * size + jnp.arange(size, dtype=jnp.int32)

@@ -1,8 +1,8 @@
 """Top k of every column of a matrix.
 
 On CPU, ``jax.lax.top_k`` keeps a heap a row, one row after the other on one thread. Here whole rows of the matrix are
-compared with each other, so that every comparison is a vector instruction and all threads share it: 3 to 5 times as
-fast for k from 16 to 128 (docs/log.md). Elsewhere it is ``jax.lax.top_k``.
+compared with each other, so that every comparison is a vector instruction and all threads share it: 5 times as fast for
+16 of 512 (docs/log.md). Elsewhere it is ``jax.lax.top_k``.
 
 n  elements a column     m  columns     K  k rounded up to a power of two
 """
