@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import relative_error
 
-from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.rows import KEEPS_BARRIERS, dot_rows, sum_rows
 
 # Of widths: no multiple of 16 parts, narrow, wide; of rows a token: alone, odd, 4, 8 and 16 together.
 WIDTHS = (6, 16, 48, 128, 144, 256)
@@ -29,3 +29,8 @@ def test_equal_float64(rng, d, r, dtype):
     # Inputs are exact; up to 256 float32 terms are added.
     assert relative_error(products, np.einsum("td,trd->tr", exact, rows)) < 1e-5
     assert relative_error(sums, np.einsum("tr,trd->td", weights.astype(np.float64), rows)) < 1e-5
+
+
+def test_barriers_keep_what_they_part_from_being_fused():
+    program = jax.jit(lambda x: jax.lax.optimization_barrier(x + 1) * 2).lower(jnp.ones((8, 8))).compile().as_text()
+    assert program.count(" fusion(") == (2 if KEEPS_BARRIERS else 1)

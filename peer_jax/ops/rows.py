@@ -23,6 +23,8 @@ ROWS_OF_A_DOT = 16
 PARTS_OF_A_DOT = 16
 # Width of a row from which on a product is added up row by row: a step then reads enough of it.
 WIDE = 128
+# XLA of earlier versions drops barriers before it fuses; what they should keep apart is then slower than plain sums.
+KEEPS_BARRIERS = jax.__version_info__ >= (0, 11, 1)
 
 
 def dot_rows(x: Float[Array, "t d"], table: Float[Array, "N d"], indices: Int[Array, "t r"]) -> Float[Array, "t r"]:
@@ -67,6 +69,8 @@ def _added(terms: Iterable[Array]) -> Array:
 
 def _sum_on_cpu(weights: Array, table: Array, indices: Array, dtype: jnp.dtype) -> Array:
     """Eight rows at a time."""
+    if not KEEPS_BARRIERS:
+        return _sum(weights, table, indices, dtype)
     t, r = indices.shape
     together = math.gcd(r, ROWS_OF_A_SUM)
     indices, weights = (a.reshape(t, r // together, together) for a in (indices, weights))
@@ -76,7 +80,7 @@ def _sum_on_cpu(weights: Array, table: Array, indices: Array, dtype: jnp.dtype) 
 
 def _dot_on_cpu(x: Array, table: Array, indices: Array) -> Array:
     d, parts = x.shape[1], PARTS_OF_A_DOT
-    if d % parts:
+    if d % parts or not KEEPS_BARRIERS:
         return _dot(x, table, indices)
     return (_dot_of_wide_rows if d >= WIDE else _dot_of_narrow_rows)(x, table, indices)
 
