@@ -55,6 +55,9 @@ def chosen_first(chosen: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array
     return places, jnp.sum(chosen, dtype=jnp.int32)
 
 
+# XLA of earlier versions drops barriers before it fuses. What relies on them to be fast is then slow, so it isn't used.
+KEEPS_BARRIERS = jax.__version_info__ >= (0, 11, 1)
+
 # Bytes of a table's rows that an update works on at a time, so that one pass finds in the cache what another wrote.
 ROWS_BUDGET = 2**20
 
@@ -69,7 +72,7 @@ def update_by_rows(
     """
     n = other.shape[0] if other.ndim else 1
     rows = ROWS_BUDGET * n // max(1, other.nbytes)
-    if jax.default_backend() != "cpu" or not 0 < rows < n:
+    if jax.default_backend() != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
         return update(*tables, other)
 
     def at(start: int | jax.Array, size: int, tables: tuple[jax.Array, ...]):

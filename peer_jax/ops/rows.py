@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peer_jax.ops.chunks import KEEPS_BARRIERS
+
 # Rows that one step of a loop reads: more are not faster.
 ROWS_OF_A_SUM = 8
 ROWS_OF_A_DOT = 16
@@ -23,8 +25,6 @@ ROWS_OF_A_DOT = 16
 PARTS_OF_A_DOT = 16
 # Width of a row from which on a product is added up row by row: a step then reads enough of it.
 WIDE = 128
-# XLA of earlier versions drops barriers before it fuses; what they should keep apart is then slower than plain sums.
-KEEPS_BARRIERS = jax.__version_info__ >= (0, 11, 1)
 
 
 def dot_rows(x: Float[Array, "t d"], table: Float[Array, "N d"], indices: Int[Array, "t r"]) -> Float[Array, "t r"]:
