@@ -22,10 +22,11 @@ needs_kernels = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX,
 @pytest.mark.parametrize(
     ("platform", "size", "r", "expected"),
     [
-        # 1 MiB of rows, and a token more.
+        # 1 MiB of rows gathered, and a token more; 1 MiB of table, and a row more.
         ("cpu", {"t": 8}, 128, "reference"),
         ("cpu", {"t": 9}, 128, "xla"),
-        ("cpu", {"t": 1, "n": 1024**2}, 128, "reference"),
+        ("cpu", {"t": 1, "n": 1024}, 128, "reference"),
+        ("cpu", {"t": 1, "n": 1025}, 128, "xla"),
         ("cpu", {"t": 8, "dtype": jnp.bfloat16}, 128, "xla"),
         ("cpu", {"t": 32768, "d": 768, "n": 1024**2}, 128, "xla"),
         ("gpu", {"t": 1, "n": 1}, 1, "xla"),

@@ -212,6 +212,30 @@ def test_unknown_implementation_is_named(rng):
         expert_mix(*map(jnp.asarray, draw(rng, 1, 2, 4, 1, 1)), jax.nn.gelu, implementation="abacus")
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"x": (3, 5)}, r"\(3, 5\)"),
+        ({"x": (2, 4)}, r"\(2,\)"),
+        ({"up": (8, 4)}, r"\(8, 4\)"),
+        ({"down": (0, 4), "up": (0, 4)}, r"\(0, 4\)"),
+        ({"gates": (3, 1, 1)}, r"\(3, 1, 1\)"),
+        ({"indices": (1, 1, 2)}, r"\(1, 1, 2\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changed, named, unchecked_types):
+    sizes = {"x": (3, 4), "down": (9, 4), "up": (9, 4), "indices": (3, 1, 2), "gates": (3, 1, 2)} | changed
+    arrays = [jnp.zeros(size, jnp.int32 if name == "indices" else jnp.float32) for name, size in sizes.items()]
+    with pytest.raises(InputError, match=named):
+        expert_mix(*arrays, jax.nn.gelu)
+
+
+def test_tables_of_two_types_are_named(rng):
+    x, down, up, *pairs = map(jnp.asarray, draw(rng, 1, 2, 4, 1, 1))
+    with pytest.raises(InputError, match="bfloat16"):
+        expert_mix(x, down, up.astype(jnp.bfloat16), *pairs, jax.nn.gelu)
+
+
 MIB = 2**20
 
 

@@ -14,6 +14,7 @@ from reference import relative_error
 
 from peer_jax.errors import InputError
 from peer_jax.ops import checked, product_key_top_k
+from peer_jax.ops.chunks import KEEPS_BARRIERS
 
 # A float32 dot product of d_key/2 <= 8 terms and one sum: a few roundings of 6e-8 each, relative to the largest score.
 FP32 = 1e-6
@@ -147,6 +148,12 @@ def test_k_outside_1_to_n_squared_is_an_error_that_names_it(rng, k):
         product_key_top_k(*map(jnp.asarray, draw(rng)), k)
 
 
+def test_more_keys_than_int32_counts_are_an_error():
+    arrays = jax.ShapeDtypeStruct((1, 1, 2), jnp.float32), jax.ShapeDtypeStruct((2, 46341, 1), jnp.float32)
+    with pytest.raises(InputError, match="46341"):
+        jax.eval_shape(lambda *a: product_key_top_k(*a, 1), *arrays)
+
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_nan_query(rng, half):
     queries, sub_keys = draw(rng)
@@ -179,7 +186,10 @@ def test_checked_changes_nothing_that_is_right(rng):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_bounded(gradient):
-    """The scores of both halves would be 64 MiB: "reference" holds them, "xla" a quarter of that at most."""
+    """The scores of both halves would be 64 MiB: "reference" holds them, "xla" a quarter of that at most.
+
+    XLA that drops barriers holds a little more of a chunk.
+    """
     T, h, n, c, k = 4096, 4, 512, 16, 8
     arguments = jax.ShapeDtypeStruct((T, h, 2 * c), jnp.float32), jax.ShapeDtypeStruct((2, n, c), jnp.float32)
     assert T * h * 2 * n * 4 == 64 * 2**20
@@ -191,5 +201,5 @@ def test_memory_is_bounded(gradient):
         function = jax.grad(retrieve, argnums=(0, 1)) if gradient else retrieve
         return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary("xla") < 16 * 2**20
+    assert temporary("xla") < (16 if KEEPS_BARRIERS else 24) * 2**20
     assert temporary("reference") > 64 * 2**20

@@ -55,6 +55,40 @@ def test_all_orders_equal_loops(rng, order, size, dtype):
         assert relative_error(table, loops(indices, N, *term)) < 1e-5
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("num_rows", [3, 50, 5000])
+@pytest.mark.parametrize("order", ORDERS)
+def test_nan_stays_in_the_rows_that_its_token_retrieved(rng, order, num_rows):
+    T, r, d = 37, 5, 6
+    indices = rng.integers(0, num_rows, (T, r), np.int32)
+    cotangents = rng.normal(size=(T, d)).astype(np.float32)
+    spoilt = cotangents.copy()
+    spoilt[[0, 20, -1]] = np.nan  # the first and the last token, too: what fills up must not name them
+    weights = rng.normal(size=(T, r)).astype(np.float32)
+    clean, bad = (np.asarray(jitted(order)(indices, num_rows, ((weights, a),))[0]) for a in (cotangents, spoilt))
+    touched = np.isin(np.arange(num_rows), indices[[0, 20, -1]])
+    assert np.isnan(bad[touched]).all()
+    np.testing.assert_array_equal(bad[~touched], clean[~touched])
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_are_sorted_where_xla_is_told_so(rng, monkeypatch):
+    """To the last chunk, which is filled up."""
+    chunks = []
+
+    def scan(body, carry, tokens, num_tokens, size):
+        assert num_tokens % size == 0
+        chunks.append(tokens[0])
+        return carry, None
+
+    monkeypatch.setattr("peer_jax.ops.table_gradients.scan_chunks", scan)
+    indices = jnp.asarray(rng.integers(0, 5000, (37, 5)), jnp.int32)
+    _in_row_order(indices, 5000, ((jnp.ones((37, 5)), jnp.ones((37, 6))),))
+    (row,) = chunks
+    assert row.size > indices.size
+    np.testing.assert_array_equal(row, np.sort(row))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_rows", [3, 700])
 def test_two_runs_are_bitwise_equal(rng, order, num_rows):

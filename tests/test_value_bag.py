@@ -143,6 +143,17 @@ def test_index_out_of_range(rng, bad, implementation):
         checked_bag(implementation)(values, spoilt, gates)
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"values": (0, 4)}, r"\(0, 4\)"), ({"gates": (3, 1, 1)}, r"\(3, 1, 1\)"), ({"gates": (2, 1, 2)}, r"\(3, 1, 2\)")],
+)
+def test_sizes_that_do_not_fit_are_named(changed, named, unchecked_types):
+    sizes = {"values": (9, 4), "indices": (3, 1, 2), "gates": (3, 1, 2)} | changed
+    arrays = [jnp.zeros(size, jnp.int32 if name == "indices" else jnp.float32) for name, size in sizes.items()]
+    with pytest.raises(InputError, match=named):
+        value_bag(*arrays)
+
+
 def test_unknown_implementation_is_named(rng):
     with pytest.raises(InputError, match="abacus"):
         value_bag(*map(jnp.asarray, draw(rng, 1, 2, 4, 1, 1)), implementation="abacus")

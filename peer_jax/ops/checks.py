@@ -36,6 +36,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def check_pairs(op: str, tokens: tuple[int, ...], indices: Int[Array, "..."], gates: Float[Array, "..."]) -> None:
+    """An InputError unless indices and gates are [*tokens, h, k] both."""
+    if indices.ndim != len(tokens) + 2 or indices.shape[:-2] != tokens or gates.shape != indices.shape:
+        raise InputError(
+            f"{op}: indices {indices.shape} and gates {gates.shape} must both be [*tokens, h, k], tokens being {tokens}"
+        )
+
+
 def check_indices(op: str, indices: Int[Array, "..."], size: int) -> None:
     """In checked mode, an error where an index is not in [0, size)."""
     checkify.debug_check(

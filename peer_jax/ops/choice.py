@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu
 
-# Bytes of rows gathered, in float32, up to which a CPU does best to hold them all (docs/performance.md).
+# Bytes of the table, and of rows gathered, both in float32, up to which a CPU does best to hold all of these rows
+# (docs/performance.md).
 HELD = 2**20
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
@@ -31,14 +32,14 @@ def choose(
 ) -> str:
     """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
 
-    None is "xla", but on CPU "reference" where the rows are few and float32, which can be faster backward.
+    None is "xla", but on CPU "reference" where table and rows are small and float32, which can be faster backward.
     The kernels of "mosaic_gpu" have not been measured on a GPU yet, so they must be asked for. What they can't take
     falls back to "xla", and says so once.
     """
     check_implementation(implementation)
     if implementation is None:
-        few = 4 * x.shape[0] * r * x.shape[1] <= HELD and table.dtype == jnp.float32
-        return "reference" if few and (platform or jax.default_backend()) == "cpu" else "xla"
+        small = 4 * x.shape[1] * max(x.shape[0] * r, table.shape[0]) <= HELD and table.dtype == jnp.float32
+        return "reference" if small and (platform or jax.default_backend()) == "cpu" else "xla"
     if implementation != "mosaic_gpu":
         return implementation
     if reason := mosaic_gpu.why_not(x, table, r, platform):

@@ -55,7 +55,8 @@ def chosen_first(chosen: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array
     return places, jnp.sum(chosen, dtype=jnp.int32)
 
 
-# XLA of earlier versions drops barriers before it fuses. What relies on them to be fast is then slow, so it isn't used.
+# XLA of earlier versions drops barriers before it fuses. Sums of rows and updates by rows, which are fast because of
+# them, would be slower than plain ones there.
 KEEPS_BARRIERS = jax.__version_info__ >= (0, 11, 1)
 
 # Bytes of a table's rows that an update works on at a time, so that one pass finds in the cache what another wrote.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, drop_invalid
+from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
@@ -55,6 +55,11 @@ def expert_mix(
     """
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
+    if down.dtype != up.dtype:
+        raise InputError(f"down is {down.dtype} and up is {up.dtype}: cast one of them")
+    if x.shape[-1] != down.shape[1] or not down.shape[0]:
+        raise InputError(f"tables {down.shape} must have rows, as wide as x {x.shape}")
+    check_pairs("expert_mix", x.shape[:-1], indices, gates)
     check_indices("expert_mix", indices, down.shape[0])
     gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
 

@@ -55,6 +55,8 @@ def product_key_top_k(
         raise InputError(f"queries have d_key={queries.shape[-1]}, but sub_keys of width {half} need {2 * half}")
     if not 1 <= k <= n * n:
         raise InputError(f"k={k} keys can't be retrieved from {n}^2 = {n * n}: choose 1 <= k <= {n * n}")
+    if n * n > 2**31:
+        raise InputError(f"{n}^2 keys are more than int32 counts, 2^31: choose n <= 46340")
     if sub_keys.ndim == 4 and sub_keys.shape[0] != queries.shape[-2]:
         raise InputError(f"sub_keys are for {sub_keys.shape[0]} heads, but queries have {queries.shape[-2]}")
     check_implementation(implementation)

@@ -26,11 +26,12 @@ WORTH_A_PASS = 8
 def table_gradients(
     indices: Int[Array, "t r"], num_rows: int, *terms: Term
 ) -> tuple[Float[Array, "{num_rows} d"], ...]:
-    """A table for each term, in float32 and always added up in the same order.
+    """A table for each term, in float32; on CPU always added up in the same order.
 
     A scatter on CPU is one loop on one thread, in the order of the tokens; small tables are filled by it. For larger
-    ones the pairs are sorted by row, and each row of a table is written once, with all that it sums, by all cores. On a
-    GPU a scatter would add with atomics, in any order.
+    ones the pairs are sorted by row, and each row of a table is written once, with all that it sums, by all cores.
+    Elsewhere the pairs are sorted, too, so that a scatter finds those of a row together; on a GPU it may still add some
+    of them with atomics, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true.
     """
     size = sum(4 * num_rows * cotangents.shape[1] for _, cotangents in terms)
     if size <= UNSORTED:
@@ -86,21 +87,27 @@ def _in_row_order(
     """Sorted by row, a row's contributions are neighbours, so the tables are walked through once, front to back."""
     t, r = indices.shape
     pairs = sort_pairs(indices)
+    sources = [_with_no_token(cotangents) for _, cotangents in terms]
 
     def body(tables, chunk):
         row, token, weights = chunk
         return tuple(
             table.at[row].add(
-                weight[:, None] * cotangents[token].astype(jnp.float32),
+                weight[:, None] * source[token].astype(jnp.float32),
                 mode="promise_in_bounds",
                 indices_are_sorted=True,
             )
-            for table, weight, (_, cotangents) in zip(tables, weights, terms, strict=True)
+            for table, weight, source in zip(tables, weights, sources, strict=True)
         ), None
 
-    weights = tuple(weights.reshape(-1)[pairs.pair] for weights, _ in terms)
-    size = chunk_size(t * r, 4 * terms[0][1].shape[1])
-    return scan_chunks(body, _zeros(num_rows, terms), (pairs.row, pairs.pair // r, weights), t * r, size)[0]
+    p = t * r
+    size = min(p, chunk_size(p, 4 * terms[0][1].shape[1]))
+    # The last chunk is filled up with pairs of the last row, so that rows stay sorted, with no token.
+    fill = (0, -p % size)
+    row = jnp.pad(pairs.row, fill, constant_values=num_rows - 1)
+    token = jnp.pad(pairs.pair // r, fill, constant_values=t)
+    weights = tuple(jnp.pad(weights.reshape(-1)[pairs.pair], fill) for weights, _ in terms)
+    return scan_chunks(body, _zeros(num_rows, terms), (row, token, weights), row.size, size)[0]
 
 
 def _row_by_row(
@@ -115,6 +122,7 @@ def _row_by_row(
     count = jnp.zeros(num_rows, jnp.int32).at[row].add(1, mode="promise_in_bounds", indices_are_sorted=True)
     start = jnp.cumsum(count) - count
     weights = [weights.reshape(-1).astype(jnp.float32) for weights, _ in terms]
+    sources = [_with_no_token(cotangents) for _, cotangents in terms]
 
     def one_pass(done: Int[Array, ""]) -> tuple[Float[Array, "N d"], ...]:
         """What each row sums over its pairs from number ``done`` on, ``PASS`` of them."""
@@ -122,11 +130,11 @@ def _row_by_row(
         live = nth < count[None]
         at = pair[jnp.minimum(start[None] + nth, pair.size - 1)]
         # The barriers keep XLA from working this out again for each element of a row.
-        token = jax.lax.optimization_barrier(jnp.where(live, at // r, 0))
+        token = jax.lax.optimization_barrier(jnp.where(live, at // r, t))
         tables = []
-        for weight, (_, cotangents) in zip(weights, terms, strict=True):
+        for weight, source in zip(weights, sources, strict=True):
             weight = jax.lax.optimization_barrier(jnp.where(live, weight[at], 0))
-            rows = (cotangents.at[token[i]].get(mode="promise_in_bounds").astype(jnp.float32) for i in range(PASS))
+            rows = (source.at[token[i]].get(mode="promise_in_bounds").astype(jnp.float32) for i in range(PASS))
             tables.append(functools.reduce(operator.add, (w[:, None] * a for w, a in zip(weight, rows, strict=True))))
         return tuple(tables)
 
@@ -172,6 +180,11 @@ def _scatter_some(
         )
 
     return jax.lax.fori_loop(0, (total + size - 1) // size, step, tables)
+
+
+def _with_no_token(cotangents: Float[Array, "t d"]) -> Float[Array, "t+1 d"]:
+    """Behind the tokens' a row of zeros, for pairs that are none: a weight of 0 would not undo a NaN."""
+    return jnp.pad(cotangents, ((0, 1), (0, 0)))
 
 
 def _zeros(num_rows: int, terms: tuple[Term, ...]) -> tuple[Float[Array, "{num_rows} d"], ...]:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, drop_invalid
+from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
@@ -38,8 +39,12 @@ def value_bag(
             where they can't run; None picks.
 
     Raises:
-        InputError: under ``checked``, if an index is out of range. Otherwise such a token's output is NaN.
+        InputError: if sizes don't fit; under ``checked``, also if an index is out of range. Otherwise such a token's
+            output is NaN.
     """
+    if not values.shape[0]:
+        raise InputError(f"values {values.shape} must have rows")
+    check_pairs("value_bag", gates.shape[:-2], indices, gates)
     check_indices("value_bag", indices, values.shape[0])
     gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
 
