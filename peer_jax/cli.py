@@ -104,7 +104,9 @@ def evaluate(
     from peer_jax.training.restore import evaluate_run
 
     runs = [configs.load(_with(workdir, [file]), set_) for file in data] or [configs.load(_with(workdir), set_)]
-    step, evaluations = evaluate_run(runs, workdir, checkpoint=checkpoint, batch_size=batch_size, progress=not quiet)
+    step, evaluations = evaluate_run(
+        runs, workdir, checkpoint=checkpoint, batch_size=batch_size, config=configs.text, progress=not quiet
+    )
     from peer_jax.scaling.report import evaluation_table
 
     evaluation_table(step, evaluations)
@@ -117,7 +119,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.", min=0)] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
     checkpoint: WhichCheckpoint = "last",
 ) -> None:
     """Continue a prompt with a trained run."""
@@ -289,6 +291,7 @@ def bench(
         repeats=repeats,
         quick=quick,
     )
+    report.make_folder(out)
     result = run(options, on_row=lambda row: typer.echo(report.line(row), err=True))
     report.show(result)
     for path in report.write(result, out):

@@ -4,10 +4,12 @@ A config names classes and functions of this package and their arguments, ``PEER
 can be named is in ``_configurables``; the library itself carries no decorators.
 """
 
+import difflib
 import functools
 import inspect
+import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,19 @@ _configurables: list[Callable[..., Any]] = [
 ]
 _constants = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+# What the package passes itself, over any binding: whence it comes, and what to set instead.
+_layers = [layer.__name__ for layer in (Dense, MoE, PKM, PEER)]
+_given = {
+    **{
+        f"{layer}.{argument}": ("the Transformer", f"Transformer.{argument}")
+        for layer in _layers
+        for argument in ("d_model", "dtype", "param_dtype")
+    },
+    **{f"{layer}.rngs": ("the Transformer", "Run.seed") for layer in _layers},
+    "Transformer.rngs": ("the run", "Run.seed"),
+    "Transformer.vocab_size": ("the run", "TextTask.vocabulary"),
+}
+
 
 def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
     """The run that a stack of config files and bindings describes; later ones override earlier ones.
@@ -73,19 +88,77 @@ def _build(name: str, files: Sequence[str | Path], bindings: Sequence[str]) -> A
     """What the configurable of that name makes of the files and bindings."""
     _register()
     gin.clear_config()
+    read = []
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"--config {file} does not exist: give the path of a .gin file, such as configs/base.gin")
         with _one_sentence(f"--config {file}"):
-            gin.parse_config_file(str(file), skip_unknown=False, print_includes_and_imports=False)
+            read.append(gin.parse_config_file(str(file), skip_unknown=False, print_includes_and_imports=False))
     for binding in bindings:
         if "=" not in binding:
             raise InputError(f"--set {binding!r} is not of the form NAME=VALUE, such as 'PEER.top_k=8'")
         with _one_sentence(f"--set {binding!r}"):
             gin.parse_config(binding, skip_unknown=False)
+    _refuse_unknown_macros(bindings, [file for parsed in read for file in _with_included(parsed)])
+    _refuse_given()
     with _one_sentence("the config"):
-        gin.finalize()
+        _finalize()
         return gin.get_configurable(name)()
+
+
+def _refuse_unknown_macros(bindings: Sequence[str], files: Sequence[Path]) -> None:
+    """An InputError for a macro that no config sets or uses: gin takes it, and nothing would change.
+
+    One of a file beside the given ones is known, too: a sweep sets ``TABLE_RATE`` for its dense models as well.
+    """
+    names = [binding.partition("=")[0].strip() for binding in bindings]
+    names = [name for name in names if "." not in name]  # gin itself knows whether there is a PEER.top_k
+    if not names:
+        return
+    known = set(re.findall(r"%([\w/]+)", "\n".join(bindings)))
+    beside = {neighbour for file in files for neighbour in (file, *file.parent.glob("*.gin")) if neighbour.is_file()}
+    for config in sorted(beside):
+        found = re.finditer(r"^([\w/]+)[ \t]*=|%([\w/]+)", config.read_text(errors="replace"), re.MULTILINE)
+        known.update(match[1] or match[2] for match in found)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            way_out = f"did you mean {close[0]}?" if close else "name what it belongs to, as in PEER.top_k=8"
+            raise InputError(f"--set {name}: no config sets or uses a macro of that name; {way_out}")
+
+
+def _with_included(parsed: Any) -> Iterator[Path]:
+    """The path of a file that gin has read, and those of the files that it includes."""
+    yield Path(parsed.filename)
+    for included in parsed.includes:
+        yield from _with_included(included)
+
+
+def _refuse_given() -> None:
+    """An InputError for a binding that would have no effect, since the package passes that argument itself."""
+    for name, (giver, instead) in _given.items():
+        try:
+            gin.query_parameter(name)
+        except ValueError:  # not bound
+            continue
+        raise InputError(f"{name} is given by {giver}: set {instead}")
+
+
+def _finalize() -> None:
+    """Checks references; gin's own message about a macro that is not set has the whole config in it."""
+    try:
+        gin.finalize()
+    except ValueError as error:
+        unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
+        if unset is None:
+            raise
+        name = unset[1]
+        if re.match(r"(b|bf|fp|bfloat|float|u?int)\d", name):
+            types = " and ".join(f"%{constant}" for constant in _constants)
+            raise InputError(f"%{name} is no type that a config can name: there are {types}") from None
+        raise InputError(
+            f"{name} is not set: add a config that sets it, such as one of configs/sizes, or --set it"
+        ) from None
 
 
 def text() -> str:
@@ -129,11 +202,14 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     name = function.__name__
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     conf = BeartypeConf(is_pep484_tower=True)  # an int is a float, too
+    is_module = inspect.isclass(function) and issubclass(function, nnx.Module)  # the others never get a value by place
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         if unknown := sorted(kwargs.keys() - signature.parameters.keys()):
             raise InputError(f"{name} has no argument {unknown[0]!r}: it takes {', '.join(signature.parameters)}")
+        if args and not is_module:
+            raise InputError(f"@{name} stands where what it makes is needed: did you mean @{name}()?")
         given = signature.bind_partial(*args, **kwargs).arguments
         for argument, parameter in signature.parameters.items():
             if argument not in given:

@@ -5,11 +5,13 @@ and rows.json, which grow as the parts end. Ends with 1 if a target was missed o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +48,7 @@ PARTS = [
     Part("speed", "gpu_check_pytorch.py", (), 75),
     Part("correctness", "gpu_check_correctness.py", ("reference",), 80),
 ]
+RUNNING: list[subprocess.Popen] = []
 
 
 def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
@@ -59,14 +62,19 @@ def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
     start = time.monotonic()
     # With JAX's own frames, so that the error is the last line.
     setting = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=setting)
+    # In a session of its own, so that what it starts can be killed with it: whoever holds the pipe keeps us waiting.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=setting, start_new_session=True
+    )
+    RUNNING.append(process)
     try:
         out, err = process.communicate(timeout=limit)
         problem = None if process.returncode == 0 else f"ended with {process.returncode}: {last_line(err)}"
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill(process)
         out, err = process.communicate()
         problem = f"stopped after {limit:.0f} s; the rows above are from before"
+    RUNNING.remove(process)
     rows = [row for line in out.splitlines() if (row := parse(line)) is not None]
     if problem:
         print(err[-4000:], file=sys.stderr)
@@ -74,6 +82,12 @@ def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
     label = " ".join((part.script, *part.words))
     print(f"{label}: {time.monotonic() - start:.0f} s, {len(rows)} rows", file=sys.stderr, flush=True)
     return rows
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a part and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def parse(line: str) -> dict | None:
@@ -158,6 +172,9 @@ def main() -> int:
     parser.add_argument("directory", nargs="?", default=os.environ.get("OUT", "gpu_check"))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on any backend, kernels interpreted")
     arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     folder = Path(arguments.directory)
     folder.mkdir(parents=True, exist_ok=True)
     start, setting, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
@@ -167,9 +184,15 @@ def main() -> int:
     parts = [part for part in PARTS if not (arguments.smoke and part.words == ("step", "mosaic_gpu"))]
     # Nothing is timed in earnest in smoke mode, so two parts at once.
     with ThreadPoolExecutor(2 if arguments.smoke else 1) as pool:
-        for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), parts):
-            rows += found
-            text = write(folder, setting, rows, time.monotonic() - start)
+        try:
+            for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), parts):
+                rows += found
+                text = write(folder, setting, rows, time.monotonic() - start)
+        except BaseException:  # Ctrl-C and the like don't reach the parts, in sessions of their own
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                kill(process)
+            raise
     print(text, end="")
     print(f"written to {folder}/table.txt and {folder}/rows.json")
     return int(any(row["verdict"] == "FAIL" for row in rows + speed_ups(rows, arguments.smoke)))

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from peer_jax.bench import Options, cases, measure, pytorch, report, timing, worker
+from peer_jax.bench import Options, cases, measure, programs, pytorch, report, timing, worker
 from peer_jax.errors import InputError
 from peer_jax.ops import floor
 from peer_jax.ops.floor import Floor
@@ -212,6 +213,26 @@ def test_every_problem_once():
     assert [[c.implementation for c in group] for group in dense] == [["-"], ["-"]]
 
 
+@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize("name", [*cases.LAYERS, cases.COMPARED])
+def test_parameters_of_a_layer_have_their_own_type(name, direction):
+    """In the floor: half the bytes of all, where they are half as wide; and in the program."""
+    make = functools.partial(
+        cases.Case, "layer", name, direction, tokens=8, d_model=16, num_experts=64, heads=2, top_k=4, d_key=6
+    )
+    t, d, N, r = 8, 16, 64, 8
+    dense = d * 2 * 6 + (2 if name == cases.COMPARED else 1) * 8 * 6 if name != "Dense" else 2 * d * 4 * d
+    tables = {"PKM": 1, "Dense": 0}.get(name, 2)
+    elements = dense + tables * d * t * r  # in token order
+    if direction == cases.BOTH:  # all read again, and gradients written
+        elements += 2 * dense + tables * d * (t * r + N)
+    wide, narrow = (cases.floors(make(table_dtype=dtype))["token"] for dtype in ("float32", "bfloat16"))
+    assert wide.bytes - narrow.bytes == 2 * elements
+    if name != cases.COMPARED:  # which is given float32 weights
+        _, (params, _), _ = programs._layer(make(table_dtype="bfloat16"))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
 def test_a_layer_is_at_least_its_ops():
     make = functools.partial(
         cases.Case, direction="forward", tokens=8, d_model=16, num_experts=64, heads=2, top_k=4, d_key=8
@@ -291,6 +312,38 @@ def test_a_step_is_measured_in_its_own_process(bench, tmp_path):
     assert (tmp_path / "step-training-step-forward-backward.png").is_file()
 
 
+def test_a_refused_competitor_of_a_step_is_left_out(monkeypatch):
+    class Worker:
+        floors, answer = {}, dict.fromkeys(("memory", "extra_memory", "process_peak"))
+
+        def __init__(self, case, results):
+            self.case = case
+            if case.implementation == "mosaic_gpu":
+                raise InputError("runs on GPUs")
+
+        def sample(self):
+            return 1.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(measure, "Worker", Worker)
+    (competitors,) = Options(what="step", quick=True, implementation=("xla", "mosaic_gpu")).competitors()
+    measured, notes = measure._apart(competitors, 1)
+    assert [case.implementation for case in measured] == ["xla"]
+    assert notes == ["mosaic_gpu: runs on GPUs"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(InputError, match=f"--out {folder} can't be written to"):
+            report.make_folder(folder)
+    report.make_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
 def test_steps_are_drawn_against_the_number_of_experts():
     least = {"bytes": 1.0, "flops": 1.0, "seconds": 0.01}
     rows = [
@@ -320,6 +373,7 @@ def refused(outcome, *words):
         (["op", "--implementation", "fast"], ["fast", "xla"]),
         (["op", "--num-experts", "1000"], ["1000", "1024"]),
         (["op", "--tokens", "0"], ["--tokens 0"]),
+        (["step", "--tokens", "300"], ["--tokens 300", "try 256 or 512"]),
         (["op", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
         (["op", "--repeats", "0"], ["--repeats 0"]),
         (["op", "--num-experts", "4", "--top-k", "5"], ["top_k"]),
@@ -343,6 +397,7 @@ def test_other_results_are_not_compared():
     case = cases.Case("layer", cases.COMPARED, cases.FORWARD, 4, 2, 16, 1, 2)
     y = np.ones((1, 4, 2))
     pytorch.check_agreement(case, {"xla": {"y": y + 1e-6}, "pytorch": {"y": y}})
+    pytorch.check_agreement(case, {"xla": {"y": y}, cases.PYTORCH_KEEPING: {"y": y}})  # one of them can be left out
     with pytest.raises(InputError, match="PEER-pytorch"):
         pytorch.check_agreement(case, {"xla": {"y": y * 1.01}, "pytorch": {"y": y}})
 

@@ -222,6 +222,37 @@ def test_run_without_a_checkpoint(finished, tmp_path, run_cli, name):
     refused(run_cli(name, "--workdir", tmp_path), str(tmp_path))
 
 
+@pytest.mark.parametrize("option", [("--prompt", "a\udcff"), ("--seed", 2**32)])
+def test_generate_refuses_what_is_no_text_and_no_seed(finished, run_cli, option):
+    status, _, errors = run_cli("generate", "--workdir", finished, *option)
+    assert status == 2
+    assert option[0] in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("result.json", b'{"schema": 1}'),
+        ("result.json", b'{"schema": 1, "steps": 3, "corpus": {"name": "x"}, "evaluations": {}}'),
+        ("point.json", b'{"budget": "x"}'),
+    ],
+)
+def test_a_damaged_result_is_named(finished, tmp_path, run_cli, name, damage):
+    shutil.copy(finished / "result.json", tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    refused(run_cli("report", tmp_path), name)
+
+
+def test_a_config_that_is_no_text_is_named(tiny, finished, tmp_path, run_cli):
+    (tmp_path / "config.gin").write_bytes(b"Run.steps = \xff")
+    refused(run_cli("train", *command(tiny, "Run.steps=2"), "--workdir", tmp_path, "--quiet"), "config.gin")
+
+
+def test_a_bench_that_can_not_keep_its_results_measures_nothing(finished, run_cli):
+    refused(run_cli("bench", "op", "--quick", "--out", finished / "result.json"), "result.json")
+
+
 def test_no_such_checkpoint(finished, run_cli):
     refused(run_cli("generate", "--workdir", finished, "--checkpoint", "29"), "'29'", "30")
 

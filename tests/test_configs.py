@@ -11,6 +11,7 @@ from test_loop import CONFIGS, SEQ_LEN, load
 from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
 from peer_jax.data.prepared import PreparedCorpus
+from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.training import loop
 
@@ -82,6 +83,43 @@ def test_model_is_built(needed, layer, size):
     assert logits.shape == (*tokens.shape, model.vocab_size)
     assert run.num_steps(model) == 10
     run.optimizer.rates(trainer.labels, 0, 10)  # every table has its rate
+
+
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("TABEL_RATE=0.1", ["TABEL_RATE", "did you mean TABLE_RATE?"]),
+        ("PEER.param_dtype=%bfloat16", ["PEER.param_dtype", "set Transformer.param_dtype"]),
+        ("Transformer.vocab_size=10", ["Transformer.vocab_size", "set TextTask.vocabulary"]),
+        ("Transformer.dtype=%float16", ["%float16", "%bfloat16"]),
+        ("PEER.num_experts=%MANY", ["MANY is not set"]),
+        ("PEER.up_init=@normal", ["did you mean @normal()?"]),
+        ("Run.seed=-1", ["seed is -1"]),
+        ("Run.training_flops=1e400", ["training_flops=inf"]),
+        ("AdamW.eps=0.0", ["eps=0.0"]),
+        ("AdamW.b1=1.0", ["b1=1.0"]),
+        ("AdamW.table_learning_rate=-0.1", ["table_learning_rate=-0.1"]),
+        ("Transformer.rope_theta=0.0", ["rope_theta=0.0"]),
+    ],
+)
+def test_bindings_that_would_do_nothing_or_harm_are_refused(binding, words):
+    def steps():
+        data = CONFIGS / "data" / "python_stdlib.gin"
+        run = config.load(files(CONFIGS / "layers" / "peer.gin", CONFIGS / "sizes" / "tiny.gin", data), [binding])
+        return run.num_steps(run.trainer().abstract_model)
+
+    with pytest.raises(InputError) as refusal:
+        steps()
+    message = config.sentence(refusal.value)
+    for word in words:
+        assert word in message
+    assert len(message) < 200
+
+
+def test_a_missing_size_is_said_in_one_sentence():
+    stack = [CONFIGS / "base.gin", CONFIGS / "layers" / "peer.gin", CONFIGS / "data" / "python_stdlib.gin"]
+    with pytest.raises(InputError, match=r"_RATE is not set: add a config that sets it"):
+        config.load(stack)
 
 
 @pytest.mark.parametrize("data", DATA, ids=name)

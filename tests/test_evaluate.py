@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from test_loop import BATCH, load, train, write_text
 
-from peer_jax import cli, config
+from peer_jax import config
 from peer_jax.data.pipeline import eval_batches, open_cache, shift_right
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, Dense
@@ -183,15 +183,11 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    def run_cli(*arguments):
-        monkeypatch.setattr("sys.argv", ["peer-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return run_cli
+@pytest.fixture(scope="module")
+def peer_run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peer")
+    train(tiny, folder, "Run.steps=2", layer="peer")
+    return folder
 
 
 def data_file(folder, name, text, seed):
@@ -215,10 +211,38 @@ def test_evaluate_on_other_text_adds_to_the_result(finished, tmp_path, run_cli):
     }
 
 
-def test_evaluate_again_gives_the_same(finished, run_cli):
+def test_evaluate_again_gives_the_same(finished, run_cli, caplog):
     before = json.loads((finished / "result.json").read_text())
-    assert run_cli("evaluate", "--workdir", finished, "--quiet")[0] == 0
+    status, _, errors = run_cli("evaluate", "--workdir", finished, "--quiet")
+    assert (status, errors, caplog.messages) == (0, "", [])
     assert json.loads((finished / "result.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("bindings", "said"),
+    [
+        (["--set=PEER.top_k=2"], "PEER.top_k = 4, not 2"),
+        (["--set=TextTask.max_validation_tokens=60"], "another text named 'corpus'"),
+        (["--set=TextTask.seq_len=16"], "another text named 'corpus'"),
+    ],
+)
+def test_what_is_not_the_run_s_own_evaluation_does_not_replace_it(peer_run, run_cli, caplog, bindings, said):
+    before = (peer_run / "result.json").read_text()
+    status, printed, _ = run_cli("evaluate", "--workdir", peer_run, "--quiet", *bindings)
+    assert status == 0
+    assert "corpus" in printed
+    (message,) = caplog.messages
+    assert message.startswith("not added to result.json")
+    assert said in message
+    assert (peer_run / "result.json").read_text() == before
+
+
+def test_another_text_of_a_known_name_does_not_replace_it(finished, tmp_path, run_cli, caplog):
+    before = (finished / "result.json").read_text()
+    data = data_file(tmp_path, "other", "corpus.jsonl", seed=5)
+    assert run_cli("evaluate", "--workdir", finished, "--quiet", "--data", data)[0] == 0
+    assert "another text named 'corpus'" in caplog.text
+    assert (finished / "result.json").read_text() == before
 
 
 def test_data_of_one_name_are_not_dropped_in_silence(finished, tmp_path, run_cli):

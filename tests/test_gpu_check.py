@@ -3,10 +3,13 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -14,7 +17,10 @@ sys.path.insert(0, str(SCRIPTS))
 import compile_h200  # noqa: E402
 import gpu_check  # noqa: E402
 
+from peer_jax.ops import mosaic_gpu  # noqa: E402
 
+
+@pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="this JAX has no such kernels")
 def test_smoke(tmp_path):
     """All parts run, all comparisons pass, and the files hold what is printed."""
     command = ["bash", str(SCRIPTS / "gpu_check.sh"), str(tmp_path / "out"), "--smoke"]
@@ -40,16 +46,46 @@ def test_smoke(tmp_path):
     [
         ("import sys; print('{\"part\": \"speed\"}'); sys.exit('no device')", "ended with 1: no device"),
         ('import time; print(\'{"part": "speed"}\', flush=True); time.sleep(60)', "stopped after 2 s"),
+        # What it started holds the pipe, too.
+        (
+            'import subprocess; print(\'{"part": "speed"}\', flush=True); subprocess.run(["sleep", "60"])',
+            "stopped after 2 s",
+        ),
     ],
 )
 def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
     (tmp_path / "part.py").write_text(body)
     monkeypatch.setattr(gpu_check, "FOLDER", tmp_path)
     part = gpu_check.Part("speed", "part.py", ("ops", "xla"), 2)
+    start = time.monotonic()
     first, last = gpu_check.run(part, deadline=float("inf"), smoke=False)
+    assert time.monotonic() - start < 30
     assert first == {"part": "speed"}
     assert last["verdict"] == "FAIL"
     assert last["result"].startswith(result)
+
+
+def test_an_interrupted_check_leaves_nothing_running(tmp_path):
+    (tmp_path / "part.py").write_text(
+        "import os, pathlib, time; pathlib.Path('new').write_text(str(os.getpid()))\n"
+        "os.rename('new', 'pid'); time.sleep(60)"
+    )
+    program = f"""
+import pathlib, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import gpu_check
+gpu_check.FOLDER = pathlib.Path()
+gpu_check.PARTS = [gpu_check.Part("speed", "part.py", (), 60)] * 2
+gpu_check.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", program, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as check:
+        while not (tmp_path / "pid").exists():
+            assert check.poll() is None
+            time.sleep(0.05)
+        check.send_signal(signal.SIGTERM)
+        assert check.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_speed_ups_compare_equal_cases():
@@ -81,6 +117,12 @@ def test_what_ptxas_says_is_read_and_judged():
     result = {"program": "forward", "memory": memory, "kernels": [kernel]}
     assert compile_h200.faults(result, bounded=False) == ["registers are spilled"]
     assert compile_h200.faults(result, bounded=True)[1:] == ["temporary memory above 10% of inputs and outputs"]
+
+
+def test_twice_the_usual_registers_are_a_fault():
+    (kernel,) = compile_h200.kernels(LOG.replace("92 registers", "168 registers").replace("16 bytes", "0 bytes"))
+    result = {"memory": {"arguments": 90, "outputs": 10, "temporary": 0}, "kernels": [kernel | {"spill loads": 0}]}
+    assert compile_h200.faults(result, bounded=True) == ["more than 128 registers"]
 
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):

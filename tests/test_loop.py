@@ -359,8 +359,28 @@ def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, mon
         interrupt_at(patch, step)
         with pytest.raises(Interrupted):
             train(tiny, tmp_path, *bindings)
+    with monkeypatch.context() as patch:  # and again, at the first step after it has been made up for
+        interrupt_at(patch, 1)
+        if step < 8:
+            with pytest.raises(Interrupted):
+                train(tiny, tmp_path, *bindings)
+            (tmp_path / "checkpoints" / str(step + 1)).rename(tmp_path / "gone")
     train(tiny, tmp_path, *bindings)
     assert {at for at, kind in losses(tmp_path) if kind == "validation_loss"} == {5, 8}
+
+
+def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path, monkeypatch):
+    corpus = write_text(tmp_path / "corpus.jsonl")
+    bindings = ["Run.steps=8", "Run.checkpoint_every=2", f"local_files.path={str(corpus)!r}"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(Interrupted):
+            train(tiny, tmp_path / "run", *bindings)
+    write_text(corpus, seed=1)
+    with pytest.raises(InputError, match="another text than 'corpus' is now"):
+        train(tiny, tmp_path / "run", *bindings)
+    write_text(corpus)
+    assert train(tiny, tmp_path / "run", *bindings)["steps"] == 8
 
 
 def test_stopping_says_so_when_the_state_could_not_be_saved(tiny, tmp_path, monkeypatch):

@@ -32,6 +32,9 @@ CASES = {
     "rings turn over": (2, 64, 11, 18, "gelu", jnp.bfloat16, jnp.float32),
     "everybody the same": (9, 64, 8, 3, "gelu", jnp.float32, jnp.float32),
     "wide": (2, 1088, 5, 3, "relu", jnp.float32, jnp.float32),
+    # A row split over all warps, as at the target widths: two neighbours a lane (768) and four (1024).
+    "split as at 768": (3, 256, 11, 6, "gelu", jnp.float32, jnp.float32),
+    "split as at 1024": (3, 512, 11, 6, "gelu", jnp.bfloat16, jnp.float32),
 }
 # T, d, N, h * k
 TARGETS = [(32768, 768, 1024**2, 128), (4096, 1024, 1024, 32)]

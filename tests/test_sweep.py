@@ -86,13 +86,15 @@ def test_rates_follow_the_width(tiny):
         sweep(
             tiny,
             sizes={f"d{d}": {"Transformer.d_model": d} for d in (4, 16, 64)},
-            rate_exponents={"AdamW.learning_rate": -0.5, "TABLE_RATE": -1.0},  # nothing binds the second
+            bindings={"AdamW.table_learning_rate": {"up": 0.08, "down": 0.04}},
+            rate_exponents={"AdamW.learning_rate": -0.5, "AdamW.table_learning_rate": -1.0},
             **fields,
         ),
         FOLDER,
     )
-    rates = {p.size: load_run(p.files, p.bindings)[0].optimizer.learning_rate for p in made}
-    assert rates == {"d4": 0.04, "d16": 0.02, "d64": 0.01}
+    optimizers = {p.size: load_run(p.files, p.bindings)[0].optimizer for p in made}
+    assert {size: of.learning_rate for size, of in optimizers.items()} == {"d4": 0.04, "d16": 0.02, "d64": 0.01}
+    assert optimizers["d64"].table_learning_rate == {"up": 0.02, "down": 0.01}
     with pytest.raises(InputError, match=r"Transformer\.d_model"):
         expand(sweep(tiny, sizes={"small": {}}, rate_exponents={"AdamW.learning_rate": -0.5}, **fields), FOLDER)
 
@@ -132,6 +134,14 @@ def test_equal_runs_are_made_once(tiny):
         ({"rate_exponents": {"A": 1.0}}, ["rates_at"]),
         ({"sizes_at": {3e8: ("d8",)}}, ["sizes_at", "3e+08"]),
         ({"sizes_at": {1e8: ("d9",)}}, ["d9", "d8, d16"]),
+        ({"sizes_at": {1e8: ()}}, ["sizes_at", "()"]),
+        ({"configs": "base.gin"}, ["Sweep.configs", "'base.gin'", "list"]),
+        ({"methods": "peer"}, ["Sweep.methods", "'peer'", "list"]),
+        ({"sizes": {"a/b": {}}}, ["Sweep.sizes", "'a/b'"]),
+        ({"rates_at": 0, "rate_exponents": {"A": 1.0}}, ["Sweep.rates_at", "0"]),
+        ({"rates_at": 8, "rate_exponents": {"AdamW.learning_rat": 1.0}}, ["AdamW.learning_rat", "Sweep.bindings"]),
+        ({"bindings": {"Run.seed": 7}}, ["Run.seed", "Sweep.seeds"]),
+        ({"cross": {"Run.training_flops": (1e8, 3e8)}}, ["Run.training_flops", "Sweep.budgets"]),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(tiny, fields, words):
@@ -139,6 +149,19 @@ def test_a_sweep_that_makes_no_sense_is_refused(tiny, fields, words):
         expand(sweep(tiny, **fields), FOLDER)
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_what_an_axis_says_can_t_be_set_for_all_runs(tiny):
+    with pytest.raises(InputError, match=r"Run\.steps .* Sweep\.budgets"):
+        expand(sweep(tiny), FOLDER, ["Run.steps=5"])
+
+
+def test_a_macro_that_no_config_has_is_no_axis(tiny):
+    values = {"TABEL_RATE": (0.1, 0.2)}
+    with pytest.raises(InputError, match=r"TABEL_RATE.*TABLE_RATE"):
+        planned(tiny, cross=values)
+    runs = planned(tiny, cross={"TABLE_RATE": values["TABEL_RATE"]}, sizes={"d8": {"Transformer.d_model": 8}})
+    assert len(runs) == 1 + 2  # the dense model, in whose file it isn't, has none of it
 
 
 def test_a_run_that_can_t_be_built_is_named(tiny):
@@ -304,6 +327,7 @@ def test_the_paper_s_sweep_has_the_paper_s_layers():
     for point in points.values():
         run, _ = load_run(point.files, point.bindings)
         model = run.trainer().abstract_model
+        assert run.optimizer.learning_rate == pytest.approx(3e-4 * (1024 / model.d_model) ** 0.5, rel=1e-3)
         (place,) = [i for i, b in enumerate(model.blocks) if type(b.ffw).__name__ != "Dense"] or [None]
         if place is not None:
             assert place == len(model.blocks) // 2

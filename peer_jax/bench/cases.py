@@ -89,9 +89,9 @@ def _parts(case: Case, order: str) -> Iterator[Floor]:
     backward = case.direction == BOTH
 
     def linear(d_in: int, d_out: int) -> Iterator[Floor]:
-        yield floor.linear(t, d_in, d_out, size=size)
+        yield floor.linear(t, d_in, d_out, size=size, weight_size=row_size)
         if backward:
-            yield floor.linear_backward(t, d_in, d_out, size=size)
+            yield floor.linear_backward(t, d_in, d_out, size=size, weight_size=row_size)
 
     if case.name == "Dense":
         yield from linear(d, 4 * d)
@@ -101,11 +101,13 @@ def _parts(case: Case, order: str) -> Iterator[Floor]:
         yield from linear(d, h * d_key)
     if case.name not in ("expert_mix", "value_bag"):
         key_sets = h if case.name == COMPARED else 1
-        # Scores are float32 whatever the type of the layer.
-        scored = 4 if case.what == "layer" else size
-        yield floor.product_key_top_k(t, h, n, d_key, k, key_sets=key_sets, size=scored)
+        # In a layer, queries are float32 whatever its type, and sub-keys are of the type of the parameters.
+        scored, key_size = (4, row_size) if case.what == "layer" else (size, size)
+        narrower = Floor((key_size - scored) * key_sets * n * d_key, 0)
+        yield floor.product_key_top_k(t, h, n, d_key, k, key_sets=key_sets, size=scored) + narrower
         if backward:
-            yield floor.product_key_top_k_backward(t, h, n, d_key, k, key_sets=key_sets, size=scored)
+            both = floor.product_key_top_k_backward(t, h, n, d_key, k, key_sets=key_sets, size=scored)
+            yield both + narrower + narrower  # the sub-keys and their gradients
     if case.name == "product_key_top_k":
         return
     is_bag = case.name in ("value_bag", "PKM")

@@ -14,7 +14,7 @@ import jax
 
 from peer_jax.bench import pytorch
 from peer_jax.bench.cases import BYTES, COMPARED, LAYERS, OPS, PYTORCH, PYTORCH_KEEPING, STEP, Case, cases
-from peer_jax.bench.programs import program
+from peer_jax.bench.programs import SEQUENCE, program
 from peer_jax.bench.timing import Machine, Times, interleaved, measure_machine, sampler
 from peer_jax.bench.worker import Worker
 from peer_jax.errors import InputError
@@ -78,6 +78,12 @@ class Options:
         for value in self.num_experts:
             if round(value**0.5) ** 2 != value:
                 raise InputError(f"--num-experts {value} is not a square: try {round(value**0.5) ** 2}")
+        for value in self.tokens if self.what == "step" else ():
+            if value > SEQUENCE and (over := value % SEQUENCE):
+                raise InputError(
+                    f"--tokens {value} is no whole number of a step's rows of {SEQUENCE} tokens: "
+                    f"try {value - over} or {value - over + SEQUENCE}"
+                )
         if self.repeats < 1:
             raise InputError(f"--repeats {self.repeats} must be above zero")
         if self.against is not None:
@@ -178,16 +184,19 @@ def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list
 
 
 def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
-    """In a process each, in turn, which tells the memory of each process."""
+    """In a process each, in turn, which tells the memory of each process; leaves out what ``_together`` does."""
+    workers: dict[str, Worker] = {}
+    notes = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peer_jax-")))
-        workers = {
-            case.implementation: stack.enter_context(
-                contextlib.closing(Worker(case, folder / f"{case.implementation}.npz"))
-            )
-            for case in competitors
-        }
-        if PYTORCH in workers:
+        for case in competitors:
+            try:
+                worker = Worker(case, folder / f"{case.implementation}.npz")
+            except InputError as error:
+                notes.append(f"{case.implementation}: {error}")
+                continue
+            workers[case.implementation] = stack.enter_context(contextlib.closing(worker))
+        if {PYTORCH, PYTORCH_KEEPING} & workers.keys():
             results = {name: worker.results() for name, worker in workers.items()}
             pytorch.check_agreement(competitors[0], results)
         times = interleaved({name: worker.sample for name, worker in workers.items()}, repeats)
@@ -198,7 +207,7 @@ def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[st
                 {key: worker.answer[key] for key in ("memory", "extra_memory", "process_peak")},
             )
             for name, worker in workers.items()
-        }, []
+        }, notes
 
 
 def _row(

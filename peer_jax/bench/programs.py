@@ -114,7 +114,7 @@ def _layer(case: Case) -> tuple[Function, Any, Any]:
     t, d = case.tokens, case.d_model
     x = jax.random.normal(jax.random.key(2), (1, t, d), case.dtype)
     if case.name == "Dense":
-        layer = Dense(d, dtype=case.dtype, rngs=nnx.Rngs(0))
+        layer = Dense(d, dtype=case.dtype, param_dtype=case.table_dtype, rngs=nnx.Rngs(0))
     else:
         make = functools.partial(
             PKM if case.name == "PKM" else PEER,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from peer_jax.bench.cases import BOTH, PYTORCH, Case, floors
+from peer_jax.bench.cases import BOTH, PYTORCH, PYTORCH_KEEPING, Case, floors
 from peer_jax.bench.programs import Program, compared_weights
 from peer_jax.errors import InputError
 
@@ -83,7 +83,7 @@ def _cotangent(case: Case) -> np.ndarray:
 
 def check_agreement(case: Case, results: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """An InputError unless the others' outputs and gradients are PyTorch's, but for rounding."""
-    theirs = results[PYTORCH]
+    theirs = results[PYTORCH if PYTORCH in results else PYTORCH_KEEPING]
     for implementation, ours in results.items():
         for name, value in ours.items():
             error = np.max(np.abs(value - theirs[name]), axis=-1) / np.max(np.abs(theirs[name]))

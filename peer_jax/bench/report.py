@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.bench.cases import Case
+from peer_jax.errors import InputError
 
 Row = dict[str, Any]
 MIB = 2**20
@@ -106,9 +108,23 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"left out: {note}", highlight=False, markup=False)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder that ``write`` fills: before measuring, so that nothing is measured in vain.
+
+    Raises:
+        InputError: if it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} can't be written to ({error.strerror}): name another folder") from error
+
+
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """``folder`` gets WHAT.json and a PNG a table, if matplotlib is there; the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     options = result["options"]
     stem = options["what"] + (f"-{options['against']}" if options["against"] else "")
     written = [folder / f"{stem}.json"]

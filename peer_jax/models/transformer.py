@@ -116,6 +116,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_positive(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
+        check_positive(rope_theta=rope_theta)
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             try:
                 jnp.dtype(value)

@@ -78,16 +78,19 @@ def read(directories: Sequence[Path]) -> list[Row]:
         if not paths:
             raise InputError(f"{directory} holds no finished run (no result.json): give another directory")
         for path in paths:
-            rows[path.parent.resolve()] = _row(path.parent, directory)
+            try:
+                rows[path.parent.resolve()] = _row(path.parent, directory)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(
+                    f"{path} or {POINT} beside it is not of a run of this version: remove them, or report others"
+                ) from error
     return sorted(rows.values(), key=lambda r: (r.budget, r.method, r.params_active, str(r.settings), r.seed, r.run))
 
 
 def _row(folder: Path, directory: Path) -> Row:
     result = workdirs.read_result(folder)
     if result is None:
-        raise InputError(
-            f"{folder / workdirs.RESULT} is not the result of a run of this version: remove it, or report others"
-        )
+        raise ValueError("no result of this version")
     point = read_json(folder / POINT) or {}
     evaluations = result["evaluations"]
     own = evaluations[result["corpus"]["name"]]
@@ -104,7 +107,7 @@ def _row(folder: Path, directory: Path) -> Row:
         run=folder.name if folder.resolve() == directory.resolve() else str(folder.relative_to(directory)),
         directory=folder,
         size=point.get("size", f"d{result['d_model']}"),
-        budget=point.get("budget", result["training_flops"]),
+        budget=float(point.get("budget", result["training_flops"])),
         settings=point.get("settings", {}),
         epochs=result.get("epochs"),
         flops_per_token=result["forward_flops_per_token"],

@@ -122,7 +122,7 @@ class _Runner:
     def _start(self, worker: Worker, run: Planned) -> None:
         folder = self._workdir / run.point.name
         point = dataclasses.asdict(run.point)
-        with contextlib.suppress(OSError):  # a full disk is the run's failure, and it will say so
+        with contextlib.suppress(OSError, InputError):  # a full disk is the run's failure, and it will say so
             folder.mkdir(exist_ok=True)
             workdirs.write_whole(folder / results.POINT, json.dumps(point, indent=2, default=str) + "\n")
         worker.give(Task(run.point.files, run.point.bindings, folder))
@@ -154,7 +154,7 @@ class _Runner:
 
     def _keep_failure(self, run: Planned, answer: Answer) -> None:
         failure = {"reason": answer.reason, "details": answer.details, "time": time.time()}
-        with contextlib.suppress(OSError):  # it is said all the same
+        with contextlib.suppress(InputError):  # it is said all the same
             path = self._workdir / run.point.name / results.FAILURE
             workdirs.write_whole(path, json.dumps(failure, indent=2) + "\n")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from peer_jax.layers.interface import check_positive
 
 Bindings = Mapping[str, Any]
 WIDTH = "Transformer.d_model"
+
+# Bindings that are a run's place in the sweep, and the axis that sets them.
+PLACES = {"Run.training_flops": "budgets", "Run.steps": "budgets", "Run.seed": "seeds"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +66,22 @@ class Sweep:
         for name in ("configs", "methods", "sizes", "budgets", "seeds"):
             if not getattr(self, name):
                 raise InputError(f"Sweep.{name} is empty: name at least one")
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"Sweep.{name} = {getattr(self, name)!r} is one string: give a list of them")
         for budget in self.budgets:
             check_positive(**{"each of Sweep.budgets": budget})
+        for axis in ("methods", "sizes"):
+            for label in getattr(self, axis):
+                if not label or _word(label) != label:
+                    raise InputError(
+                        f"Sweep.{axis} has the name {label!r}, which can't be a part of a folder's name: "
+                        "use letters, digits, '.', '+' and '-'"
+                    )
         for budget, sizes in self.sizes_at.items():
             if budget not in self.budgets:
                 raise InputError(f"Sweep.sizes_at has the budget {budget:g}, which Sweep.budgets has not")
+            if isinstance(sizes, str) or not sizes:
+                raise InputError(f"Sweep.sizes_at has {sizes!r} at {budget:g}, but it takes a list of names of sizes")
             if unknown := [size for size in sizes if size not in self.sizes]:
                 raise InputError(f"Sweep.sizes_at names {unknown[0]!r}, but Sweep.sizes has {', '.join(self.sizes)}")
         for axis in ("cross", "zip"):
@@ -81,6 +95,12 @@ class Sweep:
             raise InputError(f"{both[0]} is in Sweep.cross and in Sweep.zip: leave it in one")
         if self.rate_exponents and self.rates_at is None:
             raise InputError("Sweep.rate_exponents needs Sweep.rates_at, the d_model at which the rates were tuned")
+        if self.rates_at is not None:
+            check_positive(**{"Sweep.rates_at": self.rates_at})
+        axes = (self.methods, self.sizes, self.budgets)
+        each = [bindings for axis in axes for bindings in _axis(axis).values()]
+        for bindings in (self.bindings, *each, self.cross, self.zip):
+            _refuse_places(bindings)
 
     def settings(self) -> list[dict[str, Any]]:
         """The combinations of ``cross`` and ``zip``; a single empty one if there are none."""
@@ -124,9 +144,12 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]
         extra: bindings over all others, for every run.
 
     Raises:
-        InputError: if a method has no file, or a size no width that its rates could follow.
+        InputError: if a method has no file, a size no width that its rates could follow, or ``rate_exponents`` a name
+            that no run binds; if ``extra`` binds what an axis says.
     """
+    _refuse_places(binding.partition("=")[0] for binding in extra)
     methods, budgets = _axis(sweep.methods), _axis(sweep.budgets)
+    bound: set[str] = set()
     shared = [_path(folder / file) for file in sweep.configs]
     points = []
     for budget, (method, own), (size, sizing) in itertools.product(budgets, methods.items(), sweep.sizes.items()):
@@ -137,6 +160,7 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]
             raise InputError(f"Sweep.methods names {method!r}, but there is no {_path(layer)}")
         for settings, seed in itertools.product(sweep.settings(), sweep.seeds):
             bindings = {**sweep.bindings, **own, **sizing, **budgets[budget], **settings}
+            bound |= bindings.keys()
             bindings |= dict(_scaled_rates(sweep, size, bindings))
             bindings |= {"Run.training_flops": float(budget), "Run.seed": seed}
             points.append(
@@ -150,17 +174,37 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]
                     bindings=(*(f"{name} = {_literal(value)}" for name, value in bindings.items()), *extra),
                 )
             )
+    # A method without tables has no table rate. But if nobody has it, the rule would be told of and never applied.
+    if unbound := [name for name in sweep.rate_exponents if name not in bound]:
+        raise InputError(f"Sweep.rate_exponents has {unbound[0]!r}, which no run binds: bind it in Sweep.bindings")
     return points
 
 
-def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple[str, float]]:
+def _refuse_places(names: Iterable[str]) -> None:
+    """An InputError for a binding that would make a run's budget or seed another than its name says."""
+    for name in names:
+        if axis := PLACES.get(name.strip().removeprefix("peer_jax.")):
+            raise InputError(f"{name.strip()} can't be bound in a sweep, whose runs are named by it: use Sweep.{axis}")
+
+
+def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple[str, Any]]:
     """The rates that change with width, at this width."""
     for name, exponent in sweep.rate_exponents.items():
-        if WIDTH not in bindings:
-            raise InputError(f"Sweep.rate_exponents needs {WIDTH} in Sweep.sizes, and {size!r} does not bind it")
+        width = bindings.get(WIDTH)
+        if not isinstance(width, int) or width < 1:
+            raise InputError(f"Sweep.rate_exponents needs a width, {WIDTH}, in Sweep.sizes, and {size!r} binds {width}")
         if name in bindings:
-            # To four digits: a rate is not known better, and it is read by people.
-            yield name, float(f"{bindings[name] * (bindings[WIDTH] / sweep.rates_at) ** exponent:.4g}")
+            yield name, _scaled(name, bindings[name], (width / sweep.rates_at) ** exponent)
+
+
+def _scaled(name: str, rate: Any, factor: float) -> Any:
+    """A rate, or each of several, times the factor."""
+    if isinstance(rate, Mapping):
+        return {key: _scaled(name, value, factor) for key, value in rate.items()}
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise InputError(f"{name} is {rate!r}, but Sweep.rate_exponents needs a number to scale: bind one")
+    # To four digits: a rate is not known better, and it is read by people.
+    return float(f"{rate * factor:.4g}")
 
 
 def _axis(values: Mapping | Sequence) -> dict:

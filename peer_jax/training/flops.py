@@ -4,6 +4,8 @@ A backward pass costs twice the forward pass. Every position of a batch counts a
 computed. What counts in a forward pass: ``Transformer.flops_by_part``.
 """
 
+import math
+
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 
@@ -19,8 +21,10 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
     """Steps of ``batch_size`` rows whose training FLOPs come nearest to the budget, so within half a step of it.
 
     Raises:
-        InputError: if the budget is less than a step.
+        InputError: if the budget is less than a step, or infinite.
     """
+    if not math.isfinite(budget):
+        raise InputError(f"training_flops={budget} is not finite: give a budget such as 1e15")
     step = training_flops(model, batch_size * seq_len, seq_len)
     if budget < step:
         raise InputError(

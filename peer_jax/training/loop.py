@@ -78,6 +78,8 @@ class Run:
                 raise InputError(
                     f"eval_tasks has vocabulary {task.vocabulary!r}, but the model's is {self.task.vocabulary!r}"
                 )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to 2**32 - 1.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
 
@@ -143,6 +145,7 @@ def _train(
     step_flops = training_flops(model, step_tokens, run.task.seq_len)
 
     cache = ensure_prepared(run.task, progress=progress)
+    fingerprint = run.task.fingerprint()
     text = open_cache(cache, "train")
     batches = train_batches(
         text,
@@ -151,12 +154,15 @@ def _train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    own_validation = open_cache(cache, "validation")
-    validation = {run.task.corpus.name: own_validation}
+    tasks = {run.task.corpus.name: run.task}
     for task in run.eval_tasks:
-        if task.corpus.name in validation:
+        if task.corpus.name in tasks:
             raise InputError(f"two of the tasks to evaluate are named {task.corpus.name!r}: rename a file or folder")
-        validation[task.corpus.name] = open_cache(ensure_prepared(task, progress=progress), "validation")
+        tasks[task.corpus.name] = task
+    validation = {
+        name: open_cache(ensure_prepared(task, progress=progress), "validation") for name, task in tasks.items()
+    }
+    own_validation = validation[run.task.corpus.name]
 
     abstract_state = trainer.abstract_state()
     text_of_config = None if config is None else config()
@@ -172,17 +178,23 @@ def _train(
             return result
         start, state, position = restored or (0, trainer.init(run.seed), None)
         if position:
+            if position.get("text", fingerprint) != fingerprint:
+                raise InputError(
+                    f"{workdir} has trained {start} steps on another text than {run.task.corpus.name!r} is now: "
+                    "bring its files back as they were, or choose another --workdir"
+                )
             batches.set_state(position["batches"])
         clock = Clock(**position["clock"]) if position else Clock()
+        validation_due = bool(position) and position["validation_due"]
         evaluations = {}
 
         step_function = with_checks(trainer.step) if run.checked else trainer.compiled_step()
         with (
             StopOnSignal() as stop,
-            MetricsLog(workdir, start, enabled=leads()) as log,
+            MetricsLog(workdir, start, validation_due=validation_due, enabled=leads()) as log,
             ProgressBar("train", steps, start, enabled=progress) as bar,
         ):
-            if position and position["validation_due"]:
+            if validation_due:
                 loss = evaluate(trainer.model(state), own_validation, batch_size=run.eval_batch_size(), routing=False)[
                     "loss"
                 ]
@@ -208,9 +220,10 @@ def _train(
                     loss = measured["loss"]
                     log.write(step, {"validation_loss": loss})
                     if last:
-                        evaluations[run.task.corpus.name] = measured
+                        evaluations[run.task.corpus.name] = measured | {"fingerprint": fingerprint}
                 if saving:
                     position = {
+                        "text": fingerprint,
                         "batches": batches.get_state(),
                         "clock": clock.state(),
                         "validation_due": validating and stopping,
@@ -229,9 +242,8 @@ def _train(
 
         for name, source in validation.items():
             if name not in evaluations:
-                evaluations[name] = evaluate(
-                    trainer.model(state), source, batch_size=run.eval_batch_size(), progress=progress
-                )
+                measured = evaluate(trainer.model(state), source, batch_size=run.eval_batch_size(), progress=progress)
+                evaluations[name] = measured | {"fingerprint": tasks[name].fingerprint()}
         checkpoints.close()
     return workdirs.write_result(
         workdir,
@@ -249,7 +261,7 @@ def _train(
             "corpus": {
                 "name": run.task.corpus.name,
                 "cache": cache.name,
-                "fingerprint": run.task.fingerprint(),
+                "fingerprint": fingerprint,
             },
             "evaluations": evaluations,
         },

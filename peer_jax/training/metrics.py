@@ -23,22 +23,23 @@ from peer_jax.errors import InputError
 class MetricsLog:
     """Scalars by step, appended to ``metrics.jsonl`` and to TensorBoard's event files in ``tensorboard/``.
 
-    A resumed run goes on from the checkpoint: lines of later steps, and a half-written one, are dropped first, so each
-    step stands there once. Events are written in the caller's thread: tensorboardX's own thread dies on a full disk
-    and leaves its caller waiting. One that is not ``enabled`` writes nothing: one process of a run writes for all.
+    A resumed run goes on from the checkpoint: lines of later steps, and a half-written one, are dropped first, and the
+    validation loss of its own step, where that is due again; so each stands there once. Events are written in the
+    caller's thread: tensorboardX's own thread dies on a full disk and leaves its caller waiting. One that is not
+    ``enabled`` writes nothing: one process of a run writes for all.
 
     Raises:
         InputError: if the files can't be written, at any time.
     """
 
-    def __init__(self, workdir: Path, resume_step: int, *, enabled: bool = True) -> None:
+    def __init__(self, workdir: Path, resume_step: int, *, validation_due: bool = False, enabled: bool = True) -> None:
         self._workdir, self._enabled = workdir, enabled
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
         with self._naming_the_directory():
             rewritten = path.with_suffix(".jsonl.tmp")
-            rewritten.write_text("".join(line + "\n" for line in _lines(path, resume_step)))
+            rewritten.write_text("".join(line + "\n" for line in _lines(path, resume_step, validation_due)))
             os.replace(rewritten, path)
             self._file = path.open("a")
             (workdir / "tensorboard").mkdir(exist_ok=True)
@@ -82,12 +83,14 @@ class MetricsLog:
             ) from error
 
 
-def _lines(path: Path, last_step: int) -> list[str]:
-    """The whole lines of a log up to a step; what a kill or a fault spoilt is left out."""
+def _lines(path: Path, last_step: int, validation_due: bool) -> list[str]:
+    """The whole lines of a log up to a step; what a kill or a fault spoilt, or is due again, is left out."""
     kept = []
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= last_step:
+            found = json.loads(line)
+            again = validation_due and found["step"] == last_step and "validation_loss" in found
+            if found["step"] <= last_step and not again:
                 kept.append(line)
     return kept
 

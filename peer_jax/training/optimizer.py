@@ -58,12 +58,19 @@ class AdamW:
         for name in ("clip_norm", "table_clip_norm"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
+        check_positive(eps=self.eps)
+        table_rates = self.table_learning_rate
+        for rate in table_rates.values() if isinstance(table_rates, Mapping) else [table_rates]:
+            if rate is not None and not rate >= 0:
+                raise InputError(f"table_learning_rate={table_rates} must not be negative")
         for name in ("warmup_steps", "weight_decay", "table_weight_decay"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("final_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.final_fraction <= 1:
+            raise InputError(f"final_fraction={self.final_fraction} must lie in [0, 1]")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
 
     def schedule(self, step: int, steps: int) -> float:
         """Rate at ``step``, counted from 0, of ``steps``, relative to the peak."""

@@ -1,6 +1,6 @@
 """Using a finished or half-finished run: its model, evaluations of other text, continuations of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,27 @@ def evaluate_run(
     *,
     checkpoint: str = "last",
     batch_size: int | None = None,
+    config: Callable[[], str] | None = None,
     progress: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates the model in ``workdir`` on the validation text of each run's task.
 
+    Args:
+        runs: their model is that of the first.
+        workdir: the run directory.
+        checkpoint: "last", "best" or a step.
+        batch_size: rows at a time; as the run has it.
+        config: the text of the config, asked for once everything is built.
+        progress: show progress bars.
+
     Returns:
-        The checkpoint's step, and by corpus what ``evaluate`` returns. Evaluations of the last checkpoint are added to
-        ``result.json``, if the run has one.
+        The checkpoint's step, and by corpus what ``evaluate`` returns, with the text's fingerprint. Evaluations of the
+        last checkpoint are added to ``result.json``, if the run has one and they are of the model that it trained.
     """
     with use(runs[0].sharding.place()):
-        return _evaluate_run(runs, workdir, checkpoint, batch_size, progress)
+        step, evaluations = _evaluate_run(runs, workdir, checkpoint, batch_size, progress)
+    workdirs.add_evaluations(workdir, step, evaluations, None if config is None else config())
+    return step, evaluations
 
 
 def _evaluate_run(
@@ -69,20 +80,20 @@ def _evaluate_run(
     step, model = restore_model(runs[0], workdir, checkpoint)
     if batch_size is not None and current() is not None:
         current().check_rows("--batch-size", batch_size)
-    evaluations = {}
     for run in runs:
         if run.task.vocabulary != runs[0].task.vocabulary:
             raise InputError(
                 f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
             )
-        if run.task.corpus.name in evaluations:
-            raise InputError(f"two of the tasks to evaluate are named {run.task.corpus.name!r}: evaluate one at a time")
+    names = [run.task.corpus.name for run in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two of the tasks to evaluate are named {twice!r}: rename a file or folder")
+    evaluations = {}
+    for name, run in zip(names, runs, strict=True):
         source = open_cache(ensure_prepared(run.task, progress=progress), "validation")
         rows = batch_size or run.eval_batch_size()
-        evaluations[run.task.corpus.name] = evaluate(model, source, batch_size=rows, progress=progress)
-    result = workdirs.read_result(workdir)
-    if result is not None and step == result["steps"]:
-        workdirs.write_result(workdir, result | {"evaluations": result["evaluations"] | evaluations})
+        measured = evaluate(model, source, batch_size=rows, progress=progress)
+        evaluations[name] = measured | {"fingerprint": run.task.fingerprint()}
     return step, evaluations
 
 
@@ -97,7 +108,15 @@ def continue_text(
     seed: int,
     checkpoint: str = "last",
 ) -> str:
-    """What the model writes after ``prompt``, until the document ends or ``max_new_tokens`` are made."""
+    """What the model writes after ``prompt``, until the document ends or ``max_new_tokens`` are made.
+
+    Raises:
+        InputError: if there is no such checkpoint, or the prompt is no text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"--prompt {prompt!r} is not UTF-8: give text") from None
     _, model = restore_model(run, workdir, checkpoint)
     vocabulary = run.task.vocabulary
     (new,) = generate(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import time
@@ -19,10 +20,16 @@ from peer_jax.models import Transformer
 from peer_jax.processes import gather, leads, together
 
 SCHEMA = 1
+NEEDED = {"steps", "corpus", "evaluations"}
 CONFIG = "config.gin"
 RESULT = "result.json"
 # What a run that goes on may have otherwise: the devices that it runs on.
-MAY_CHANGE = "Sharding."
+MAY_CHANGE = ("Sharding.",)
+# What does not make the model that is evaluated.
+NOT_THE_MODEL = (
+    *MAY_CHANGE,
+    *("Run.", "AdamW.", "TextTask.", "python_stdlib.", "python_packages.", "local_files.", "tfds_corpus.", "prepared."),
+)
 
 
 @contextlib.contextmanager
@@ -99,21 +106,30 @@ def keep_config(workdir: Path, config: str) -> None:
 
 
 def _keep_config(workdir: Path, config: str) -> None:
-    path = workdir / CONFIG
-    if not path.exists():
-        write_whole(path, config)
-    elif (found := _differing(path.read_text(), config, may_change=MAY_CHANGE)) is not None:
+    kept = _kept_config(workdir)
+    if kept is None:
+        write_whole(workdir / CONFIG, config)
+    elif (found := _differing(kept, config, may_change=MAY_CHANGE)) is not None:
         name, before, now = found
         raise InputError(
             f"{workdir} holds a run with {name} = {before}, now it is {now}: use its config, or another --workdir"
         )
 
 
-def _differing(before: str, now: str, *, may_change: str | None = None) -> tuple[str, str, str] | None:
+def _kept_config(workdir: Path) -> str | None:
+    """The text of ``config.gin``, if there is one."""
+    path = workdir / CONFIG
+    try:
+        return path.read_text() if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}): mend it, or choose another --workdir") from error
+
+
+def _differing(before: str, now: str, *, may_change: tuple[str, ...] = ()) -> tuple[str, str, str] | None:
     """The first name that two configs bind otherwise, with its values in them."""
     a, b = _bindings(before), _bindings(now)
     for name in sorted(a | b):
-        if a.get(name) != b.get(name) and not (may_change and name.startswith(may_change)):
+        if a.get(name) != b.get(name) and not name.startswith(may_change):
             return name, a.get(name, "unset"), b.get(name, "unset")
     return None
 
@@ -154,7 +170,8 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
         result = json.loads((workdir / RESULT).read_text())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and result.get("schema") == SCHEMA else None
+    whole = isinstance(result, dict) and result.get("schema") == SCHEMA and result.keys() >= NEEDED
+    return result if whole else None
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +194,36 @@ def write_result(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def add_evaluations(workdir: Path, step: int, evaluations: dict[str, Any], config: str | None) -> None:
+    """Adds evaluations to the result of a finished run, or says why they are not added.
+
+    Only those of the last step are, of the model as it was trained, and none in the place of one of another text: the
+    loss of a run is that of its own text.
+    """
+    say = logging.getLogger(__name__).warning
+    kept = _kept_config(workdir)
+    if kept is not None and config is not None:
+        found = _differing(kept, config, may_change=NOT_THE_MODEL)
+        if found is not None:
+            name, before, now = found
+            say("not added to %s: the run was trained with %s = %s, not %s", RESULT, name, before, now)
+            return
+    try:
+        with filelock.FileLock(workdir / ".lock", timeout=60):
+            result = read_result(workdir)
+            if result is None or step != result["steps"]:
+                return
+            there = {result["corpus"]["name"]: {"fingerprint": result["corpus"]["fingerprint"]}}
+            for name, of_before in (result["evaluations"] | there).items():
+                if name in evaluations and of_before.get("fingerprint") not in (None, evaluations[name]["fingerprint"]):
+                    say("not added to %s: it has an evaluation of another text named %r; rename yours", RESULT, name)
+                    evaluations = {other: of for other, of in evaluations.items() if other != name}
+            if evaluations:
+                write_result(workdir, result | {"evaluations": result["evaluations"] | evaluations})
+    except (OSError, InputError) as error:  # the caller has what was measured, and can show it
+        say("not added to %s: %s", RESULT, error)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -185,7 +232,16 @@ def _version(package: str) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file, all of it or nothing, whoever else writes it."""
+    """Writes a file, all of it or nothing, whoever else writes it.
+
+    Raises:
+        InputError: if it can't be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} can't be written ({error.strerror}): free space, or choose another place") from error
