@@ -122,7 +122,7 @@ def _refuse_unknown_macros(bindings: Sequence[str], files: Sequence[Path]) -> No
         known.update(match[1] or match[2] for match in found)
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name, sorted(known), n=1)
             way_out = f"did you mean {close[0]}?" if close else "name what it belongs to, as in PEER.top_k=8"
             raise InputError(f"--set {name}: no config sets or uses a macro of that name; {way_out}")
 

@@ -176,7 +176,10 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]
             )
     # A method without tables has no table rate. But if nobody has it, the rule would be told of and never applied.
     if unbound := [name for name in sweep.rate_exponents if name not in bound]:
-        raise InputError(f"Sweep.rate_exponents has {unbound[0]!r}, which no run binds: bind it in Sweep.bindings")
+        raise InputError(
+            f"Sweep.rate_exponents has {unbound[0]!r}, which no run binds: bind it in Sweep.bindings, "
+            "or set Sweep.rate_exponents={}"
+        )
     return points
 
 
