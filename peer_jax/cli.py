@@ -81,8 +81,8 @@ def train(
 
     train_run(run, workdir, config=configs.text, progress=not quiet)
     if show_table and processes.leads():
-        from peer_jax.scaling import results
-        from peer_jax.scaling.report import table
+        from peer_jax.analysis import results
+        from peer_jax.analysis.report import table
 
         table(results.read([workdir]))
 
@@ -107,7 +107,7 @@ def evaluate(
     step, evaluations = evaluate_run(
         runs, workdir, checkpoint=checkpoint, batch_size=batch_size, config=configs.text, progress=not quiet
     )
-    from peer_jax.scaling.report import evaluation_table
+    from peer_jax.analysis.report import evaluation_table
 
     evaluation_table(step, evaluations)
 
@@ -159,10 +159,10 @@ def sweep(
     _prepare_process()
     _keep_off_accelerators()
     from peer_jax import config as configs
-    from peer_jax.scaling import plan, runner
-    from peer_jax.scaling.board import plan_table
-    from peer_jax.scaling.sweep import expand
-    from peer_jax.scaling.workers import default_workers
+    from peer_jax.sweeps import plan, runner
+    from peer_jax.sweeps.board import plan_table
+    from peer_jax.sweeps.sweep import expand
+    from peer_jax.sweeps.workers import default_workers
 
     described, of_runs = configs.load_sweep(config, set_)
     points = expand(described, config[0].parent, of_runs)
@@ -209,8 +209,8 @@ def plan(
     """
     run = _load(config, set_)
     _keep_off_accelerators()
-    from peer_jax.scaling import capacity
-    from peer_jax.scaling.capacity_table import show
+    from peer_jax.planning import capacity
+    from peer_jax.planning.capacity_table import show
 
     on = capacity.device(device)
     planned = capacity.plan(run, capacity.parse_mesh(mesh), devices)
@@ -231,8 +231,8 @@ def report(
     IsoFLOP curves with their minima, the optimum against compute, what a method saves, ablations, training curves,
     usage of experts. It needs nothing but the directories.
     """
-    from peer_jax.scaling import isoflop, results
-    from peer_jax.scaling.report import minima_table, table, write_report
+    from peer_jax.analysis import isoflop, results
+    from peer_jax.analysis.report import minima_table, table, write_report
 
     rows = results.read(directories)
     table(rows)

@@ -25,8 +25,8 @@ from peer_jax.data.prepared import prepared
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
-from peer_jax.scaling.sweep import Sweep
 from peer_jax.sharding import Sharding
+from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW
 

@@ -55,7 +55,7 @@ def params_of():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A config file of a model and a text of seconds."""
-    from test_loop import tiny_config
+    from small_runs import tiny_config
 
     return tiny_config(tmp_path_factory.getbasetemp())
 
@@ -63,7 +63,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trains(tmp_path_factory):
     """For a module of tests that train."""
-    from test_loop import training
+    from small_runs import training
 
     with training(tmp_path_factory.getbasetemp()):
         yield

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_loop import environment, stack
+from small_runs import environment, stack
 
 HOSTS, DEVICES = 2, 4
 

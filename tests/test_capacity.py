@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from collectives import collectives
 from eight_devices import measured
-from test_loop import ROOT
+from small_runs import ROOT
 
 from peer_jax.data.corpora import python_stdlib
 from peer_jax.data.pipeline import TextTask
@@ -18,7 +18,7 @@ from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.ops import traffic
 from peer_jax.ops.chunks import CPU_BUDGET, KEEPS_BARRIERS
-from peer_jax.scaling import capacity
+from peer_jax.planning import capacity
 from peer_jax.sharding import AXES, Sharding, current, use
 from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW

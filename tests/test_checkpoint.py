@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import (
+from small_runs import (
     arrays,
     assert_same,
     environment,

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_loop import CONFIGS, ROOT, environment, load, stack, train
+from small_runs import CONFIGS, ROOT, environment, load, stack, train
 
 from peer_jax import cli, config
 from peer_jax.training import workdir

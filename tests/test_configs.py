@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from flax import nnx
-from test_loop import CONFIGS, SEQ_LEN, load
+from small_runs import CONFIGS, SEQ_LEN, load
 
 from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_loop import BATCH, ROOT, SEQ_LEN, environment, load, losses, stack, train
+from small_runs import BATCH, ROOT, SEQ_LEN, environment, load, losses, stack, train
 
 from peer_jax.data import corpora, pipeline, tasks, vocabulary
 from peer_jax.data.prepared import prepared

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_loop import BATCH, load, train, write_text
+from small_runs import BATCH, load, train, write_text
 
 from peer_jax import config
 from peer_jax.data.pipeline import eval_batches, open_cache, shift_right

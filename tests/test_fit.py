@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from peer_jax.scaling.fit import (
+from peer_jax.analysis.fit import (
     LossSurface,
     NoFit,
     compute_saved,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from hosts import HOSTS, Hosts, ended, finish, flags, free_port, train_command
-from test_loop import (
+from small_runs import (
     arrays,
     lines,
     load,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer_jax.scaling import reading, tables
-from peer_jax.scaling.isoflop import analyse, same_budgets
-from peer_jax.scaling.results import Row
+from peer_jax.analysis import reading, tables
+from peer_jax.analysis.isoflop import analyse, same_budgets
+from peer_jax.analysis.results import Row
 
 SIZES = (1e4, 3e4, 1e5, 3e5, 1e6)
 

@@ -3,7 +3,7 @@
 import csv
 import subprocess
 
-from test_loop import ROOT, environment
+from small_runs import ROOT, environment
 
 
 def test_quickstart_from_end_to_end(tmp_path):

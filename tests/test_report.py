@@ -15,9 +15,9 @@ import zlib
 import numpy as np
 import pytest
 
+from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style
+from peer_jax.analysis.isoflop import analyse
 from peer_jax.errors import InputError
-from peer_jax.scaling import ablation_figures, ablations, curves, figures, reading, report, results, style
-from peer_jax.scaling.isoflop import analyse
 from peer_jax.training import workdir as workdirs
 
 SEQ_LEN, BLOCKS, VOCABULARY = 256, 4, 258

@@ -5,14 +5,14 @@ import itertools
 import re
 
 import pytest
-from test_loop import CONFIGS
+from small_runs import CONFIGS
 
 from peer_jax import config
 from peer_jax.cli import load_run
 from peer_jax.data.pipeline import open_cache
 from peer_jax.errors import InputError
-from peer_jax.scaling import plan, workers
-from peer_jax.scaling.sweep import Sweep, expand, short
+from peer_jax.sweeps import plan, workers
+from peer_jax.sweeps.sweep import Sweep, expand, short
 
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.gin"))
 METHODS = ("dense", "moe", "moe_token_choice", "pkm", "peer")

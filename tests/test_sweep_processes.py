@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from test_loop import CONFIGS, ROOT, environment, tiny_config
+from small_runs import CONFIGS, ROOT, environment, tiny_config
 
 from peer_jax.cli import load_run
-from peer_jax.scaling.workers import Worker
+from peer_jax.sweeps.workers import Worker
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.metrics import last_line
 

@@ -130,7 +130,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     written = [folder / f"{stem}.json"]
     written[0].write_text(json.dumps(result, indent=1) + "\n")
     try:
-        from peer_jax.scaling.style import png
+        from peer_jax.analysis.style import png
     except ImportError:
         return written
     for title, rows in tables(result["rows"]):
@@ -144,7 +144,7 @@ def _figure(title: str, rows: Sequence[Row]):
     """Seconds of each implementation, with their quartiles and both floors, a line a size; or against N."""
     from matplotlib.lines import Line2D
 
-    from peer_jax.scaling.style import QUIET, Style, figure, house_style, legend, log_axis
+    from peer_jax.analysis.style import QUIET, Style, figure, house_style, legend, log_axis
 
     with house_style():
         labels = list(dict.fromkeys(sizes(row) for row in rows))

@@ -5,8 +5,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from peer_jax.scaling.isoflop import BASELINE, Analysis, Comparison, Curve
-from peer_jax.scaling.sweep import short as flops
+from peer_jax.analysis.isoflop import BASELINE, Analysis, Comparison, Curve
+from peer_jax.sweeps.sweep import short as flops
 
 NOT_CAUSAL = "not causal"
 

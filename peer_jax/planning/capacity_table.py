@@ -1,4 +1,4 @@
-"""Prints what ``peer_jax.scaling.capacity`` has counted."""
+"""Prints what ``peer_jax.planning.capacity`` has counted."""
 
 import math
 
@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from peer_jax.scaling.capacity import Device, Plan
+from peer_jax.planning.capacity import Device, Plan
 
 GIB = 2**30
 

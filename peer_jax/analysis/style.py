@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from peer_jax.scaling.reading import named, si
+from peer_jax.analysis.reading import named, si
 
 SETTINGS = {
     "font.size": 10.5,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peer_jax.scaling.ablations import Ablation
-from peer_jax.scaling.curves import Training
-from peer_jax.scaling.isoflop import Analysis, Curve, mean_loss
-from peer_jax.scaling.reading import budget, interval, loss, named, si
-from peer_jax.scaling.results import Row
+from peer_jax.analysis.ablations import Ablation
+from peer_jax.analysis.curves import Training
+from peer_jax.analysis.isoflop import Analysis, Curve, mean_loss
+from peer_jax.analysis.reading import budget, interval, loss, named, si
+from peer_jax.analysis.results import Row
 
 WORDS = {"method", "series", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task"}
 SENTENCES = {"note", "reason", "intervals"}

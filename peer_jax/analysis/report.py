@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from peer_jax.analysis import ablations, curves, reading, results, tables
+from peer_jax.analysis.isoflop import Analysis
+from peer_jax.analysis.results import Row
+from peer_jax.analysis.tables import Table
 from peer_jax.errors import InputError
-from peer_jax.scaling import ablations, curves, reading, results, tables
-from peer_jax.scaling.isoflop import Analysis
-from peer_jax.scaling.results import Row
-from peer_jax.scaling.tables import Table
 from peer_jax.training import workdir as workdirs
 
 REPORT = "report.html"
@@ -70,7 +70,7 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
     """The page; its figures are written on the way."""
     import jinja2
 
-    from peer_jax.scaling import ablation_figures, figures
+    from peer_jax.analysis import ablation_figures, figures
 
     rows = analysis.rows
     pictured = figures.in_picture(analysis)
@@ -81,7 +81,7 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
         return None if figure is None else _draw(out / FIGURES, name, alt, figure)
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("peer_jax.scaling", "."),
+        loader=jinja2.PackageLoader("peer_jax.analysis", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -133,7 +133,7 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
 
 
 def _draw(folder: Path, name: str, alt: str, figure: Any) -> Drawing:
-    from peer_jax.scaling import style
+    from peer_jax.analysis import style
 
     vector = style.svg(figure)
     for path, content in ((folder / f"{name}.svg", vector), (folder / f"{name}.png", style.png(figure))):

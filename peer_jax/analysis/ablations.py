@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from peer_jax.scaling.results import Row
+from peer_jax.analysis.results import Row
 
 # A word for an axis, and a letter for labels that name several.
 NAMES = {

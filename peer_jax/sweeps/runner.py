@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from pathlib import Path
 
+from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
-from peer_jax.scaling import results
-from peer_jax.scaling.board import Board
-from peer_jax.scaling.plan import Load, Planned, to_measure
-from peer_jax.scaling.sweep import Sweep
-from peer_jax.scaling.workers import Answer, Task, Worker
+from peer_jax.sweeps.board import Board
+from peer_jax.sweeps.plan import Load, Planned, to_measure
+from peer_jax.sweeps.sweep import Sweep
+from peer_jax.sweeps.workers import Answer, Task, Worker
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.loop import StopOnSignal
 

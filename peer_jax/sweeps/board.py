@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from peer_jax.scaling.plan import Planned, step_seconds
+from peer_jax.sweeps.plan import Planned, step_seconds
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.metrics import last_line
 

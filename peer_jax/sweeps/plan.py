@@ -12,7 +12,7 @@ import numpy as np
 from peer_jax.data.pipeline import TextTask, open_cache
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
-from peer_jax.scaling.sweep import Point, Sweep
+from peer_jax.sweeps.sweep import Point, Sweep
 from peer_jax.training import workdir as workdirs
 from peer_jax.training.flops import training_flops
 from peer_jax.training.loop import Run

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from peer_jax.scaling.isoflop import Curve
-from peer_jax.scaling.results import Row
+from peer_jax.analysis.isoflop import Curve
+from peer_jax.analysis.results import Row
 
 METRICS = "metrics.jsonl"
 # The first steps fall so far that the rest of the curve would be flat.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peer_jax.scaling.fit import (
+from peer_jax.analysis.fit import (
     LossSurface,
     NoFit,
     Parabola,
@@ -22,7 +22,7 @@ from peer_jax.scaling.fit import (
     fit_parabola,
     fit_power_law,
 )
-from peer_jax.scaling.results import Row
+from peer_jax.analysis.results import Row
 
 MEASURES = ("params_active", "params_total", "tokens")
 BASELINE = "Dense"

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from peer_jax.scaling.curves import Training
-from peer_jax.scaling.isoflop import MEASURES, Analysis, Curve, mean_loss
-from peer_jax.scaling.reading import budget, named, si
-from peer_jax.scaling.results import Row
-from peer_jax.scaling.style import (
+from peer_jax.analysis.curves import Training
+from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
+from peer_jax.analysis.reading import budget, named, si
+from peer_jax.analysis.results import Row
+from peer_jax.analysis.style import (
     METHODS,
     QUIET,
     WIDTH,

@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from peer_jax.scaling.ablations import UNUSED, Ablation, Panel, readable, value_text
-from peer_jax.scaling.reading import budget
-from peer_jax.scaling.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, styles, value_axis
+from peer_jax.analysis.ablations import UNUSED, Ablation, Panel, readable, value_text
+from peer_jax.analysis.reading import budget
+from peer_jax.analysis.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, styles, value_axis
 
 LOSS = "validation loss [nats/token]"
 

@@ -130,7 +130,7 @@ def _do(task: Task, load: Any) -> Answer:
     """Does a task; whatever goes wrong is part of the answer."""
     import jax
 
-    from peer_jax.scaling.speed import seconds_per_step
+    from peer_jax.sweeps.speed import seconds_per_step
     from peer_jax.training.loop import train
 
     try:

@@ -1,0 +1,1 @@
+"""From finished runs to rows, fits, figures and a report."""

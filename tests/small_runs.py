@@ -1,0 +1,181 @@
+"""The small text and model that many files of tests train, and what they read back from a run directory."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from peer_jax import config
+from peer_jax.data.corpora import local_files
+from peer_jax.data.pipeline import TextTask, ensure_prepared
+from peer_jax.training import loop
+from peer_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+SEQ_LEN = 32
+BATCH = 4
+
+TINY = """
+Transformer.d_model = 16
+Transformer.num_blocks = 2
+Transformer.num_heads = 2
+NUM_EXPERTS = 64
+MOE_EXPERTS = 4
+D_KEY = 8
+PEER.top_k = 4
+PKM.top_k = 4
+TextTask.corpus = @local_files()
+TextTask.seq_len = {seq_len}
+TextTask.cache_dir = {cache!r}
+local_files.path = {corpus!r}
+local_files.validation_share = 0.1
+Run.batch_size = {batch}
+Run.log_every = 1
+AdamW.learning_rate = 0.01
+AdamW.warmup_steps = 5
+"""
+
+
+def write_text(path, seed=0):
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "small",
+        "birds",
+        "sing",
+    ]
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(150)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def tiny_config(base):
+    """A gin file over base, layer and size: a model that trains in seconds, on text that is prepared once a session."""
+    folder = base / "tiny_run"
+    path = folder / "tiny.gin"
+    if not path.exists():
+        folder.mkdir()
+        corpus = write_text(folder / "corpus.jsonl")
+        task = TextTask(local_files(corpus, validation_share=0.1), SEQ_LEN, cache_dir=folder / "cache")
+        ensure_prepared(task, progress=False)
+        path.write_text(TINY.format(seq_len=SEQ_LEN, cache=str(folder / "cache"), corpus=str(corpus), batch=BATCH))
+    return path
+
+
+def stack(tiny, layer="dense"):
+    """The files of a run."""
+    return [CONFIGS / "base.gin", CONFIGS / "layers" / f"{layer}.gin", CONFIGS / "sizes" / "tiny.gin", tiny]
+
+
+def load(tiny, *bindings, layer="dense"):
+    return config.load(stack(tiny, layer), bindings)
+
+
+def train(tiny, folder, *bindings, layer="dense"):
+    return loop.train(load(tiny, *bindings, layer=layer), folder, config=config.text, progress=False)
+
+
+def environment(**more):
+    """That of processes the tests start: bytecode is kept, or importing takes most of their time."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """(step, kind) -> loss; a step stands there once."""
+    found = {}
+    for line in lines(folder):
+        for kind in ("loss", "validation_loss"):
+            if kind in line:
+                assert (line["step"], kind) not in found, f"{kind} of step {line['step']} twice"
+                found[line["step"], kind] = line[kind]
+    return found
+
+
+def leaves(folder, run, step=None):
+    """Every array of a checkpoint, by its path."""
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
+    checkpoints.close()
+    return arrays(state)
+
+
+def arrays(state):
+    def plain(leaf):
+        return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+    return {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same(a, b):
+    """Equal bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def without_times(result):
+    return {name: value for name, value in result.items() if name not in ("wall_seconds", "tokens_per_second")}
+
+
+def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
+    """Has this process get a signal while it fetches the batch of a step."""
+    make = loop.train_batches
+
+    def make_interrupting(*args, **kwargs):
+        batches = make(*args, **kwargs)
+
+        class Interrupting:
+            fetched = 0
+
+            def __next__(self):
+                self.fetched += 1
+                if self.fetched == step:
+                    os.kill(os.getpid(), signal_number)
+                return next(batches)
+
+            def __getattr__(self, name):
+                return getattr(batches, name)
+
+        return Interrupting()
+
+    monkeypatch.setattr(loop, "train_batches", make_interrupting)
+
+
+@contextlib.contextmanager
+def training(folder):
+    """For a module of tests: what runs in here may use optax, and a second run of a config compiles nothing."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_numpy_dtype_promotion": "standard",  # optax raises a float to an int32 power, flax's norms meet bfloat16
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
