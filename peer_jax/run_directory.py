@@ -1,0 +1,382 @@
+"""The files of runs and of sweeps: their names, how they are written, locked, appended to, listed and read.
+
+A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``; one of a
+sweep has ``point.json`` as well, and ``failure.json`` while its last attempt has failed. A sweep directory has a folder
+per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv`` and the logs of worker processes.
+
+Nothing else knows these names, so storage of another kind (a bucket, whose objects are neither appended to nor renamed
+nor locked) can join by changing this file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+from etils import epath
+
+from peer_jax.errors import InputError, InUse
+
+CONFIG = "config.gin"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+POINT = "point.json"
+FAILURE = "failure.json"
+RESULTS = "results.csv"
+LOCK = ".lock"
+SWEEP_FILES = ("sweep-*.json", "sweep.json")  # the second name is that of earlier versions, which kept one sweep
+
+SCHEMA = 1
+NEEDED = {"steps", "corpus", "evaluations"}  # keys of a result that is whole
+
+
+def local(path: str | os.PathLike) -> epath.Path:
+    """The path of a local file or folder.
+
+    Raises:
+        InputError: for an address such as ``gs://bucket/folder``, which would become a local folder of that name.
+    """
+    text = os.fspath(path)
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text):
+        raise InputError(f"{text} is an address ({found[1]}), and only local folders can be used: give a path")
+    return epath.Path(text)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file, all of it or nothing, whoever else writes it.
+
+    Raises:
+        InputError: if it can't be written.
+    """
+    path = local(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} can't be written ({error.strerror}): free space, or choose another place") from error
+
+
+def make_folder(path: str | os.PathLike) -> epath.Path:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+        InputError: if it can't be made.
+    """
+    path = local(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {path} can't be made ({error.strerror}): choose another") from error
+    return path
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing or was left half-written."""
+    try:
+        value = json.loads(local(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+class Lines:
+    """A file of lines that grows: each line is there for readers as soon as ``append`` returns."""
+
+    def __init__(self, path: epath.Path, keep: Callable[[str], bool]) -> None:
+        """Opens the file; of the whole lines that it has, only those that ``keep`` accepts stay.
+
+        Raises:
+            OSError: if it can't be written, here and in ``append``.
+        """
+        kept = [line + "\n" for line in _whole_lines(path) if keep(line)]
+        rewritten = path.with_name(path.name + ".tmp")
+        rewritten.write_text("".join(kept))
+        os.replace(rewritten, path)
+        self._file = Path(path).open("a")  # noqa: SIM115, it stays open until close()
+
+    def append(self, line: str) -> None:
+        """Writes a line."""
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _whole_lines(path: epath.Path) -> list[str]:
+    """The lines of a file up to its last line end: a kill may have cut the last line."""
+    return path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+
+
+class RunDirectory:
+    """The directory of a run.
+
+    Args:
+        path: of the folder, which need not exist yet.
+
+    Raises:
+        InputError: for an address instead of a local path.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = local(path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.name or self.path.resolve().name
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of the checkpoints, which Orbax fills."""
+        return self.path / CHECKPOINTS
+
+    # Owning.
+
+    def lock(self, *, timeout: float = 0) -> filelock.BaseFileLock:
+        """Makes the directory and takes its lock, which keeps other runs from training in it; to be released.
+
+        Args:
+            timeout: seconds to wait for another process to release it.
+
+        Raises:
+            InUse: if another process has it.
+            InputError: if the directory can't be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
+            lock.acquire()
+        except filelock.Timeout:
+            raise InUse(f"{self} is in use by another process: wait for it, or choose another directory") from None
+        except OSError as error:
+            raise InputError(f"{self} can't be written to ({error.strerror}): choose another directory") from error
+        return lock
+
+    def leave_mark(self, mark: str) -> None:
+        """Leaves an empty file that another process on the same file system can see; ``remove_mark`` removes it.
+
+        Raises:
+            InputError: if it can't be written.
+        """
+        try:
+            self._mark(mark).touch()
+        except OSError as error:
+            raise InputError(f"{self} can't be written to ({error.strerror}): free space") from error
+
+    def has_mark(self, mark: str) -> bool:
+        """Whether a mark is there."""
+        return self._mark(mark).exists()
+
+    def remove_mark(self, mark: str) -> None:
+        """Removes a mark."""
+        self._mark(mark).unlink(missing_ok=True)
+
+    def _mark(self, mark: str) -> epath.Path:
+        return self.path / f".shared-{mark}"
+
+    # Config and result.
+
+    @property
+    def config(self) -> epath.Path:
+        """The file of the config that the run was begun with."""
+        return self.path / CONFIG
+
+    def read_config(self) -> str | None:
+        """The text of ``config.gin``; None if there is none.
+
+        Raises:
+            InputError: if it can't be read.
+        """
+        try:
+            return self.config.read_text() if self.config.exists() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.config} can't be read ({error}): mend it, or choose another directory") from error
+
+    def write_config(self, text: str) -> None:
+        """Writes ``config.gin``."""
+        write_whole(self.config, text)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The result of a finished run; None if there is none, or only part of one."""
+        result = read_json(self.path / RESULT)
+        whole = result is not None and result.get("schema") == SCHEMA and result.keys() >= NEEDED
+        return result if whole else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json``, all of it or nothing."""
+        _write_json(self.path / RESULT, {"schema": SCHEMA} | dict(result))
+
+    @property
+    def has_result(self) -> bool:
+        """Whether there is a ``result.json``, whole or not."""
+        return (self.path / RESULT).exists()
+
+    # Metrics.
+
+    def append_metrics(self, keep: Callable[[str], bool]) -> Lines:
+        """Opens ``metrics.jsonl`` for more lines; of those it has, only those that ``keep`` accepts stay."""
+        return Lines(self.path / METRICS, keep)
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The whole lines of ``metrics.jsonl``; none if there is no such file."""
+        try:
+            lines = _whole_lines(self.path / METRICS)
+        except OSError:
+            return
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The newest whole line of ``metrics.jsonl``, whether or not the run goes on; None if there is none yet."""
+        try:
+            with (self.path / METRICS).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
+                for line in reversed(file.read().splitlines()):
+                    with contextlib.suppress(ValueError):
+                        return json.loads(line)
+        except OSError:
+            pass
+        return None
+
+    def event_file(self, host: str) -> str:
+        """The name of a new file of TensorBoard events, in a folder that is made."""
+        folder = self.path / TENSORBOARD
+        folder.mkdir(exist_ok=True)
+        return str(folder / f"events.out.tfevents.{time.time_ns()}.{host}")
+
+    # What a sweep keeps of its run.
+
+    def read_point(self) -> dict[str, Any]:
+        """The run's place in its sweep; empty where it belongs to none."""
+        return read_json(self.path / POINT) or {}
+
+    def write_point(self, point: Mapping[str, Any]) -> None:
+        """Writes the run's place in its sweep; makes the directory."""
+        make_folder(self.path)
+        _write_json(self.path / POINT, point)
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """Why the last attempt failed: ``reason``, ``details`` and ``time``; None if it has not."""
+        return read_json(self.path / FAILURE)
+
+    def write_failure(self, reason: str, details: str = "") -> None:
+        """Keeps why an attempt failed."""
+        make_folder(self.path)
+        _write_json(self.path / FAILURE, {"reason": reason, "details": details, "time": time.time()})
+
+    def clear_failure(self) -> None:
+        """Forgets a failure, when the run has finished."""
+        (self.path / FAILURE).unlink(missing_ok=True)
+
+
+class SweepDirectory:
+    """The directory of one or several sweeps: a folder per run, and what is known of the sweeps.
+
+    Args:
+        path: of the folder, which need not exist yet.
+
+    Raises:
+        InputError: for an address instead of a local path.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = local(path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def run(self, name: str) -> RunDirectory:
+        """The directory of a run."""
+        return RunDirectory(self.path / name)
+
+    def keep_sweep(self, described: Mapping[str, Any], runs: Sequence[str]) -> None:
+        """Keeps what a sweep says of itself and the names of its runs; other sweeps of the directory stay as they are.
+
+        Raises:
+            InputError: if the directory can't be written to.
+        """
+        make_folder(self.path)
+        text = json.dumps({"sweep": described, "runs": list(runs)}, indent=2, default=str) + "\n"
+        write_whole(self.path / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json", text)
+
+    def sweeps(self) -> list[dict[str, Any]]:
+        """What is kept of each sweep: ``sweep``, its fields, and ``runs``, the names of its runs (None: not known)."""
+        found = []
+        for pattern in SWEEP_FILES:
+            for path in sorted(self.path.glob(pattern)):
+                kept = read_json(path)
+                if kept is not None:
+                    found.append(kept if "sweep" in kept else {"sweep": kept, "runs": None})
+        return found
+
+    def sweep_of(self, run: str) -> dict[str, Any] | None:
+        """What the sweep that a run belongs to says of itself; None if no sweep names the run."""
+        for kept in self.sweeps():
+            if kept["runs"] is None or run in kept["runs"]:
+                return kept["sweep"]
+        return None
+
+    def write_results(self, text: str) -> None:
+        """Writes ``results.csv``."""
+        write_whole(self.path / RESULTS, text)
+
+    @property
+    def results(self) -> epath.Path:
+        """The table of finished runs."""
+        return self.path / RESULTS
+
+    def worker_log(self, number: int) -> Path:
+        """The file that gets what a worker process prints."""
+        return Path(self.path / f"worker-{number}.log")
+
+
+def find_runs(directory: str | os.PathLike) -> list[RunDirectory]:
+    """The run directories at and below a path, in the order of their names; nothing inside of a run is walked.
+
+    A folder is a run if it has a config, a result or a failure. In a sweep directory that keeps the list of its runs,
+    these are the runs, and their folders are not searched.
+    """
+    return list(_find(local(directory)))
+
+
+def _find(path: epath.Path) -> Iterator[RunDirectory]:
+    if any((path / name).exists() for name in (CONFIG, RESULT, FAILURE)):
+        yield RunDirectory(path)
+        return
+    kept = [kept["runs"] for kept in SweepDirectory(path).sweeps()]
+    listed = {name for runs in kept for name in runs or ()}
+    yield from (RunDirectory(path / name) for name in sorted(listed) if (path / name).exists())
+    try:
+        below = sorted(child for child in path.iterdir() if child.is_dir() and child.name not in listed)
+    except OSError:
+        return
+    for child in below:
+        yield from _find(child)
