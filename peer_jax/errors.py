@@ -6,7 +6,15 @@ class InputError(ValueError):
 
     The message is one sentence that names the value and the way out. The command line prints it and exits with
     status 2; in library code it is an ordinary ``ValueError``.
+
+    Args:
+        message: the sentence.
+        argument: the argument of the call that mends it, such as "workdir"; the command line names its flag.
     """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class InUse(InputError):  # noqa: N818, it names what is so

@@ -170,7 +170,9 @@ class RunDirectory:
             lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
             lock.acquire()
         except filelock.Timeout:
-            raise InUse(f"{self} is in use by another process: wait for it, or choose another directory") from None
+            raise InUse(
+                f"{self} is in use by another process: wait for it, or choose another directory", argument="workdir"
+            ) from None
         except OSError as error:
             raise InputError(f"{self} can't be written to ({error.strerror}): choose another directory") from error
         return lock

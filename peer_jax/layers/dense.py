@@ -51,6 +51,7 @@ class Dense(FeedForward):
             )
 
         self.activation = activation
+        self.is_baseline = activation == "gelu"
         self.up = linear(d_model, d_ff, "embed", "hidden")
         self.gate = linear(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
         self.down = linear(d_ff, d_model, "hidden", "embed")

@@ -48,7 +48,28 @@ class FeedForward(nnx.Module):
 
     is_causal: bool = True
     mixes_tokens: bool = False
+    is_baseline: bool = False
+    num_experts: int | None = None
     variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the layer's class."""
+        return type(self).__name__
+
+    @property
+    def label(self) -> str:
+        """What reports call a model with this layer: its name, and the options that differ from the defaults."""
+        return self.name if self.variant is None else f"{self.name} ({self.variant})"
+
+    def options(self) -> dict[str, object]:
+        """Options of the constructor that differ from their defaults, by name."""
+        return {}
+
+    @property
+    def routes(self) -> bool:
+        """Whether the layer routes tokens to experts, and so has ``route`` and ``num_experts``."""
+        return hasattr(self, "route")
 
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> tuple[Array, Aux]:
         """Output and auxiliary loss. ``mask`` is True for real tokens; others touch neither statistics nor losses."""

@@ -134,6 +134,7 @@ class Transformer(nnx.Module):
             return Block(attention, make(d_model, **types), d_model, norm)
 
         self.d_model, self.num_heads, self.vocab_size = d_model, num_heads, vocab_size
+        self.sparse_blocks = sparse
         self.dtype, self.remat = dtype, remat
         self.embed = nnx.Embed(
             vocab_size, d_model, embedding_init=embed_init, embedding_metadata={"axes": ("vocab", "embed")}, **types
@@ -146,6 +147,11 @@ class Transformer(nnx.Module):
             if tie_embeddings
             else nnx.Linear(d_model, vocab_size, use_bias=False, kernel_metadata=head_axes, **types)
         )
+
+    @property
+    def method(self) -> FeedForward:
+        """The feed-forward layer that the model is named by: that of its first sparse block, or else of its first."""
+        return self.blocks[self.sparse_blocks[0] if self.sparse_blocks else 0].ffw
 
     @property
     def is_causal(self) -> bool:
