@@ -1,17 +1,18 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
-import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer_jax.allocator import keep_freed_memory
+from peer_jax import startup
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
+
+if TYPE_CHECKING:
+    from peer_jax.training.loop import Run
 
 app = typer.Typer(
     name="peer-jax",
@@ -31,15 +32,28 @@ Bindings = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="A gin binding over the files, such as PEER.top_k=8."),
 ]
+Imports = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="A module of yours whose classes and functions the config may name; repeatable.",
+    ),
+]
 Workdir = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="The run directory.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 WhichCheckpoint = Annotated[str, typer.Option("--checkpoint", help="'last', 'best' (by validation loss) or a step.")]
 
 
 @app.command()
-def prepare(config: Configs, set_: Bindings = [], quiet: Quiet = False) -> None:  # noqa: B006, typer copies it
+def prepare(
+    config: Configs,
+    set_: Bindings = [],  # noqa: B006, typer copies it
+    import_: Imports = [],  # noqa: B006
+    quiet: Quiet = False,
+) -> None:
     """Tokenise and pack the config's text into the cache that training reads. `train` does it when it is missing."""
-    run = _load(config, set_)
+    run = _load(config, set_, import_)
     from peer_jax.data.pipeline import ensure_prepared
 
     for task in (run.task, *run.eval_tasks):
@@ -51,6 +65,7 @@ def train(
     config: Configs,
     workdir: Workdir,
     set_: Bindings = [],  # noqa: B006
+    import_: Imports = [],  # noqa: B006
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
     coordinator: Annotated[
@@ -71,15 +86,14 @@ def train(
     Sharding.data, fsdp, expert and tables in the config say; of several processes each runs this command, with the same
     DIR on a file system that all share.
     """
-    _prepare_process()
+    startup.prepare()
     from peer_jax import processes
 
     processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
-    run = _load(config, set_)
-    from peer_jax import config as configs
+    run = _load(config, set_, import_)
     from peer_jax.training.loop import train as train_run
 
-    train_run(run, workdir, config=configs.text, progress=not quiet)
+    train_run(run, workdir, progress=not quiet)
     if show_table and processes.leads():
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
@@ -99,14 +113,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a trained run on the validation text of its own task, or of each --data, and add it to result.json."""
-    _prepare_process()
+    startup.prepare()
     from peer_jax import config as configs
     from peer_jax.training.restore import evaluate_run
 
-    runs = [configs.load(_with(workdir, [file]), set_) for file in data] or [configs.load(_with(workdir), set_)]
-    step, evaluations = evaluate_run(
-        runs, workdir, checkpoint=checkpoint, batch_size=batch_size, config=configs.text, progress=not quiet
-    )
+    kept = _kept(workdir)
+    runs = [configs.load_kept(kept, [file], set_) for file in data] or [configs.load_kept(kept, bindings=set_)]
+    step, evaluations = evaluate_run(runs, workdir, checkpoint=checkpoint, batch_size=batch_size, progress=not quiet)
     from peer_jax.analysis.report import evaluation_table
 
     evaluation_table(step, evaluations)
@@ -123,11 +136,11 @@ def generate(
     checkpoint: WhichCheckpoint = "last",
 ) -> None:
     """Continue a prompt with a trained run."""
-    _prepare_process()
+    startup.prepare()
     from peer_jax import config as configs
     from peer_jax.training.restore import continue_text
 
-    run = configs.load(_with(workdir))
+    run = configs.load_kept(_kept(workdir))
     text = continue_text(
         run, workdir, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, checkpoint=checkpoint
     )
@@ -139,6 +152,7 @@ def sweep(
     config: Configs,
     workdir: Annotated[Path | None, typer.Option("--workdir", metavar="DIR", help="Gets a directory a run.")] = None,
     set_: Bindings = [],  # noqa: B006
+    import_: Imports = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate/--no-estimate", help="Measure some steps, for the time in --dry-run's table.")
@@ -156,33 +170,35 @@ def sweep(
     """
     if workdir is None and not dry_run:
         raise InputError("--workdir is not given: name the directory that gets the runs, or --dry-run")
-    _prepare_process()
+    startup.prepare()
     _keep_off_accelerators()
     from peer_jax import config as configs
+    from peer_jax.run_directory import SweepDirectory
     from peer_jax.sweeps import plan, runner
     from peer_jax.sweeps.board import plan_table
     from peer_jax.sweeps.sweep import expand
     from peer_jax.sweeps.workers import default_workers
 
-    described, of_runs = configs.load_sweep(config, set_)
-    points = expand(described, config[0].parent, of_runs)
-    planned = plan.plan(points, load_run)
+    described, of_runs, imports = configs.load_sweep(config, set_, import_)
+    points = expand(described, config[0].parent, of_runs, imports)
+    planned = plan.plan(points, configs.load)
     workers = workers or default_workers()
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
             log = Path(folder, "log")
-            measured = runner.measure(planned, log, load=load_run, workers=workers) if estimate else ({}, {})
+            measured = runner.measure(planned, log, load=configs.load, workers=workers) if estimate else ({}, {})
         plan_table(planned, *measured, workers)
         for note in plan.check(described, planned):
             typer.echo(note)
         return
     runner.prepare_corpora(planned, progress=not quiet)
-    planned = plan.plan(points, load_run) if not all(run.is_prepared for run in planned) else planned
+    planned = plan.plan(points, configs.load) if not all(run.is_prepared for run in planned) else planned
     for note in plan.check(described, planned):
         typer.echo(note, err=True)
-    plan.kept_configs_agree(planned, workdir)
-    runner.run_sweep(described, planned, workdir, load=load_run, workers=workers, progress=not quiet)
-    typer.echo(f"{workdir / 'results.csv'} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
+    directory = SweepDirectory(workdir)
+    plan.check_kept_configs(planned, directory)
+    runner.run_sweep(described, planned, directory, load=configs.load, workers=workers, progress=not quiet)
+    typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
 
 
 @app.command()
@@ -194,6 +210,7 @@ def plan(
         typer.Option(metavar="AXIS=SIZE,...", help="Of data, fsdp and expert; what isn't named is as in the config."),
     ] = None,
     set_: Bindings = [],  # noqa: B006
+    import_: Imports = [],  # noqa: B006
     devices: Annotated[
         int | None, typer.Option(help="How many there are: by default as many as the mesh names.", min=1)
     ] = None,
@@ -207,7 +224,7 @@ def plan(
     Example: peer-jax plan --config configs/base.gin --config configs/layers/peer.gin --config configs/sizes/paper.gin
     --config configs/data/c4.gin --mesh data=8,expert=8 --device tpu-v5p --set Transformer.remat=True
     """
-    run = _load(config, set_)
+    run = _load(config, set_, import_)
     _keep_off_accelerators()
     from peer_jax.planning import capacity
     from peer_jax.planning.capacity_table import show
@@ -273,7 +290,7 @@ def bench(
 
     Example: peer-jax bench op --only expert_mix --tokens 2048 --d-model 256 --num-experts 262144 --heads 8
     """
-    _prepare_process(keep_programs=False)  # a program that is read back doesn't tell its memory
+    startup.prepare(keep_programs=False)  # a program that is read back doesn't tell its memory
     from peer_jax.bench import Options, report, run
 
     options = Options(
@@ -304,51 +321,33 @@ def sentencepiece(
     model: Annotated[Path, typer.Option("--model", metavar="FILE", help="Where it goes, such as data/my.model.")],
     vocab_size: Annotated[int, typer.Option(help="Pieces.", min=16)] = 8192,
     set_: Bindings = [],  # noqa: B006
+    import_: Imports = [],  # noqa: B006
 ) -> None:
     """Train a SentencePiece model on the config's training text; then set TextTask.vocabulary to its path."""
-    run = _load(config, set_)
+    run = _load(config, set_, import_)
     from peer_jax.data.tasks import train_sentencepiece
 
     typer.echo(train_sentencepiece(run.task.corpus, model, vocab_size=vocab_size))
 
 
-def _load(files: Sequence[str | Path], bindings: Sequence[str]):
-    return load_run(files, bindings)[0]
+def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequence[str]) -> "Run":
+    """The run of a command's configs."""
+    startup.prepare()
+    from peer_jax import config
+
+    return config.load(files, bindings, imports)
 
 
-def load_run(files: Sequence[str | Path], bindings: Sequence[str]):
-    """A run, and the function that tells its config's text once it is built; workers of a sweep call it, too."""
-    _prepare_process()
-    from peer_jax import config as configs
+def _kept(workdir: Path) -> Path:
+    """The config of a run directory."""
+    from peer_jax.run_directory import RunDirectory
 
-    return configs.load(files, bindings), configs.text
-
-
-def _with(workdir: Path, files: list[Path] = []) -> list[Path]:  # noqa: B006, never changed
-    """The config of a run, and files on top."""
-    kept = workdir / "config.gin"
+    kept = RunDirectory(workdir).config
     if not kept.is_file():
-        raise InputError(f"--workdir {workdir} has no config.gin: give the directory of a run made by `peer-jax train`")
-    return [kept, *files]
-
-
-def _prepare_process(*, keep_programs: bool = True) -> None:
-    """Before JAX is imported: quiet libraries, and no returning of memory to the system after every step."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    keep_freed_memory()
-    if keep_programs:
-        _keep_programs()
-
-
-def _keep_programs() -> None:
-    """Has JAX keep compiled programs on disk: a run of the same shapes, or one that goes on, starts in a second."""
-    root = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax").expanduser()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the oldest go first
+        raise InputError(
+            f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument="workdir"
+        )
+    return Path(kept)
 
 
 def _keep_off_accelerators() -> None:
@@ -371,7 +370,9 @@ def main() -> None:
 
 
 def _exit(error: Exception, status: int) -> None:
-    message = " ".join(str(error).split("\n  In call to configurable")[0].split())
+    message = " ".join(str(error).split())
+    if argument := getattr(error, "argument", None):
+        message = f"--{argument.replace('_', '-')} {message}"
     print(f"peer-jax: {message}", file=sys.stderr)
     if "jax" in sys.modules:
         from peer_jax import processes

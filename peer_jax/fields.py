@@ -26,6 +26,25 @@ Placed = Annotated[T, PLACEMENT]
 Bookkeeping = Annotated[T, BOOKKEEPING]
 
 
+class Gives:
+    """Marks a factory among the arguments, and what its caller passes: a config can't set these of what it names.
+
+    Each keyword is such an argument, its value what to set instead: ``Gives(d_model="Transformer.d_model")``.
+    """
+
+    def __init__(self, **instead: str) -> None:
+        self.instead = instead
+
+
+def given_to(annotation: object) -> Mapping[str, str]:
+    """What the callers of a factory pass, and what to set instead; empty for any other argument."""
+    if typing.get_origin(annotation) is Annotated:
+        found = (extra.instead for extra in typing.get_args(annotation)[1:] if isinstance(extra, Gives))
+    else:  # a union, such as that of a factory and None
+        found = (given for part in typing.get_args(annotation) if (given := given_to(part)))
+    return next(found, {})
+
+
 def kind_of(annotation: object) -> Kind:
     """The kind that an annotation declares; ``IDENTITY`` where it declares none."""
     kinds = (extra for extra in typing.get_args(annotation)[1:] if isinstance(extra, Kind))
@@ -52,6 +71,10 @@ class RunConfig(Protocol):
     text: str
     fields: Mapping[str, str]
     identity: Mapping[str, str]
+
+    def uses(self, name: str) -> bool:
+        """Whether a binding of this name, such as ``PEER.top_k`` or ``TABLE_RATE``, has an effect on the run."""
+        ...
 
     def difference(self, kept: str, *, of_model: bool = False) -> Difference | None:
         """The first argument of identity in which a run differs that was begun with the config text ``kept``.

@@ -4,6 +4,7 @@ b  batch     s  sequence     d  d_model     V  vocabulary
 """
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,21 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.fields import Gives
 from peer_jax.layers.interface import Aux, FeedForward, Routing, check_positive
 from peer_jax.models.attention import Attention, KVCache
 from peer_jax.sharding import constrain
 
-FeedForwardFactory = Callable[..., FeedForward]
+# The Transformer passes these arguments to the factory, so a config binds them at the Transformer.
+FeedForwardFactory = Annotated[
+    Callable[..., FeedForward],
+    Gives(
+        d_model="Transformer.d_model",
+        dtype="Transformer.dtype",
+        param_dtype="Transformer.param_dtype",
+        rngs="Run.seed",
+    ),
+]
 
 
 def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:

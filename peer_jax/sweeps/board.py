@@ -4,16 +4,14 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds
-from peer_jax.training import workdir as workdirs
-from peer_jax.training.metrics import last_line
 
 RECENT = 8
 
@@ -66,9 +64,15 @@ class Board:
     """Runs that train, how far they are, what ended last, and how long it may take still."""
 
     def __init__(
-        self, planned: Sequence[Planned], done: Sequence[Planned], workdir: Path, workers: int, *, enabled: bool
+        self,
+        planned: Sequence[Planned],
+        done: Sequence[Planned],
+        directory: SweepDirectory,
+        workers: int,
+        *,
+        enabled: bool,
     ) -> None:
-        self._planned, self._workdir, self._workers = planned, workdir, workers
+        self._planned, self._directory, self._workers = planned, directory, workers
         self._console = Console(stderr=True)
         self._enabled, self._is_live = enabled, enabled and self._console.is_terminal
         self._running: dict[str, Planned] = {}
@@ -99,7 +103,7 @@ class Board:
 
     def finished(self, run: Planned) -> None:
         """The run has its result."""
-        result = workdirs.read_result(self._workdir / run.point.name)
+        result = self._directory.run(run.point.name).read_result()
         own = result["evaluations"][result["corpus"]["name"]]
         self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
 
@@ -133,7 +137,7 @@ class Board:
 
     def _progress(self, run: Planned) -> tuple[int, float | None]:
         """The step a run is at and its training loss, as its log has them."""
-        line = last_line(self._workdir / run.point.name) or {}
+        line = self._directory.run(run.point.name).last_metrics() or {}
         return line.get("step", 0), line.get("loss", line.get("validation_loss"))
 
     def _summary(self) -> str:

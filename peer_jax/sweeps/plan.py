@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,13 +10,15 @@ import numpy as np
 from peer_jax.data.pipeline import TextTask, open_cache
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
+from peer_jax.fields import RunConfig
+from peer_jax.gin_syntax import Binding
+from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
-from peer_jax.training import workdir as workdirs
 from peer_jax.training.flops import training_flops
 from peer_jax.training.loop import Run
 
-Load = Callable[[Sequence[str], Sequence[str]], tuple[Run, Callable[[], str]]]
-"""Files and bindings to a run, and to the text of its config, to be asked for once the run has been built."""
+Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
+"""Makes a run, with its config, of files, bindings and imported modules; a module's function, so that it is pickled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class Planned:
     """
 
     point: Point
-    config: str
-    method: str
+    config: RunConfig
     is_causal: bool
     params_total: int
     params_active: int
@@ -70,7 +69,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
             run = _build(point, load, corpora)
         except InputError as error:
             raise InputError(f"{point.name}: {error}") from error
-        planned.setdefault(run.config, run)
+        planned.setdefault(run.config.text, run)
     names = [run.point.name for run in planned.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two runs of the sweep would be named {twice[0]!r}: give their sizes or budgets other labels")
@@ -78,7 +77,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
 
 
 def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, bool]]) -> Planned:
-    run, text = load(point.files, point.bindings)
+    run = load(point.files, point.bindings, point.imports)
     trainer = run.trainer()
     model, seq_len = trainer.abstract_model, run.task.seq_len
     steps, step_tokens = run.num_steps(model), run.batch_size * seq_len
@@ -86,17 +85,14 @@ def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, b
     if run.task not in corpora:
         corpora[run.task] = _corpus_tokens(run.task)
     corpus_tokens, is_prepared = corpora[run.task]
-    described = workdirs.describe_model(model, seq_len)
-    config = text()
-    used = {name: v for name, v in point.settings.items() if re.search(rf"^{re.escape(name)} = ", config, re.MULTILINE)}
+    used = {name: value for name, value in point.settings.items() if run.config.uses(name)}
     return Planned(
         point=dataclasses.replace(point, settings=used),
-        config=config,
-        method=described["method"],
-        is_causal=described["is_causal"],
-        params_total=described["params_total"],
-        params_active=described["params_active"],
-        flops_per_token=described["forward_flops_per_token"],
+        config=run.config,
+        is_causal=model.is_causal,
+        params_total=model.num_params(),
+        params_active=model.num_active_params(),
+        flops_per_token=model.flops_per_token(seq_len),
         steps=steps,
         step_tokens=step_tokens,
         step_flops=training_flops(model, step_tokens, seq_len),
@@ -158,12 +154,21 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
     return notes
 
 
-def kept_configs_agree(planned: Sequence[Planned], workdir: Path) -> None:
-    """Raises an InputError if a run directory in ``workdir`` was begun with another config than is planned now."""
+def check_kept_configs(planned: Sequence[Planned], directory: SweepDirectory) -> None:
+    """Compares the planned runs with those that were begun in the directory.
+
+    Raises:
+        InputError: if a run was begun with another config than is planned now.
+    """
     for run in planned:
-        folder = workdir / run.point.name
-        if (folder / workdirs.CONFIG).exists():
-            workdirs.keep_config(folder, run.config)
+        folder = directory.run(run.point.name)
+        kept = folder.read_config()
+        if kept is not None and (found := run.config.difference(kept)) is not None:
+            raise InputError(
+                f"{folder} holds a run with {found.name} = {found.before}, now it is {found.now}: use its config, or "
+                "another directory",
+                argument="workdir",
+            )
 
 
 def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> dict[str, float | None]:
@@ -174,7 +179,7 @@ def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> d
     """
     estimates: dict[str, float | None] = {}
     for run in planned:
-        same_method = (r for r in planned if r.method == run.method and r.program in measured)
+        same_method = (r for r in planned if r.point.method == run.point.method and r.program in measured)
         own = sorted({(r.step_flops, measured[r.program]) for r in same_method})
         if run.program in measured:
             estimates[run.program] = measured[run.program]
@@ -191,8 +196,8 @@ def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> d
 def to_measure(planned: Sequence[Planned]) -> list[Planned]:
     """The runs whose speed tells that of the others: of each method, those of the least and the most FLOPs a step."""
     chosen: dict[str, Planned] = {}
-    for method in dict.fromkeys(run.method for run in planned):
-        own = [run for run in planned if run.method == method]
+    for method in dict.fromkeys(run.point.method for run in planned):
+        own = [run for run in planned if run.point.method == method]
         for run in (min(own, key=lambda r: r.step_flops), max(own, key=lambda r: r.step_flops)):
             chosen.setdefault(run.program, run)
     return list(chosen.values())

@@ -1,22 +1,20 @@
 """Running a sweep: every run in its directory, by worker processes; what is finished stays, what was begun goes on."""
 
 import contextlib
-import dataclasses
-import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.board import Board
 from peer_jax.sweeps.plan import Load, Planned, to_measure
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.sweeps.workers import Answer, Task, Worker
-from peer_jax.training import workdir as workdirs
 from peer_jax.training.loop import StopOnSignal
 
 TICK = 0.5
@@ -30,7 +28,13 @@ def prepare_corpora(planned: Sequence[Planned], *, progress: bool) -> None:
 
 
 def run_sweep(
-    sweep: Sweep, planned: Sequence[Planned], workdir: Path, *, load: Load, workers: int, progress: bool = True
+    sweep: Sweep,
+    planned: Sequence[Planned],
+    directory: SweepDirectory,
+    *,
+    load: Load,
+    workers: int,
+    progress: bool = True,
 ) -> None:
     """Trains what is not finished, and keeps ``results.csv`` up to date.
 
@@ -38,21 +42,17 @@ def run_sweep(
     training are left to it, and taken over should it die.
 
     Raises:
-        InputError: if ``workdir`` can't be written to.
+        InputError: if the directory can't be written to.
         TrainingFailed: at the end, if runs have failed.
         Interrupted: on SIGTERM or SIGINT, when the running runs have saved their state.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        workdirs.write_whole(workdir / results.SWEEP, json.dumps(sweep.describe(), indent=2, default=str) + "\n")
-    except OSError as error:
-        raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
-    done = [run for run in planned if workdirs.read_result(workdir / run.point.name) is not None]
+    directory.keep_sweep(sweep.describe(), [run.point.name for run in planned])
+    done = [run for run in planned if directory.run(run.point.name).read_result() is not None]
     finished = {run.point.name for run in done}
     todo = [run for run in planned if run.point.name not in finished]
-    with StopOnSignal() as stop, Board(planned, done, workdir, workers, enabled=progress) as board:
-        failed = _Runner(todo, workdir, load, workers, board).run(stop) if todo else {}
-    _write_results(workdir)
+    with StopOnSignal() as stop, Board(planned, done, directory, workers, enabled=progress) as board:
+        failed = _Runner(todo, directory, load, workers, board).run(stop) if todo else {}
+    _write_results(directory, _rows(directory))
     if stop.signal_number is not None:
         raise Interrupted(stop.signal_number, "stopped; every run is saved, and the same command goes on")
     if failed:
@@ -60,20 +60,23 @@ def run_sweep(
         others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise TrainingFailed(
             f"{len(failed)} of {len(planned)} runs failed, the rest is finished: {name}: {reason}{others}; "
-            f"reasons are in {workdir}/*/{results.FAILURE}, and the same command tries them again"
+            f"the reasons are in the runs' directories in {directory}, and the same command tries them again"
         )
 
 
 class _Runner:
     """The loop that gives runs to workers and takes their answers."""
 
-    def __init__(self, todo: Sequence[Planned], workdir: Path, load: Load, workers: int, board: Board) -> None:
+    def __init__(
+        self, todo: Sequence[Planned], directory: SweepDirectory, load: Load, workers: int, board: Board
+    ) -> None:
         self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in todo)
-        self._workdir, self._board = workdir, board
+        self._directory, self._board = directory, board
+        self._rows = _rows(directory)
         self._failed: dict[str, str] = {}
         self._began = time.time()
         count = min(workers, len(todo))
-        self._workers = [Worker(load, (i, workers), workdir / f"worker-{i}.log") for i in range(count)]
+        self._workers = [Worker(load, (i, workers), directory.worker_log(i)) for i in range(count)]
         self._running: dict[Worker, Planned] = {}
 
     def run(self, stop: StopOnSignal) -> dict[str, str]:
@@ -109,23 +112,21 @@ class _Runner:
 
     def _ended_elsewhere(self, run: Planned) -> bool:
         """Whether another sweep's process has finished the run, or failed at it since this one began."""
-        folder = self._workdir / run.point.name
-        if workdirs.read_result(folder) is not None:
+        folder = self._directory.run(run.point.name)
+        if folder.read_result() is not None:
             self._finish(run)
             return True
-        failure = results.read_json(folder / results.FAILURE)
+        failure = folder.read_failure()
         if failure is not None and failure.get("time", 0) > self._began:
             self._fail(run, failure["reason"])
             return True
         return False
 
     def _start(self, worker: Worker, run: Planned) -> None:
-        folder = self._workdir / run.point.name
-        point = dataclasses.asdict(run.point)
+        folder = self._directory.run(run.point.name)
         with contextlib.suppress(OSError, InputError):  # a full disk is the run's failure, and it will say so
-            folder.mkdir(exist_ok=True)
-            workdirs.write_whole(folder / results.POINT, json.dumps(point, indent=2, default=str) + "\n")
-        worker.give(Task(run.point.files, run.point.bindings, folder))
+            folder.write_point(run.point.describe())
+        worker.give(Task(run.point.files, run.point.bindings, run.point.imports, Path(folder)))
         self._running[worker] = run
         self._board.started(run)
 
@@ -142,27 +143,37 @@ class _Runner:
             elif answer.state == "busy":
                 self._queue.append((time.monotonic() + RETRY_SECONDS, run))
                 self._board.elsewhere(run)
+            else:  # its worker was asked to stop: by this sweep, which then ends, or by somebody else
+                self._queue.append((0.0, run))
 
     def _finish(self, run: Planned) -> None:
-        (self._workdir / run.point.name / results.FAILURE).unlink(missing_ok=True)
+        folder = self._directory.run(run.point.name)
+        folder.clear_failure()
         self._board.finished(run)
-        _write_results(self._workdir)
+        self._rows[run.point.name] = results.row(folder, self._directory)
+        _write_results(self._directory, self._rows)
 
     def _fail(self, run: Planned, reason: str) -> None:
         self._failed[run.point.name] = reason
         self._board.failed(run, reason)
 
     def _keep_failure(self, run: Planned, answer: Answer) -> None:
-        failure = {"reason": answer.reason, "details": answer.details, "time": time.time()}
         with contextlib.suppress(InputError):  # it is said all the same
-            path = self._workdir / run.point.name / results.FAILURE
-            workdirs.write_whole(path, json.dumps(failure, indent=2) + "\n")
+            self._directory.run(run.point.name).write_failure(answer.reason, answer.details)
 
 
-def _write_results(workdir: Path) -> None:
-    """Rebuilds the table from the results that are there."""
-    with contextlib.suppress(InputError, OSError):  # none yet, or no room: it can be rebuilt at any time
-        results.write_csv(results.read([workdir]), workdir / results.RESULTS)
+def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
+    """The finished runs that are in a directory, by their folders' names."""
+    try:
+        return {row.run: row for row in results.read([directory.path])}
+    except InputError:  # there is none yet
+        return {}
+
+
+def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -> None:
+    """Writes the table of finished runs."""
+    with contextlib.suppress(InputError):  # no room for it: it can be made again at any time
+        results.write_csv(results.in_order(rows.values()), directory.results)
 
 
 def measure(
@@ -176,7 +187,7 @@ def measure(
     worker = Worker(load, (0, workers), log)
     try:
         for run in to_measure(planned):
-            worker.give(Task(run.point.files, run.point.bindings))
+            worker.give(Task(run.point.files, run.point.bindings, run.point.imports))
             while (answer := worker.answer()) is None:
                 connection.wait([worker.connection])
             if answer.seconds is None:

@@ -1,5 +1,6 @@
 """How long a step takes, by a short measurement."""
 
+import math
 import os
 import statistics
 import time
@@ -9,6 +10,7 @@ import numpy as np
 
 from peer_jax.data.pipeline import vocabulary_size
 from peer_jax.errors import InputError
+from peer_jax.sharding import split_batch, use
 from peer_jax.training.flops import training_flops
 from peer_jax.training.loop import Run
 
@@ -18,18 +20,24 @@ SLOWEST_CPU = 2e10  # FLOPs per second; a core does 14 to 36e9
 
 
 def seconds_per_step(run: Run) -> float:
-    """Median seconds of the run's training step on random tokens, without compilation.
+    """Median seconds of the run's training step on random tokens, placed as ``train`` places it, without compilation.
 
     Raises:
         InputError: if its state doesn't fit the device's memory, or a step would take too long to try.
     """
+    placement = run.sharding.place(rows=run.batch_size // run.accumulation)
+    with use(placement):
+        return _measure(run)
+
+
+def _measure(run: Run) -> float:
     trainer = run.trainer()
     rows, seq_len = run.batch_size, run.task.seq_len
     _check_size(trainer.abstract_state(), training_flops(trainer.abstract_model, rows * seq_len, seq_len))
     tokens = np.random.default_rng(0).integers(3, vocabulary_size(run.task.vocabulary), (rows, seq_len), np.int32)
-    batch = {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}
+    batch = split_batch({"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)})
     rates = run.optimizer.rates(trainer.labels, 0, 10)
-    step = jax.jit(trainer.step, donate_argnums=0)
+    step = trainer.compiled_step()
     state, metrics = step(trainer.init(0), batch, rates)
     jax.block_until_ready(metrics)
     times: list[float] = []
@@ -43,7 +51,9 @@ def seconds_per_step(run: Run) -> float:
 
 def _check_size(state: object, step_flops: float) -> None:
     device = jax.devices()[0]
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
     if device.platform == "cpu":
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if step_flops > LONGEST_STEP * SLOWEST_CPU:

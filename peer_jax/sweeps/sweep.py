@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peer_jax.errors import InputError
+from peer_jax.gin_syntax import Binding, Macro, Reference, literal
 from peer_jax.layers.interface import check_positive
+from peer_jax.training.flops import short
 
 Bindings = Mapping[str, Any]
 WIDTH = "Transformer.d_model"
@@ -41,6 +43,7 @@ class Sweep:
             multiplied by (d_model / rates_at) ** exponent.
         rates_at: the width at which the rates were tuned.
         tuning: what was tuned and how, in words, for the report.
+        baseline: the method that the others are compared with; None: the method whose layers are plain dense ones.
         min_steps: a run of fewer steps says nothing and is refused.
         max_epochs: a run that needs more passes over the corpus is refused. Up to 4 repeated text is worth nearly as
             much as new text (Muennighoff et al. 2023, arXiv:2305.16264); more than one is said.
@@ -59,6 +62,7 @@ class Sweep:
     rate_exponents: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rates_at: int | None = None
     tuning: str = ""
+    baseline: str | None = None
     min_steps: int = 100
     max_epochs: float = 4.0
 
@@ -97,6 +101,10 @@ class Sweep:
             raise InputError("Sweep.rate_exponents needs Sweep.rates_at, the d_model at which the rates were tuned")
         if self.rates_at is not None:
             check_positive(**{"Sweep.rates_at": self.rates_at})
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise InputError(
+                f"Sweep.baseline = {self.baseline!r} is not one of Sweep.methods: {', '.join(self.methods)}"
+            )
         axes = (self.methods, self.sizes, self.budgets)
         each = [bindings for axis in axes for bindings in _axis(axis).values()]
         for bindings in (self.bindings, *each, self.cross, self.zip):
@@ -113,7 +121,7 @@ class Sweep:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["budgets"] = [[budget, dict(bindings)] for budget, bindings in _axis(self.budgets).items()]
         fields["sizes_at"] = [[budget, list(sizes)] for budget, sizes in self.sizes_at.items()]
-        return fields
+        return {name: _plain(value) for name, value in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +134,8 @@ class Point:
     seed: int
     settings: dict[str, Any]
     files: tuple[str, ...]
-    bindings: tuple[str, ...]
+    bindings: tuple[Binding, ...]
+    imports: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -135,19 +144,34 @@ class Point:
         parts += [f"{binding.split('.')[-1]}={_word(value)}" for binding, value in self.settings.items()]
         return "-".join([*parts, f"seed{self.seed}"])
 
+    def describe(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        bindings = [f"{binding.name} = {literal(binding.value)}" for binding in self.bindings]
+        return vars(self) | {"bindings": bindings, "settings": _plain(self.settings)}
 
-def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]:
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; references and macros are written as in a config."""
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Reference | Macro) else value
+
+
+def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: Sequence[str] = ()) -> list[Point]:
     """The runs of a sweep: by budget, then by method, size, setting and seed.
 
     Args:
         folder: that of the sweep's own file.
         extra: bindings over all others, for every run.
+        imports: modules that the runs' configs may name things of.
 
     Raises:
         InputError: if a method has no file, a size no width that its rates could follow, or ``rate_exponents`` a name
             that no run binds; if ``extra`` binds what an axis says.
     """
-    _refuse_places(binding.partition("=")[0] for binding in extra)
+    _refuse_places(binding.name for binding in extra)
     methods, budgets = _axis(sweep.methods), _axis(sweep.budgets)
     bound: set[str] = set()
     shared = [_path(folder / file) for file in sweep.configs]
@@ -171,7 +195,8 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[str] = ()) -> list[Point]
                     seed=seed,
                     settings=settings,
                     files=(shared[0], _path(layer), *shared[1:]),
-                    bindings=(*(f"{name} = {_literal(value)}" for name, value in bindings.items()), *extra),
+                    bindings=(*(Binding(name, value, "") for name, value in bindings.items()), *extra),
+                    imports=tuple(imports),
                 )
             )
     # A method without tables has no table rate. But if nobody has it, the rule would be told of and never applied.
@@ -220,16 +245,6 @@ def _path(path: Path) -> str:
     resolved = path.resolve()
     here = Path.cwd()
     return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)
-
-
-def _literal(value: Any) -> str:
-    """A value as gin writes it; strings that begin with @ or % are gin's references."""
-    return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
-
-
-def short(number: float) -> str:
-    """3e11 for 300000000000.0, 1.5e12 for 1500000000000.0."""
-    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{number:g}") if number >= 1e6 else f"{number:g}"
 
 
 def _word(value: Any) -> str:

@@ -3,21 +3,26 @@
 import contextlib
 import dataclasses
 import gc
-import glob
-import importlib.util
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from peer_jax import startup
 from peer_jax.errors import InputError, Interrupted, InUse, TrainingFailed
+from peer_jax.gin_syntax import Binding
+from peer_jax.startup import accelerators
 
 _spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX hangs
+
+BLOCKED_AT_START = {signal.SIGINT, signal.SIGTERM}
+MOST_STARTS = 3  # of processes that die before they have read their task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +30,14 @@ class Task:
     """What a worker is asked to do: train a run in its directory, or, without one, measure its speed."""
 
     files: tuple[str, ...]
-    bindings: tuple[str, ...]
+    bindings: tuple[Binding, ...]
+    imports: tuple[str, ...]
     workdir: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of it: "finished" (with seconds a step, if that was asked), "failed", "busy" or "interrupted"."""
+    """What came of it: "begun", "finished" (with seconds per step, if asked), "failed", "busy" or "interrupted"."""
 
     state: str
     reason: str = ""
@@ -43,7 +49,7 @@ class Worker:
     """A process that takes tasks one at a time. It stops when this process dies.
 
     Args:
-        load: makes a run of files and bindings, see ``plan.Load``; a module's function, for it is pickled.
+        load: makes a run of files, bindings and imports, see ``plan.Load``; a module's function, for it is pickled.
         share: this worker's number and how many there are, which decides what cores or which device it has.
         log: the file that gets what libraries print.
     """
@@ -54,28 +60,58 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self.connection, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        self._process.start()
-        theirs.close()
+        """Starts the process. Signals reach it once it can handle them: Ctrl-C in its first second is the sweep's."""
+        resource_tracker.ensure_running()  # which unblocks signals when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_AT_START)
+        try:
+            self.connection, theirs = _spawn.Pipe()
+            self._process = _spawn.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+            self._process.start()
+            theirs.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _restart(self) -> None:
+        self.connection.close()
+        self._start()
 
     def give(self, task: Task) -> None:
-        """Starts a task."""
-        self.task = task
-        self.connection.send(task)
+        """Starts a task; a worker that has died since its last one is replaced."""
+        self.task, self._has_begun, self._starts = task, False, 0
+        if not self._process.is_alive():
+            self._restart()
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # it has just died, and ``answer`` will find it so
+            self.connection.send(self.task)
 
     def answer(self) -> Answer | None:
-        """What came of the task, if it has ended; a worker that died with it is replaced."""
-        if self.task is None or not self.connection.poll():
-            return None
+        """What came of the task, if it has ended. A worker that died is replaced.
+
+        If it died before it had read the task, which is then no fault of the task's, the new one gets it.
+        """
         try:
-            answer = self.connection.recv()
-        except EOFError:
-            self._process.join()
-            answer = _death(self._process.exitcode)
-            self.connection.close()
-            self._start()
-        self.task = None
+            while self.task is not None and self.connection.poll():
+                answer = self.connection.recv()
+                if answer.state != "begun":
+                    self.task = None
+                    return answer
+                self._has_begun = True
+        except (EOFError, OSError):
+            return self._died()
+        return None
+
+    def _died(self) -> Answer | None:
+        self._process.join()
+        self._starts += 1
+        again = not self._has_begun and self._starts < MOST_STARTS
+        answer = None if again else _death(self._process.exitcode)
+        self._restart()
+        if again:
+            self._send()
+        else:
+            self.task = None
         return answer
 
     def stop(self) -> None:
@@ -113,13 +149,16 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_AT_START)
+    startup.prepare()
     while True:
         try:
             task = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the sweep's process is gone
             return
         if task is None:
             return
+        connection.send(Answer("begun"))
         answer = _do(task, load)
         connection.send(answer)
         if answer.state == "interrupted":
@@ -134,10 +173,10 @@ def _do(task: Task, load: Any) -> Answer:
     from peer_jax.training.loop import train
 
     try:
-        run, text = load(task.files, task.bindings)
+        run = load(task.files, task.bindings, task.imports)
         if task.workdir is None:
             return Answer("finished", seconds=seconds_per_step(run))
-        train(run, task.workdir, config=text, progress=False)
+        train(run, task.workdir, progress=False)
         return Answer("finished")
     except Interrupted as stopped:
         return Answer("interrupted", str(stopped))
@@ -159,20 +198,6 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)  # for a checkpoint; a worker between two runs has ended already
     os._exit(1)
-
-
-def accelerators() -> list[str]:
-    """The accelerators a worker each can have: indices of GPUs, or "tpu", all of whose chips belong to one process."""
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-        return []
-    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None:
-            return [device for device in visible.split(",") if device.strip()]
-        return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-    if importlib.util.find_spec("libtpu"):
-        return ["tpu"] if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else []
-    return []
 
 
 def default_workers() -> int:

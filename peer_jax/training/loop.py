@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from flax import nnx
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache, train_batches, vocabulary_size
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
 from peer_jax.layers.interface import check_positive
 from peer_jax.models import Transformer
 from peer_jax.ops import checked as with_checks
@@ -50,21 +51,22 @@ class Run:
         sharding: how many devices share what.
     """
 
-    model: Callable[..., Transformer]
+    model: Annotated[Callable[..., Transformer], Gives(vocab_size="TextTask.vocabulary", rngs="Run.seed")]
     optimizer: AdamW
     task: TextTask
-    eval_tasks: Sequence[TextTask] = ()
+    eval_tasks: Bookkeeping[Sequence[TextTask]] = ()
     batch_size: int
     steps: int | None = None
     training_flops: float | None = None
     seed: int = 0
-    accumulation: int = 1
-    log_every: int = 10
-    evaluate_every: int = 1000
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    checked: bool = False
-    sharding: Sharding = dataclasses.field(default_factory=Sharding)
+    accumulation: Placed[int] = 1
+    log_every: Bookkeeping[int] = 10
+    evaluate_every: Bookkeeping[int] = 1000
+    checkpoint_every: Bookkeeping[int] = 1000
+    keep_checkpoints: Bookkeeping[int] = 2
+    checked: Bookkeeping[bool] = False
+    sharding: Placed[Sharding] = dataclasses.field(default_factory=Sharding)
+    config: RunConfig | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")

@@ -1,0 +1,127 @@
+"""Configs: from files and bindings to a run, as a value.
+
+A config names classes and functions and binds their arguments, ``PEER.num_experts = 16384``. What is loaded is resolved
+at once into a tree: for each class or function that the run uses, its arguments with the defaults spelled out. A run's
+factories, its canonical text and its fields are made from that tree alone, so two loaded runs live side by side.
+
+What can be named is listed in ``peer_jax.config.resolve`` and defined in the modules that a config imports; the library
+itself carries no decorators.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from peer_jax.config.resolve import Resolver, Source, configurables_of, import_module
+from peer_jax.config.tree import Node, call, flat, symbolic, text_of
+from peer_jax.fields import Difference
+from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
+from peer_jax.sweeps.sweep import Sweep
+from peer_jax.training.loop import Run
+
+__all__ = ["Binding", "Config", "configurables_of", "differences", "import_module", "load", "load_kept", "load_sweep"]
+
+# What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
+# ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.
+BEFORE: dict[str, Any] = {}
+
+
+def load(
+    files: Sequence[str | os.PathLike], bindings: Sequence[str | Binding] = (), imports: Sequence[str] = ()
+) -> Run:
+    """The run that a stack of config files and bindings describes; later ones override earlier ones.
+
+    Args:
+        files: config files.
+        bindings: texts such as ``PEER.top_k=8``, or bindings.
+        imports: names of modules whose classes and functions the config may name, beside those that files import.
+
+    Raises:
+        InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
+    """
+    return _run(Source.read(files, bindings, imports))
+
+
+def load_kept(
+    kept: str | os.PathLike,
+    files: Sequence[str | os.PathLike] = (),
+    bindings: Sequence[str | Binding] = (),
+    imports: Sequence[str] = (),
+) -> Run:
+    """The run that a run directory's ``config.gin`` describes, with files and bindings over it.
+
+    Arguments that the file lacks have the value that they had when it was written.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    return _run(Source.read([kept, *files], bindings, imports, before=BEFORE))
+
+
+def load_sweep(
+    files: Sequence[str | os.PathLike], bindings: Sequence[str | Binding] = (), imports: Sequence[str] = ()
+) -> tuple[Sweep, list[Binding], tuple[str, ...]]:
+    """The sweep that files and bindings describe; those of the bindings that are its runs', and what its runs import.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    parsed = [parse_binding(binding) if isinstance(binding, str) else binding for binding in bindings]
+    own = [binding for binding in parsed if binding.name.split("/")[-1].startswith("Sweep.")]
+    source = Source.read(files, own, imports)
+    root = source.resolver().node(Reference("Sweep", called=True), "")
+    sweep = call(root, {name: symbolic(value) for name, value in root.arguments.items() if name in root.bound})
+    return sweep, [binding for binding in parsed if binding not in own], source.imports
+
+
+def _run(source: Source) -> Run:
+    resolver = source.resolver()
+    root = resolver.node(Reference("Run", called=True), "")
+    run = root.build()
+    object.__setattr__(run, "config", Config.of(root, resolver, source.imports))
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The config of a run as a value: see ``peer_jax.fields.RunConfig``."""
+
+    text: str
+    fields: Mapping[str, str]
+    identity: Mapping[str, str]
+    model: Mapping[str, str]
+    imports: tuple[str, ...]
+    used: frozenset[str]
+
+    @classmethod
+    def of(cls, root: Node, resolver: Resolver, imports: tuple[str, ...]) -> "Config":
+        """The config of a resolved run."""
+        return cls(
+            text=text_of(root, imports),
+            fields=dict(flat(root)),
+            identity=dict(sorted(flat(root, identity=True))),
+            model=dict(sorted(flat(root.arguments["model"], identity=True))) if "model" in root.arguments else {},
+            imports=imports,
+            used=frozenset(resolver.used),
+        )
+
+    def uses(self, name: str) -> bool:
+        """Whether a binding of this name has an effect on the run."""
+        return name.removeprefix("peer_jax.") in self.used
+
+    def difference(self, kept: str, *, of_model: bool = False) -> Difference | None:
+        """The first argument of identity in which a run differs that was begun with the config text ``kept``."""
+        source = Source.of([parse_text(kept, "the kept config.gin")], self.imports, BEFORE)
+        resolver = source.resolver()
+        root = resolver.node(Reference("Run", called=True), "")
+        then = Config.of(root, resolver, source.imports)
+        before, now = (then.model, self.model) if of_model else (then.identity, self.identity)
+        return next(differences(before, now), None)
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
+    """The names with other values in two sets of fields, in order."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            yield Difference(name, before.get(name, "unset"), now.get(name, "unset"))
