@@ -8,11 +8,13 @@ import pytest
 from small_runs import CONFIGS
 
 from peer_jax import config
-from peer_jax.cli import load_run
+from peer_jax.config import load
 from peer_jax.data.pipeline import open_cache
 from peer_jax.errors import InputError
+from peer_jax.gin_syntax import parse_binding
 from peer_jax.sweeps import plan, workers
-from peer_jax.sweeps.sweep import Sweep, expand, short
+from peer_jax.sweeps.sweep import Sweep, expand
+from peer_jax.training.flops import short
 
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.gin"))
 METHODS = ("dense", "moe", "moe_token_choice", "pkm", "peer")
@@ -36,7 +38,7 @@ def sweep(tiny, **fields):
 
 
 def planned(tiny, **fields):
-    return plan.plan(expand(sweep(tiny, **fields), FOLDER), load_run)
+    return plan.plan(expand(sweep(tiny, **fields), FOLDER), load)
 
 
 # Expansion
@@ -73,8 +75,8 @@ def test_later_axes_win_and_reach_the_model(tiny):
         "cross": {"PEER.top_k": (4,)},
         "bindings": {"PEER.top_k": 8, "D_KEY": 4, "TextTask.max_validation_tokens": 77},
     }
-    (point,) = expand(sweep(tiny, **fields), FOLDER, ["AdamW.weight_decay=0.25"])
-    run, _ = load_run(point.files, point.bindings)
+    (point,) = expand(sweep(tiny, **fields), FOLDER, [parse_binding("AdamW.weight_decay=0.25")])
+    run = load(point.files, point.bindings)
     layer = run.trainer().abstract_model.blocks[1].ffw
     assert (layer.d_model, layer.num_heads, layer.top_k, layer.d_key) == (8, 2, 4, 2)
     assert (run.batch_size, run.optimizer.weight_decay, run.task.max_validation_tokens) == (3, 0.25, 77)
@@ -92,7 +94,7 @@ def test_rates_follow_the_width(tiny):
         ),
         FOLDER,
     )
-    optimizers = {p.size: load_run(p.files, p.bindings)[0].optimizer for p in made}
+    optimizers = {p.size: load(p.files, p.bindings).optimizer for p in made}
     assert {size: of.learning_rate for size, of in optimizers.items()} == {"d4": 0.04, "d16": 0.02, "d64": 0.01}
     assert optimizers["d64"].table_learning_rate == {"up": 0.02, "down": 0.01}
     with pytest.raises(InputError, match=r"Transformer\.d_model"):
@@ -108,7 +110,7 @@ def test_the_method_s_file_comes_after_the_first(tiny):
     """So that a size may change a layer's options, as in a stack given by hand: base, layer, size, data."""
     (point,) = expand(sweep(tiny, methods=("peer",), sizes={"d8": {"Transformer.d_model": 8}}), FOLDER)
     assert [file.split("/")[-1] for file in point.files] == ["base.gin", "peer.gin", "tiny.gin", "tiny.gin"]
-    run, _ = load_run(point.files, point.bindings)
+    run = load(point.files, point.bindings)
     assert run.trainer().abstract_model.blocks[1].ffw.top_k == 4  # the test's tiny.gin; 16 in the layer's file
 
 
@@ -153,7 +155,7 @@ def test_a_sweep_that_makes_no_sense_is_refused(tiny, fields, words):
 
 def test_what_an_axis_says_can_t_be_set_for_all_runs(tiny):
     with pytest.raises(InputError, match=r"Run\.steps .* Sweep\.budgets"):
-        expand(sweep(tiny), FOLDER, ["Run.steps=5"])
+        expand(sweep(tiny), FOLDER, [parse_binding("Run.steps=5")])
 
 
 def test_a_macro_that_no_config_has_is_no_axis(tiny):
@@ -218,7 +220,7 @@ def test_runs_that_say_nothing_are_refused(tiny):
 
 def test_epochs_over_the_corpus(tiny):
     runs = planned(tiny, budgets=(1e9,))
-    run, _ = load_run(runs[0].point.files, runs[0].point.bindings)
+    run = load(runs[0].point.files, runs[0].point.bindings)
     rows = len(open_cache(run.task.cache_path(), "train"))
     assert runs[0].epochs == runs[0].steps * run.batch_size / rows
     assert runs[0].is_prepared
@@ -296,10 +298,10 @@ def test_workers_divide_the_cores(monkeypatch):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweep_is_built(path):
     """Every run of its first seed, abstractly, and it passes the checks that it would meet before it starts."""
-    described, _ = config.load_sweep([path])
+    described, _, _ = config.load_sweep([path])
     seeds = len(described.seeds)
     described = dataclasses.replace(described, seeds=described.seeds[:1])
-    runs = plan.plan(expand(described, path.parent), load_run)
+    runs = plan.plan(expand(described, path.parent), load)
     plan.check(described, runs)
     for run in runs:
         assert abs(run.training_flops - run.point.budget) <= run.step_flops / 2
@@ -320,12 +322,12 @@ def test_shipped_sweeps_are_those_promised():
 
 def test_the_paper_s_sweep_has_the_paper_s_layers():
     path = FOLDER / "isoflop_paper.gin"
-    described, _ = config.load_sweep([path])
+    described, _, _ = config.load_sweep([path])
     assert set(described.budgets) == {6e18, 2e19}
     found = {}
     points = {(point.method, point.size): point for point in expand(described, path.parent)}
     for point in points.values():
-        run, _ = load_run(point.files, point.bindings)
+        run = load(point.files, point.bindings)
         model = run.trainer().abstract_model
         assert run.optimizer.learning_rate == pytest.approx(3e-4 * (1024 / model.d_model) ** 0.5, rel=1e-3)
         (place,) = [i for i, b in enumerate(model.blocks) if type(b.ffw).__name__ != "Dense"] or [None]
@@ -339,10 +341,37 @@ def test_the_paper_s_sweep_has_the_paper_s_layers():
 
 
 def test_sweep_bindings_are_told_from_those_of_runs(tiny):
-    described, others = config.load_sweep(
+    described, others, _ = config.load_sweep(
         [FOLDER / "isoflop_quick.gin"], ["Sweep.seeds=(3,)", "AdamW.b1=0.8", " Sweep.min_steps = 7"]
     )
-    assert (tuple(described.seeds), described.min_steps, others) == ((3,), 7, ["AdamW.b1=0.8"])
+    assert (tuple(described.seeds), described.min_steps, others) == ((3,), 7, [parse_binding("AdamW.b1=0.8")])
     assert dataclasses.is_dataclass(described)
     with pytest.raises(InputError, match="colour"):
         config.load_sweep([FOLDER / "isoflop_quick.gin"], ["Sweep.colour='red'"])
+
+
+# Methods
+
+
+def test_two_methods_of_one_class_keep_their_names(tiny):
+    methods = {"peer": {}, "peer_layer": {"PEER.query_norm": "layer"}}
+    with pytest.raises(InputError, match=r"peer_layer\.gin.*method_files"):
+        expand(sweep(tiny, methods=methods), FOLDER)
+    with pytest.raises(InputError, match="'other'"):
+        expand(sweep(tiny, methods=methods, method_files={"other": "peer"}), FOLDER)
+    for file in ("peer", "../layers/peer.gin"):
+        runs = planned(
+            tiny, methods=methods, method_files={"peer_layer": file}, sizes={"d8": {"Transformer.d_model": 8}}
+        )
+        assert [run.point.method for run in runs] == ["peer", "peer_layer"]
+        assert [run.config.fields["PEER.query_norm"] for run in runs] == ["'batch'", "'layer'"]
+
+
+def test_the_baseline_is_a_method():
+    for named, allowed in (("dense", True), ("peer", True), (None, True), ("pkm", False)):
+        fields = {"configs": ("a.gin",), "methods": ("dense", "peer"), "sizes": {"d8": {}}, "budgets": (1e8,)}
+        if allowed:
+            assert Sweep(**fields, baseline=named).describe()["baseline"] == named
+        else:
+            with pytest.raises(InputError, match=r"Sweep\.baseline = 'pkm' .* dense, peer"):
+                Sweep(**fields, baseline=named)

@@ -11,10 +11,9 @@ import time
 import pytest
 from small_runs import CONFIGS, ROOT, environment, tiny_config
 
-from peer_jax.cli import load_run
-from peer_jax.sweeps.workers import Worker
-from peer_jax.training import workdir as workdirs
-from peer_jax.training.metrics import last_line
+from peer_jax.config import load
+from peer_jax.run_directory import RunDirectory
+from peer_jax.sweeps.workers import Task, Worker
 
 SWEEP = """
 Sweep.configs = ({base!r}, {size!r}, {tiny!r})
@@ -106,7 +105,7 @@ def wait_for(condition, seconds=120):
 
 def training_runs(folder):
     """Run directories whose log has begun."""
-    return [path.parent for path in folder.glob("*/metrics.jsonl") if last_line(path.parent)]
+    return [path.parent for path in folder.glob("*/metrics.jsonl") if RunDirectory(path.parent).last_metrics()]
 
 
 def results(folder):
@@ -174,7 +173,7 @@ def test_a_killed_worker_fails_its_run_alone_and_the_next_sweep_mends_it(sweep, 
     folder = tmp_path / "sweep"
     process = sweep("Sweep.methods=('dense',)", "Sweep.budgets=(2e8,1e12)", "Sweep.seeds=(0,)", workers=1)
     big = folder / "dense-d8-1e12-seed0"
-    wait_for(lambda: (last_line(big) or {}).get("step", 0) > 30)
+    wait_for(lambda: (RunDirectory(big).last_metrics() or {}).get("step", 0) > 30)
     (worker,) = children(process.pid)
     os.kill(worker, signal.SIGKILL)
     status, _, errors = outcome(process)
@@ -184,7 +183,7 @@ def test_a_killed_worker_fails_its_run_alone_and_the_next_sweep_mends_it(sweep, 
     assert results(folder).keys() == {"dense-d8-2e8-seed0"}
     # It goes on from its checkpoint.
     process = sweep("Sweep.methods=('dense',)", "Sweep.budgets=(1e12,)", "Sweep.seeds=(0,)", workers=1)
-    wait_for(lambda: (last_line(big) or {}).get("step", 0) > 60)
+    wait_for(lambda: (RunDirectory(big).last_metrics() or {}).get("step", 0) > 60)
     process.send_signal(signal.SIGINT)
     assert outcome(process)[0] == 130
     steps = [json.loads(line)["step"] for line in (big / "metrics.jsonl").read_text().splitlines()]
@@ -205,8 +204,8 @@ def test_a_signal_saves_what_is_running(sweep, tmp_path, number):
     assert all(gone(worker) for worker in workers)
     for run in training_runs(folder):
         saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-        assert saved >= last_line(run)["step"]
-        assert workdirs.read_result(run) is None
+        assert saved >= RunDirectory(run).last_metrics()["step"]
+        assert RunDirectory(run).read_result() is None
 
 
 def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
@@ -217,13 +216,12 @@ def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
     process.kill()
     wait_for(lambda: all(gone(worker) for worker in workers), seconds=60)
     for run in training_runs(folder):
-        with workdirs.owned(run):  # nobody has it any more
-            pass
+        RunDirectory(run).lock().release()  # nobody has it any more
 
 
 def test_a_worker_that_finished_as_it_was_asked_to_stop_ends(tmp_path):
     """The signal that came with the last step ended no run; the worker must not wait for another."""
-    worker = Worker(load_run, (0, 1), tmp_path / "worker.log")
+    worker = Worker(load, (0, 1), tmp_path / "worker.log")
     worker._process.terminate = lambda: None  # the signal was taken by the run that is over
     worker.stop()
     worker.join(60)
@@ -252,7 +250,7 @@ def test_a_run_left_by_a_dead_sweep_is_taken_over(sweep, tmp_path):
     options = ("Sweep.methods=('dense',)", "Sweep.seeds=(0,)", "Sweep.budgets=(2e9,)")
     first = sweep(*options, workers=1)
     run = folder / "dense-d8-2e9-seed0"
-    wait_for(lambda: last_line(run))
+    wait_for(lambda: RunDirectory(run).last_metrics())
     (worker,) = children(first.pid)
     os.kill(worker, signal.SIGSTOP)  # it holds its run, and makes no step
     second = sweep(*options, workers=1)
@@ -294,3 +292,61 @@ def test_a_directory_that_can_t_be_written_is_refused(config, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(JAX_PLATFORMS="cpu"), text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--workdir" in done.stderr
+
+
+def told(worker, seconds=60):
+    """The worker's answer, or None if there is none in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if (answer := worker.answer()) is not None:
+            return answer
+        time.sleep(0.05)
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_worker_that_dies_before_it_has_read_its_task_is_replaced(tmp_path, number, pause):
+    """Whether it dies before the task is sent or while it starts; the task is then answered as if nothing had been."""
+    worker = Worker(load, (0, 1), tmp_path / "worker.log")
+    time.sleep(pause)
+    os.kill(worker._process.pid, number)
+    worker.give(Task((str(tmp_path / "no.gin"),), (), ()))
+    answer = told(worker)
+    worker.kill()
+    assert answer is not None
+    assert (answer.state, "no.gin does not exist" in answer.reason) == ("failed", True)
+
+
+def test_an_idle_worker_that_was_killed_is_replaced(tmp_path):
+    worker = Worker(load, (0, 1), tmp_path / "worker.log")
+    task = Task((str(tmp_path / "no.gin"),), (), ())
+    for _ in range(2):
+        worker.give(task)
+        assert told(worker).state == "failed"
+        os.kill(worker._process.pid, signal.SIGKILL)
+    worker.give(task)
+    assert told(worker).state == "failed"
+    worker.kill()
+
+
+def test_a_task_that_kills_its_worker_is_not_given_again(tmp_path):
+    module = tmp_path / "deadly.py"
+    module.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    worker = Worker(load, (0, 1), tmp_path / "worker.log")
+    worker.give(Task((), (), ("deadly",)))
+    answer = told(worker)
+    worker.kill()
+    assert answer.state == "failed"
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 5.0, 6.5, 8.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_seconds_ends_a_sweep_without_a_traceback(sweep, tmp_path, number, seconds):
+    process = sweep(*LONG)
+    time.sleep(seconds)
+    process.send_signal(number)
+    status, _, errors = outcome(process)
+    assert status in (128 + number, -number), errors
+    assert "Traceback" not in errors
+    assert not any("Traceback" in path.read_text() for path in (tmp_path / "sweep").glob("worker-*.log"))

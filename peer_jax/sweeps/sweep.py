@@ -32,7 +32,10 @@ class Sweep:
             method's file comes after the first of them: base, layer, size, data.
         bindings: of every run.
         layers: folder of the methods' gin files, relative to the same.
-        methods: names of files in ``layers``, each with bindings of its own: rates that were tuned for it.
+        methods: labels, each with bindings of its own, such as rates that were tuned for it. A label is the name of a
+            file in ``layers``, unless ``method_files`` names another.
+        method_files: the file of a method, by its label: a name in ``layers``, or the path of a gin file, relative to
+            the folder of the sweep's own file. Several methods can so share a file and differ in their bindings.
         sizes: labels with bindings, ``Transformer.d_model`` among them.
         budgets: training FLOPs, with bindings such as a batch size, or alone.
         sizes_at: the sizes of a budget, where it does not have all: a larger budget needs larger models.
@@ -56,6 +59,7 @@ class Sweep:
     sizes_at: Mapping[float, Sequence[str]] = dataclasses.field(default_factory=dict)
     bindings: Bindings = dataclasses.field(default_factory=dict)
     layers: str = "../layers"
+    method_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0,)
     cross: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     zip: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
@@ -105,6 +109,8 @@ class Sweep:
             raise InputError(
                 f"Sweep.baseline = {self.baseline!r} is not one of Sweep.methods: {', '.join(self.methods)}"
             )
+        if strange := sorted(self.method_files.keys() - set(self.methods)):
+            raise InputError(f"Sweep.method_files names {strange[0]!r}, which Sweep.methods has not")
         axes = (self.methods, self.sizes, self.budgets)
         each = [bindings for axis in axes for bindings in _axis(axis).values()]
         for bindings in (self.bindings, *each, self.cross, self.zip):
@@ -179,9 +185,7 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: S
     for budget, (method, own), (size, sizing) in itertools.product(budgets, methods.items(), sweep.sizes.items()):
         if size not in sweep.sizes_at.get(budget, sweep.sizes):
             continue
-        layer = folder / sweep.layers / f"{method}.gin"
-        if not layer.is_file():
-            raise InputError(f"Sweep.methods names {method!r}, but there is no {_path(layer)}")
+        layer = _method_file(sweep, folder, method)
         for settings, seed in itertools.product(sweep.settings(), sweep.seeds):
             bindings = {**sweep.bindings, **own, **sizing, **budgets[budget], **settings}
             bound |= bindings.keys()
@@ -206,6 +210,17 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: S
             "or set Sweep.rate_exponents={}"
         )
     return points
+
+
+def _method_file(sweep: Sweep, folder: Path, method: str) -> Path:
+    """The gin file of a method's layer."""
+    name = sweep.method_files.get(method, method)
+    file = folder / name if name.endswith(".gin") else folder / sweep.layers / f"{name}.gin"
+    if not file.is_file():
+        raise InputError(
+            f"Sweep.methods names {method!r}, but there is no {_path(file)}: name its file in Sweep.method_files"
+        )
+    return file
 
 
 def _refuse_places(names: Iterable[str]) -> None:
