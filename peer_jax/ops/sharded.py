@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from peer_jax.ops.chunks import chosen_first, chunk_size, scan_chunks
+from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.pairs import chosen_first
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, current, on_each_device

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
-from peer_jax.ops.table_gradients import sort_pairs
+from peer_jax.ops.pairs import sort_pairs
 
 PAIRS = 4  # a stage of the ring; one a warp to fetch
 OWNED = 16  # rows of a table a block: enough pairs for its ring to get going ...
