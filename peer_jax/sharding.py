@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 DATA, FSDP, EXPERT = AXES = ("data", "fsdp", "expert")
 
-# Logical axis to the mesh axis or axes that it is split over; None: it is not split. "rows" and "columns" are the axes of
-# expert tables; "group" is the batch axis of tokens that have been sent to the devices of their MoE experts.
+# Logical axis to the mesh axis or axes that it is split over; None: it is not split. "rows" and "columns" are the axes
+# of expert tables; "group" is the batch axis of tokens that have been sent to the devices of their MoE experts.
 _COMMON = {"batch": AXES, "group": (DATA, FSDP), "experts": EXPERT, "embed": FSDP} | dict.fromkeys(
     ("hidden", "heads", "keys", "vocab")
 )
@@ -120,7 +120,7 @@ def _is_variable(leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and how expert tables are split over its ``expert`` axis. Hashable. Planning needs only an abstract mesh."""
+    """A mesh, and how expert tables are split over its ``expert`` axis. Hashable. An abstract mesh is enough to plan."""
 
     mesh: Mesh | AbstractMesh
     tables: str
@@ -225,7 +225,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax.Array]:
-    """Joins the ``rows`` of all processes to one batch that is split over all devices; on one device, ``rows`` itself."""
+    """Joins the ``rows`` of all processes to a batch that is split over all devices; on one device, returns ``rows``."""
     if current() is None:
         return rows
     sharding = current().sharding("batch")
