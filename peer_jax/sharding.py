@@ -120,7 +120,7 @@ def _is_variable(leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, and how expert tables are split over its ``expert`` axis. Hashable. An abstract mesh is enough to plan."""
+    """A mesh, and how expert tables are split over its ``expert`` axis. Hashable. An abstract mesh will do to plan."""
 
     mesh: Mesh | AbstractMesh
     tables: str
@@ -225,7 +225,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax.Array]:
-    """Joins the ``rows`` of all processes to a batch that is split over all devices; on one device, returns ``rows``."""
+    """Joins the ``rows`` of all processes to a batch split over all devices; on one device, returns ``rows``."""
     if current() is None:
         return rows
     sharding = current().sharding("batch")

@@ -99,7 +99,7 @@ def loops(op, x, down, up, gates, dy, indices):
 
 
 def error(actual, expected, indices):
-    """The largest relative error in good tokens and in rows that only these retrieve; infinite unless others are NaN."""
+    """The largest relative error in good tokens and rows that only these retrieve; infinite unless others are NaN."""
     good = good_tokens(indices)
     judged = {T: good, N: np.setdiff1d(np.arange(N), indices[~good])}
     pairs = [[np.asarray(a, np.float64) for a in pair] for pair in zip(actual, expected, strict=True)]
@@ -152,7 +152,7 @@ def measure():
 
 
 def choices():
-    """With split tables: warnings, whether "mosaic_gpu" gives the bits of "xla", what has no exchange, what is refused."""
+    """On split tables: warnings, whether "mosaic_gpu" gives the bits of "xla", what XLA partitions, what is refused."""
     said, equal, refused, by_xla = [], {}, {}, {}
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
