@@ -1,8 +1,8 @@
 """Where arrays live on many devices: the mesh, and the table from logical axis names to its axes.
 
-A parameter carries the logical names of its axes in its metadata, ``axes=("embed", "hidden")``; nothing but ``RULES``
-says where they go. Activations and batches are split over all devices by their first axis. The mesh in use is part of
-JAX's context, as ``jax.set_mesh``'s is; without one everything is on one device.
+A parameter carries the logical names of its axes in its metadata, ``axes=("embed", "hidden")``; ``RULES`` alone says
+which mesh axes they are split over. Activations and batches are split over all devices by their first axis. The mesh in
+use is part of JAX's context, like that of ``jax.set_mesh``; without a mesh everything is on one device.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from peer_jax.errors import InputError
+from peer_jax.fields import Placed
 
 logger = logging.getLogger(__name__)
 
 DATA, FSDP, EXPERT = AXES = ("data", "fsdp", "expert")
 
-# Logical axis to mesh axis, or axes; None: to none. "rows" and "columns" are those of expert tables; "group" is a batch
-# whose sequences are where an MoE's expert is.
+# Logical axis to the mesh axis or axes that it is split over; None: it is not split. "rows" and "columns" are the axes
+# of expert tables; "group" is the batch axis of tokens that have been sent to the devices of their MoE experts.
 _COMMON = {"batch": AXES, "group": (DATA, FSDP), "experts": EXPERT, "embed": FSDP} | dict.fromkeys(
     ("hidden", "heads", "keys", "vocab")
 )
@@ -40,18 +40,19 @@ class Sharding:
     """How many devices there are along each axis of the mesh, and how expert tables are split.
 
     Args:
-        data: copies of the parameters that are not split otherwise.
-        fsdp: parts of the width of dense parameters, which are gathered for their use.
-        expert: parts of the expert tables and of MoE's experts, which are not.
-        tables: "rows": each device of the ``expert`` axis holds N / expert rows; "columns": d_model / expert columns.
+        data: number of copies of what no other axis splits.
+        fsdp: number of parts that the width of dense parameters is split into; they are gathered when they are used.
+        expert: number of parts that the expert tables and MoE's experts are split into; they are never gathered.
+        tables: "rows": each device along ``expert`` holds N / expert rows of a table; "columns": d_model / expert
+            columns.
 
-    One size may be -1: the rest of the devices. Batches are split over all of them.
+    One of the sizes may be -1, which means the rest of the devices. Batches are split over all devices.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tables: str = "rows"
+    data: Placed[int] = -1
+    fsdp: Placed[int] = 1
+    expert: Placed[int] = 1
+    tables: Placed[str] = "rows"
 
     def __post_init__(self) -> None:
         if self.tables not in TABLE_FORMS:
@@ -64,10 +65,10 @@ class Sharding:
             raise InputError(f"Sharding.{rest[0]} and Sharding.{rest[1]} are both -1: only one can be the rest")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Devices along each axis.
+        """Number of devices along each axis of the mesh, where there are ``num_devices`` in all.
 
         Raises:
-            InputError: if there are fewer devices than that, or the rest isn't a whole number.
+            InputError: if the mesh needs more devices, or the number along the axis of size -1 isn't whole.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         given = math.prod(size for size in sizes.values() if size != -1)
@@ -79,12 +80,15 @@ class Sharding:
         return {axis: num_devices // given if size == -1 else size for axis, size in sizes.items()}
 
     def place(self, devices: Sequence[jax.Device] | None = None, *, rows: int | None = None) -> "Placement | None":
-        """The placement on these devices, all of them by default; None where that is a single one.
+        """The placement on ``devices``, by default all that JAX sees; None if the mesh has a single device.
 
-        Of one process, ``data=-1`` leaves out devices that a batch of so many ``rows`` can't be split over.
+        Args:
+            devices: what the mesh is made of; some may be left over.
+            rows: size of the batch. In a run of one process, ``data=-1`` then means only as many devices as the batch
+                can be split over.
 
         Raises:
-            InputError: as ``sizes``; or if the mesh leaves out devices of a run of several processes.
+            InputError: as ``sizes``, or if a run of several processes would leave out some of its devices.
         """
         devices = jax.devices() if devices is None else devices
         sizes = self.sizes(len(devices))
@@ -96,7 +100,7 @@ class Sharding:
         if used < len(devices):
             said = f"the mesh uses {used} of {len(devices)} devices"
             if jax.process_count() > 1:
-                raise InputError(f"{said}, but every process needs its own in it")
+                raise InputError(f"{said}, but every process needs its own devices in it")
             logger.warning(said)
         if used == 1:
             return None
@@ -105,28 +109,38 @@ class Sharding:
 
 
 def mesh_axes(spec: Iterable[str | Sequence[str] | None]) -> tuple[str, ...]:
-    """The mesh axes that a spec names."""
+    """All mesh axes that a spec names, in their order."""
     return tuple(axis for over in spec for axis in ((over,) if isinstance(over, str) else over or ()))
+
+
+def _is_variable(leaf: Any) -> bool:
+    """Whether it is an array with metadata, as an ``nnx.Variable`` is; the ops import this module, but not flax."""
+    return hasattr(leaf, "get_metadata")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, or on paper an abstract one, and how expert tables are split over its ``expert`` axis. Hashable."""
+    """A mesh, and how expert tables are split over its ``expert`` axis. Hashable. An abstract mesh will do to plan."""
 
     mesh: Mesh | AbstractMesh
     tables: str
 
     def size(self, axis: str) -> int:
-        """Devices along an axis."""
+        """Number of devices along an axis."""
         return self.mesh.shape[axis]
 
     def spec(
         self, axes: Sequence[str | None], shape: Sequence[int] | None = None, name: str = "an array"
     ) -> PartitionSpec:
-        """The mesh axes of an array with these logical axes.
+        """The mesh axes that an array with these logical axes is split over.
+
+        Args:
+            axes: the logical axes; None for an axis that is not split.
+            shape: sizes to check, if given.
+            name: what messages call the array.
 
         Raises:
-            InputError: if two of its axes go to the same mesh axis, or a size does not divide.
+            InputError: if two of the axes are split over the same mesh axis, or a size does not divide.
         """
         rules = RULES[self.tables]
         if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
@@ -151,38 +165,38 @@ class Placement:
         return PartitionSpec(*mapped)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """That of an array with these logical axes; of a replicated one without."""
+        """The sharding of an array with these logical axes; without any, the array is replicated."""
         return NamedSharding(self.mesh, self.spec(axes))
 
     def specs(self, tree: Any) -> Any:
-        """The mesh axes of each array of a tree of variables, by their ``axes``; others are replicated.
+        """The spec of each variable of a tree, from the ``axes`` in its metadata; what has none is replicated.
 
         Raises:
             InputError: as ``spec``.
         """
 
         def of(path: tuple, leaf: Any) -> Any:
-            if not isinstance(leaf, nnx.Variable):
+            if not _is_variable(leaf):
                 return PartitionSpec()
             axes = leaf.get_metadata().get("axes", ())
             shape = leaf.get_value().shape
             name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-            # Of a variable with fewer axes than its parameter's, as a moment a row, the last axis has a single entry.
+            # A moment per row has the axes of its table, but only a single column, which can't be split.
             kept = [axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)] if axes else ()
             return leaf.replace(self.spec(kept, shape, name))
 
-        return jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        return jax.tree_util.tree_map_with_path(of, tree, is_leaf=_is_variable)
 
     def shardings(self, tree: Any) -> Any:
-        """``specs`` as shardings."""
+        """What ``specs`` gives, as shardings."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
 
     def round_up(self, rows: int) -> int:
-        """The next number of rows that splits over all devices."""
+        """The smallest number of rows, at least ``rows``, that can be split over all devices."""
         return -(-rows // self.mesh.size) * self.mesh.size
 
     def check_rows(self, name: str, rows: int) -> None:
-        """An InputError unless so many rows can be split over all devices."""
+        """Raises an InputError unless ``rows``, which the message calls ``name``, can be split over all devices."""
         if rows % self.mesh.size:
             raise InputError(
                 f"{name}={rows} does not divide over the {self.mesh.size} devices of the mesh "
@@ -195,23 +209,23 @@ _current = jax.make_user_context(None)
 
 
 def use(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
-    """Has what is traced and run within it follow this placement."""
+    """A context in which all that is traced and run follows ``placement``."""
     return _current(placement)
 
 
 def current() -> Placement | None:
-    """The placement in use; None on one device."""
+    """The placement in use; None means one device."""
     return _current.value
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """``x``, laid out by its logical axes where a placement is in use; axes that are not named are replicated."""
+    """Lays ``x`` out by its logical axes if a placement is in use; axes that are not named are replicated."""
     placement = current()
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement.sharding(*axes))
 
 
 def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax.Array]:
-    """The batch of all processes, of which this one has ``rows``, on all devices; of a single one ``rows`` itself."""
+    """Joins the ``rows`` of all processes to a batch split over all devices; on one device, returns ``rows``."""
     if current() is None:
         return rows
     sharding = current().sharding("batch")
@@ -219,15 +233,15 @@ def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax
 
 
 def specs(tree: Any) -> Any:
-    """The mesh axes of each array of a tree of variables, in the placement in use; none on one device."""
+    """``Placement.specs`` in the placement in use; on one device, specs that split nothing."""
     placement = current()
     return jax.tree.map(lambda _: PartitionSpec(), tree) if placement is None else placement.specs(tree)
 
 
 def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """``f`` on the part of each array that a device has, where a placement is in use.
+    """``f``, called on every device with its own part of each array; ``f`` itself if no placement is in use.
 
-    Unchecked: that what comes out is equal on the devices that share a part is up to ``f``.
+    Devices that share a part of an output must compute the same values for it: this is not checked.
     """
     placement = current()
     if placement is None:
@@ -236,10 +250,10 @@ def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
 
 
 def sum_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
-    """Within ``on_each_device``: the sum over the parts of an array that is split like that."""
+    """Within ``on_each_device``: sums ``x`` over the devices that ``spec`` splits an array over."""
     return jax.lax.psum(x, mesh_axes(spec)) if mesh_axes(spec) else x
 
 
 def mean_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
-    """Within ``on_each_device``: the mean over the parts of an array that is split like that."""
+    """Within ``on_each_device``: averages ``x`` over the devices that ``spec`` splits an array over."""
     return jax.lax.pmean(x, mesh_axes(spec)) if mesh_axes(spec) else x

@@ -3,8 +3,8 @@
 python scripts/compile_h200.py              every program
 python scripts/compile_h200.py xla bf16     those whose names contain all of these words
 
-Ends with 0 if all is within the limits, 1 if a limit is broken, 2 if something to compile with is missing. What it
-proves: the kernels compile for sm_90a at full size. That they run, or how fast, it does not.
+The exit status is 0 if all programs keep the limits, 1 if one breaks a limit, and 2 if something to compile with is
+missing. It shows that the kernels compile for sm_90a at full size, but not that they run, nor how fast.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MAX_REGISTERS = 128  # of a thread: these sizes take 48 to 126; 255 is where ptxas stops and spills instead
-MAX_SHARED = 227 * 2**10  # of a block, on sm_90
-MAX_TEMPORARY = 0.10  # of inputs and outputs
+MAX_REGISTERS = 128  # per thread: these sizes take 48 to 126; above 255, ptxas spills
+MAX_SHARED = 227 * 2**10  # bytes per block, on sm_90
+MAX_TEMPORARY = 0.10  # as a fraction of inputs and outputs
 
-# The fields of XLA's GpuTargetConfigProto that the compiler reads: NVIDIA's figures for the H200 SXM.
+# The fields of XLA's GpuTargetConfigProto that the compiler reads, with NVIDIA's figures for the H200 SXM.
 H200 = """
 gpu_device_info {
   name: "NVIDIA H200"  device_vendor: "NVIDIA Corporation"
@@ -49,7 +49,7 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An op forward, or forward and backward. ``rows`` is the type of the tables, ``dtype`` that of the rest."""
+    """The forward pass of an op, or both passes. ``rows`` is the type of the tables, ``dtype`` that of all else."""
 
     op: str
     implementation: str
@@ -83,7 +83,7 @@ PROGRAMS = [
 
 
 def missing() -> str | None:
-    """One sentence on what to install, if something is missing."""
+    """One sentence that says what to install, or None if nothing is missing."""
     version = importlib.metadata.version("jax")
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         try:
@@ -110,7 +110,7 @@ def ptxas_directory() -> str | None:
 
 
 def compile_here(program: Program) -> dict[str, int]:
-    """Compiles it in this process; the compiler prints on the way. Bytes of memory."""
+    """Compiles the program in this process and returns its bytes of memory; the compiler prints about the kernels."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
@@ -145,7 +145,7 @@ def compile_here(program: Program) -> dict[str, int]:
     op, tables = (mix, (x, table, table)) if program.op == "expert_mix" else (bag, (table,))
     function, arguments = (op, ()) if program.direction == "forward" else (both, (x,))
     jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-    # The ops size their chunks for the backend; it is to be that of the target.
+    # The ops choose chunks for the default backend, which is replaced by that of the target.
     with mock.patch("jax.default_backend", return_value="gpu"):
         compiled = jitted.lower(*tables, gates, indices, *arguments).compile()
     memory = compiled.memory_analysis()
@@ -157,7 +157,7 @@ def compile_here(program: Program) -> dict[str, int]:
 
 
 def kernels(log: str) -> list[dict[str, int]]:
-    """What ptxas and Pallas print of each Pallas kernel: registers, spilled bytes, bytes of shared memory."""
+    """What ptxas and Pallas print about each Pallas kernel: registers, spilled bytes, bytes of shared memory."""
     found = []
     for section in log.split("Compiling entry function ")[1:]:
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", section)
@@ -179,18 +179,18 @@ def kernels(log: str) -> list[dict[str, int]]:
     if len(shared) == len(found):
         for kernel, size in zip(found, shared, strict=True):
             kernel["shared"] = size
-    else:  # which is whose is not known; the largest is what a limit is for
+    else:  # it is unknown which size belongs to which kernel, so the limit is checked for the largest
         for kernel in found:
             kernel["shared"] = max(shared, default=0)
     return found
 
 
 def compile_apart(program: Program) -> dict:
-    """Compiles it in a process of its own, so that no kernel comes from a cache, which would keep ptxas silent."""
+    """Compiles the program in a new process: ptxas prints nothing about a kernel that comes from a cache."""
     setting = {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",
-        "JAX_TRACEBACK_FILTERING": "off",  # so that the error is the last line
+        "JAX_TRACEBACK_FILTERING": "off",  # so that the last line of a traceback is the error
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_RESOURCES": "1",
         "PATH": os.pathsep.join([ptxas_directory() or "", os.environ.get("PATH", "")]),
@@ -209,12 +209,12 @@ def compile_apart(program: Program) -> dict:
     memory = json.loads(done.stdout.splitlines()[-1])
     result = {"program": program.name, "memory": memory, "kernels": kernels(done.stdout + done.stderr)}
     if program.implementation == "mosaic_gpu" and not result["kernels"]:
-        return result | {"faults": ["ptxas said nothing of a kernel"]}
+        return result | {"faults": ["ptxas printed nothing about a kernel"]}
     return result | {"faults": faults(result, program.implementation == "mosaic_gpu")}
 
 
 def faults(result: dict, bounded: bool) -> list[str]:
-    """The limits that are broken; that of memory is for ``bounded`` programs."""
+    """The limits that are broken; temporary memory is limited in ``bounded`` programs only."""
     found = []
     for kernel in result["kernels"]:
         if kernel["registers"] > MAX_REGISTERS:
@@ -233,7 +233,7 @@ HEADER = ("program", "kernel", "registers", "spill stores/loads", "shared KiB", 
 
 
 def table_rows(result: dict) -> list[tuple[str, ...]]:
-    """A row a kernel; the program's memory stands in the first of them."""
+    """One row per kernel; the first also has the program's memory and verdict."""
     memory = ("", "")
     if "memory" in result:
         of = result["memory"]
@@ -276,9 +276,7 @@ def main() -> int:
             print(program.name, file=sys.stderr, flush=True)
             results.append(compile_apart(program))
     print_table([HEADER, *itertools.chain.from_iterable(map(table_rows, results))])
-    print(
-        "temporary memory is the compiler's figure; XLA sorts with a slower algorithm here than on a machine with a GPU"
-    )
+    print("Temporary memory is the compiler's figure; without a GPU, XLA compiles a slower sorting algorithm.")
     return int(any(result["faults"] for result in results))
 
 

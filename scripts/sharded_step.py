@@ -1,9 +1,9 @@
-"""Seconds of a training step and memory of a device, on 1, 2, 4 and 8 devices, tables split by rows and by columns.
+"""Seconds per training step and memory per device on 1, 2, 4 and 8 devices, with tables split by rows and by columns.
 
 Usage: python scripts/sharded_step.py [--num-experts 262144] [--devices 1 2 4 8]
 
-On CPU the devices are forced ones that share the cores: a step can't become faster than on one, and what it takes
-longer is what sharding costs. Memory is the compiled program's own account. A table in Markdown is printed.
+It prints a table in Markdown. On CPU the devices are forced ones that share the cores, so more devices can't make a
+step faster; how much longer it takes is what sharding costs. Memory is what XLA says of the compiled program.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 
 
 def measure(num_experts: int, tables: str, steps: int) -> None:
-    """A row of the table, of this process's devices: all of them along the ``expert`` axis."""
+    """Prints a row of the table, with all devices of this process along the ``expert`` axis."""
     import functools
 
     import jax
@@ -57,13 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-experts", type=int, default=512**2)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--steps", type=int, default=6, help="of which the first does not count")
+    parser.add_argument("--steps", type=int, default=6, help="the first one does not count")
     parser.add_argument("--tables", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tables:
         measure(arguments.num_experts, arguments.tables, arguments.steps)
         return
-    print("| devices | tables | s/step | state and batch, MiB a device | temporary, MiB a device | loss |")
+    print("| devices | tables | s/step | state and batch, MiB per device | temporary, MiB per device | loss |")
     print("|---|---|---|---|---|---|", flush=True)
     for devices in arguments.devices:
         for tables in ("rows", "columns") if devices > 1 else ("rows",):

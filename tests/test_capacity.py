@@ -17,7 +17,8 @@ from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.ops import traffic
-from peer_jax.ops.chunks import CPU_BUDGET, KEEPS_BARRIERS
+from peer_jax.ops.chunks import CPU_BUDGET
+from peer_jax.ops.cpu import KEEPS_BARRIERS
 from peer_jax.planning import capacity
 from peer_jax.sharding import AXES, Sharding, current, use
 from peer_jax.training.loop import Run

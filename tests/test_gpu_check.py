@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh on tiny sizes, and scripts/compile_h200.py as far as it goes without a compiler for CUDA."""
+"""scripts/gpu_check.sh on tiny sizes, and the parts of scripts/compile_h200.py that need no compiler for CUDA."""
 
 import importlib.metadata
 import json
@@ -15,14 +15,14 @@ import pytest
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import compile_h200  # noqa: E402
-import gpu_check  # noqa: E402
+from gpu_check import __main__ as gpu_check  # noqa: E402
 
 from peer_jax.ops import mosaic_gpu  # noqa: E402
 
 
 @pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="this JAX has no such kernels")
 def test_smoke(tmp_path):
-    """All parts run, all comparisons pass, and the files hold what is printed."""
+    """All parts run, all comparisons pass, and table.txt has what is printed."""
     command = ["bash", str(SCRIPTS / "gpu_check.sh"), str(tmp_path / "out"), "--smoke"]
     setting = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=setting)
@@ -46,7 +46,7 @@ def test_smoke(tmp_path):
     [
         ("import sys; print('{\"part\": \"speed\"}'); sys.exit('no device')", "ended with 1: no device"),
         ('import time; print(\'{"part": "speed"}\', flush=True); time.sleep(60)', "stopped after 2 s"),
-        # What it started holds the pipe, too.
+        # A process that the part started holds the pipe, too.
         (
             'import subprocess; print(\'{"part": "speed"}\', flush=True); subprocess.run(["sleep", "60"])',
             "stopped after 2 s",
@@ -55,8 +55,8 @@ def test_smoke(tmp_path):
 )
 def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
     (tmp_path / "part.py").write_text(body)
-    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path)
-    part = gpu_check.Part("speed", "part.py", ("ops", "xla"), 2)
+    monkeypatch.setattr(gpu_check, "SCRIPTS", tmp_path)
+    part = gpu_check.Part("speed", "part", ("ops", "xla"), 2)
     start = time.monotonic()
     first, last = gpu_check.run(part, deadline=float("inf"), smoke=False)
     assert time.monotonic() - start < 30
@@ -73,9 +73,9 @@ def test_an_interrupted_check_leaves_nothing_running(tmp_path):
     program = f"""
 import pathlib, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
-import gpu_check
-gpu_check.FOLDER = pathlib.Path()
-gpu_check.PARTS = [gpu_check.Part("speed", "part.py", (), 60)] * 2
+from gpu_check import __main__ as gpu_check
+gpu_check.SCRIPTS = pathlib.Path.cwd()
+gpu_check.PARTS = [gpu_check.Part("speed", "part", (), 60)] * 2
 gpu_check.main()
 """
     with subprocess.Popen([sys.executable, "-c", program, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as check:

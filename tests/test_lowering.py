@@ -1,18 +1,23 @@
 """The "xla" path lowers for TPU and CUDA from a CPU, at the paper's sizes and without [t, r, d].
 
-This proves that JAX has a rule on these platforms for all that is used, and of which sizes XLA is given arrays. It does
-not prove that XLA compiles it there, nor that it fits the memory or is fast: XLA comes after the lowering.
+This proves that JAX has a lowering rule on these platforms for every operation, and shows the sizes of the arrays that
+XLA is given. It does not prove that XLA compiles the programs there, that they fit the memory or that they are fast.
 """
 
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import peer_jax
 from peer_jax.layers import PEER, Dense
 from peer_jax.models import Transformer
 from peer_jax.ops import expert_mix, product_key_top_k, value_bag
@@ -25,7 +30,7 @@ PLATFORMS = ["tpu", "cuda"]
 
 
 def lower(platform, function, *arguments):
-    """The program's text. The ops ask for the backend as they are traced, so it has to look like the target."""
+    """The program's text. The ops ask for the backend when they are traced, so ``jax.default_backend`` is replaced."""
     backend = {"cuda": "gpu"}.get(platform, platform)
     with mock.patch("jax.default_backend", return_value=backend):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
@@ -60,7 +65,7 @@ def op(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["expert_mix", "value_bag", "product_key_top_k"])
 def test_op(name, dtype, platform):
-    """Nothing is larger than a table or than the pairs, and the scores of all sub-keys are in chunks."""
+    """No array is larger than a table or than the pairs; scores of all sub-keys exist for a chunk at a time."""
     function, arguments = op(name, dtype)
 
     def gradient(primals, indices):
@@ -68,7 +73,7 @@ def test_op(name, dtype, platform):
         return pullback(y)
 
     bound = T * H * D_KEY if name == "product_key_top_k" else N * D
-    # Chunks hold 256 MiB; beside their scores there are those of one half more.
+    # A chunk's scores take 256 MiB; the scores of one half are there a second time.
     bound = max(bound, 2 * 256 * 2**20 // 4)
     for direction in (function, gradient):
         assert largest(lower(platform, direction, *arguments)) <= bound
@@ -88,3 +93,11 @@ def test_training_step(platform):
         text = lower(platform, trainer.step, trainer.abstract_state(), batch, rates)
     assert largest(text) < T * H * K * D
     assert f"tensor<{N}x{D}xf32>" in text
+
+
+@pytest.mark.parametrize("module", ["peer_jax.ops", "peer_jax.sharding"])
+def test_ops_and_placements_need_neither_flax_nor_gin_nor_optax(module):
+    program = f"import sys, {module}; print(sorted({{'flax', 'gin', 'optax'}} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(peer_jax.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "[]\n"

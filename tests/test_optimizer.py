@@ -263,7 +263,7 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
     whole, moments, norms = jax.jit(functools.partial(optimizer.update, labels))(
         params, grads, optimizer.init(labels, params), rates
     )
-    monkeypatch.setattr("peer_jax.ops.chunks.ROWS_BUDGET", rows * 4 * 4)
+    monkeypatch.setattr("peer_jax.training.update_by_rows.ROWS_BUDGET", rows * 4 * 4)
     parts = jax.jit(functools.partial(optimizer.update, labels))(params, grads, optimizer.init(labels, params), rates)
     # Roundings may differ where XLA fuses a product and a sum.
     pairs = zip(jax.tree.leaves(parts), jax.tree.leaves((whole, moments, norms)), strict=True)

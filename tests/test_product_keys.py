@@ -14,7 +14,7 @@ from reference import relative_error
 
 from peer_jax.errors import InputError
 from peer_jax.ops import checked, product_key_top_k
-from peer_jax.ops.chunks import KEEPS_BARRIERS
+from peer_jax.ops.cpu import KEEPS_BARRIERS
 
 # A float32 dot product of d_key/2 <= 8 terms and one sum: a few roundings of 6e-8 each, relative to the largest score.
 FP32 = 1e-6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import relative_error
 
-from peer_jax.ops.chunks import KEEPS_BARRIERS
+from peer_jax.ops.cpu import KEEPS_BARRIERS
 from peer_jax.ops.rows import dot_rows, sum_rows
 
 # Of widths: no multiple of 16 parts, narrow, wide; of rows a token: alone, odd, 4, 8 and 16 together.

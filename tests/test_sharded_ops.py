@@ -3,6 +3,8 @@
 T  tokens     d  width     N  rows     h, k  heads, top-k     n  sub-keys in a half     c  d_key / 2
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from eight_devices import measured
 from reference import relative_error
 
 from peer_jax import ops
+from peer_jax.errors import InputError
 from peer_jax.ops import chunks
 from peer_jax.sharding import Sharding, use
 
@@ -28,11 +31,13 @@ SPLIT = [
     for form in ("rows", "columns")
 ]
 WHOLE = [((8, 1, 1), "rows"), ((1, 8, 1), "rows"), ((2, 4, 1), "columns")]
+# Where "reference" is asked for, which XLA partitions by itself.
+PARTITIONED = [((1, 1, 8), "rows"), ((1, 1, 8), "columns"), ((2, 2, 2), "rows"), ((2, 2, 2), "columns")]
 OPS = ["expert_mix", "value_bag"]
 
 
 def draw_indices():
-    """Which rows the tokens retrieve, of which each of 8 devices may have 8, of 4 16 and of 2 32."""
+    """Indices of the rows that the tokens retrieve; each of 8 devices may hold 8 rows, each of 4 16, each of 2 32."""
     rng = np.random.default_rng(1)
 
     def draw(low, high):
@@ -54,7 +59,7 @@ INDICES = draw_indices()
 
 
 def draw(dtype=np.float32):
-    """x, down, up, gates, dy; x, gates and dy of the type."""
+    """x, down, up, gates, dy, of which x, gates and dy are of type ``dtype``."""
     rng = np.random.default_rng(0)
     x, down, up, gates, dy = (rng.normal(size=shape) for shape in [(T, D), (N, D), (N, D), (T, H, K), (T, D)])
     down /= np.sqrt(D)  # arguments of gelu of about 1: at 10, its float32 derivative rounds off all of its 1 - tanh^2
@@ -79,12 +84,12 @@ def run(op, implementation=None):
 
 
 def good_tokens(indices):
-    """Those without a bad index."""
+    """The tokens without a bad index."""
     return ((indices >= 0) & (indices < N)).all(axis=(1, 2))
 
 
 def loops(op, x, down, up, gates, dy, indices):
-    """The same by loops, as if tokens with a bad index were none."""
+    """What ``run`` computes, by loops, as if tokens with a bad index retrieved nothing."""
     good = good_tokens(indices)
     gates, indices = np.where(good[:, None, None], gates, 0), np.where(good[:, None, None], indices, 0)
     if op == "expert_mix":
@@ -94,7 +99,7 @@ def loops(op, x, down, up, gates, dy, indices):
 
 
 def error(actual, expected, indices):
-    """The largest relative error of good tokens and of rows that only they retrieve; infinite unless others are NaN."""
+    """The largest relative error in good tokens and rows that only these retrieve; infinite unless others are NaN."""
     good = good_tokens(indices)
     judged = {T: good, N: np.setdiff1d(np.arange(N), indices[~good])}
     pairs = [[np.asarray(a, np.float64) for a in pair] for pair in zip(actual, expected, strict=True)]
@@ -112,12 +117,12 @@ def measure():
     chunks.CPU_BUDGET = 256  # 4 pairs of a token and a row, or one token: several chunks, most of them not full
     report = {}
 
-    def add(op, mesh, form, case, function, arguments, alone):
+    def add(op, mesh, form, case, function, arguments, alone, called=None):
         out = [function(*arguments, INDICES[case]) for _ in range(2)]
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.device_get, out), strict=True))
         primals = {"expert_mix": (0, 0, 1, 2, 3), "value_bag": (3, 2, 3)}[op]
         typed = all(a.dtype == arguments[i].dtype for a, i in zip(out[0], primals, strict=True))
-        report[key(op, mesh, form, case)] = [
+        report[key(op, mesh, form, called or case)] = [
             error(out[0], loops(op, *arguments, INDICES[case]), INDICES[case]),
             error(out[0], alone, INDICES[case]),
             same and typed and len(out[0][0].sharding.device_set) == 8,
@@ -130,6 +135,10 @@ def measure():
             with use(place(mesh, form)):
                 for case in INDICES:
                     add(op, mesh, form, case, function, arguments, alone[case])
+        for mesh, form in PARTITIONED:
+            with use(place(mesh, form)):
+                for case in ("spread", "bad"):
+                    add(op, mesh, form, case, run(op, "reference"), arguments, alone[case], f"reference, {case}")
         for (mesh, form), implementation in zip(WHOLE, (None, "xla", "reference"), strict=True):
             with use(place(mesh, form)):
                 add(op, mesh, form, "spread", run(op, implementation), arguments, alone["spread"])
@@ -138,8 +147,38 @@ def measure():
         for form in ("rows", "columns"):
             with use(place((2, 2, 2), form)):
                 add(op, "bfloat16", form, "spread", function, arguments, alone)
-    report["product_key_top_k"] = retrieval()
-    return report
+    report["product_key_top_k"] = [retrieval(implementation) for implementation in (None, "reference", "mosaic_gpu")]
+    return report | choices()
+
+
+def choices():
+    """On split tables: warnings, whether "mosaic_gpu" gives the bits of "xla", what XLA partitions, what is refused."""
+    said, equal, refused, by_xla = [], {}, {}, {}
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("peer_jax.ops.choice").addHandler(handler)
+    arguments = *draw(), INDICES["spread"]
+    for op in OPS:
+        with use(place((2, 2, 2), "rows")):
+            fallback, xla = (run(op, name)(*arguments) for name in ("mosaic_gpu", "xla"))
+            equal[op] = all(map(np.array_equal, fallback, xla))
+            by_xla[op] = {
+                name: "shard_map" not in str(jax.make_jaxpr(run(op, name))(*arguments)) for name in ("reference", "xla")
+            }
+            refused[op] = refusal(run(op, "abacus"), *arguments)
+    with use(place((2, 2, 2), "rows")):
+        queries, sub_keys = jnp.zeros((T, H, 4)), jnp.zeros((2, 8, 2))
+        top_k = lambda *arrays: ops.product_key_top_k(*arrays, K, implementation="abacus")  # noqa: E731
+        refused["product_key_top_k"] = refusal(top_k, queries, sub_keys)
+    return {"said": said, "equal": equal, "refused": refused, "by XLA": by_xla}
+
+
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except InputError as error:
+        return str(error)
+    return "nothing"
 
 
 def place(mesh, form):
@@ -147,14 +186,16 @@ def place(mesh, form):
     return Sharding(data=data, fsdp=fsdp, expert=expert, tables=form).place()
 
 
-def retrieval():
-    """Of the retrieval on 8 devices: whether its indices are one device's, and by how much all else differs."""
+def retrieval(implementation):
+    """Retrieval on 8 devices: whether its indices are those of one device, and by how much all else differs."""
     rng = np.random.default_rng(2)
     queries, sub_keys = (np.float32(rng.normal(size=shape)) for shape in [(T, H, 4), (2, 8, 2)])
     d_scores = np.float32(rng.normal(size=(T, H, K)))
 
     def run(queries, sub_keys):
-        top_k = lambda *arguments: ops.product_key_top_k(*arguments, K)  # noqa: E731
+        def top_k(*arguments):
+            return ops.product_key_top_k(*arguments, K, implementation=implementation)
+
         scores, pullback, indices = jax.vjp(top_k, queries, sub_keys, has_aux=True)
         return scores, indices, *pullback(jnp.asarray(d_scores))
 
@@ -171,7 +212,7 @@ def report():
 
 
 def faults(report, op, mesh, form, cases):
-    """What was measured, by case, where it is not as it should be."""
+    """By case, what was measured where it is not as it should be."""
     found = {}
     for case in cases:
         against_loops, against_one, same = report[key(op, mesh, form, case)]
@@ -183,15 +224,39 @@ def faults(report, op, mesh, form, cases):
 @pytest.mark.parametrize(("mesh", "form"), SPLIT)
 @pytest.mark.parametrize("op", OPS)
 def test_split_tables(report, op, mesh, form):
-    """Also bit for bit the same in a second run; and a bad index is NaN for its token and for nothing else."""
+    """A second run gives the same bits; a bad index gives NaN for its own token and for nothing else."""
     assert faults(report, op, mesh, form, INDICES) == {}
 
 
 @pytest.mark.parametrize(("mesh", "form"), WHOLE)
 @pytest.mark.parametrize("op", OPS)
 def test_whole_tables(report, op, mesh, form):
-    """Of which every device has a copy, and its own tokens."""
+    """Every device has a copy of the tables, and its own tokens."""
     assert faults(report, op, mesh, form, ["spread"]) == {}
+
+
+@pytest.mark.parametrize(("mesh", "form"), PARTITIONED)
+@pytest.mark.parametrize("op", OPS)
+def test_reference_on_split_tables(report, op, mesh, form):
+    assert faults(report, op, mesh, form, ["reference, spread", "reference, bad"]) == {}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_asked_for_is_used_on_split_tables(report, op):
+    """Only "xla" says what each device does; "mosaic_gpu" is "xla"."""
+    assert report["by XLA"][op] == {"reference": True, "xla": False}
+    assert report["equal"][op]
+
+
+def test_kernels_that_cannot_run_on_split_tables_are_named_once(report):
+    (said,) = report["said"]
+    assert "falls back to 'xla'" in said
+    assert "split over devices" in said
+
+
+@pytest.mark.parametrize("op", [*OPS, "product_key_top_k"])
+def test_unknown_implementations_are_named_on_split_tables(report, op):
+    assert "'abacus' is not one of" in report["refused"][op]
 
 
 @pytest.mark.parametrize("form", ["rows", "columns"])
@@ -203,6 +268,6 @@ def test_bfloat16(report, op, form):
 
 
 def test_retrieval_is_one_device_s(report):
-    same, difference = report["product_key_top_k"]
-    assert same
-    assert difference < EQUAL
+    for same, difference in report["product_key_top_k"]:
+        assert same
+        assert difference < EQUAL

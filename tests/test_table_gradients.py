@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from reference import relative_error
 
-from peer_jax.ops.table_gradients import _in_row_order, _in_token_order, _row_by_row, table_gradients
+from peer_jax.ops.cpu.table_gradients import in_token_order, row_by_row
+from peer_jax.ops.table_gradients import in_row_order, table_gradients
 
-ORDERS = {"tokens": _in_token_order, "rows": _in_row_order, "row by row": _row_by_row}
+ORDERS = {"tokens": in_token_order, "rows": in_row_order, "row by row": row_by_row}
 # name: T, r, d, N; and the share of the pairs that retrieve row 0 whatever the others do
 SIZES = {
     "one pair": (1, 1, 3, 4, 0),
@@ -83,7 +84,7 @@ def test_rows_are_sorted_where_xla_is_told_so(rng, monkeypatch):
 
     monkeypatch.setattr("peer_jax.ops.table_gradients.scan_chunks", scan)
     indices = jnp.asarray(rng.integers(0, 5000, (37, 5)), jnp.int32)
-    _in_row_order(indices, 5000, ((jnp.ones((37, 5)), jnp.ones((37, 6))),))
+    in_row_order(indices, 5000, ((jnp.ones((37, 5)), jnp.ones((37, 6))),))
     (row,) = chunks
     assert row.size > indices.size
     np.testing.assert_array_equal(row, np.sort(row))

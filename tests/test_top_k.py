@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer_jax.ops.top_k import _by_rows, _by_tournament, top_k_columns
+from peer_jax.ops.cpu.top_k import by_tournament
+from peer_jax.ops.top_k import plain, top_k_columns
 
-WAYS = {"tournament": _by_tournament, "rows": _by_rows}
+WAYS = {"tournament": by_tournament, "rows": plain}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Bad indices and NaN scores: NaN in the result by default, an error in checked mode, never clipped in silence."""
+"""Bad indices and NaN scores: they give NaN by default and an error in checked mode; nothing is clipped in silence."""
 
 import functools
 from collections.abc import Callable
@@ -16,10 +16,10 @@ R = TypeVar("R")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` with the ops' checks switched on: it runs slower and raises where a check fails.
+    """``function`` with the ops' checks switched on: it runs slower, and raises where a check fails.
 
-    The checks cost nothing outside of ``checked``. JAX drops them in the gradient of a ``lax.scan`` that has an op
-    in its body; the gradient inside a scan, as the trainer's gradient accumulation has it, keeps them.
+    Outside of ``checked`` the checks cost nothing. JAX drops them if the gradient is taken of a ``lax.scan`` whose body
+    has an op. It keeps them if the gradient is taken inside the scan, as in the trainer's gradient accumulation.
 
     Raises:
         InputError: when called, if an index is outside its table or a score is NaN; the message names the op.
@@ -37,7 +37,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_pairs(op: str, tokens: tuple[int, ...], indices: Int[Array, "..."], gates: Float[Array, "..."]) -> None:
-    """An InputError unless indices and gates are [*tokens, h, k] both."""
+    """Raises an InputError unless indices and gates both have the shape [*tokens, h, k]."""
     if indices.ndim != len(tokens) + 2 or indices.shape[:-2] != tokens or gates.shape != indices.shape:
         raise InputError(
             f"{op}: indices {indices.shape} and gates {gates.shape} must both be [*tokens, h, k], tokens being {tokens}"
@@ -45,7 +45,7 @@ def check_pairs(op: str, tokens: tuple[int, ...], indices: Int[Array, "..."], ga
 
 
 def check_indices(op: str, indices: Int[Array, "..."], size: int) -> None:
-    """In checked mode, an error where an index is not in [0, size)."""
+    """In checked mode, raises an error if an index is not in [0, size)."""
     checkify.debug_check(
         jnp.all((indices >= 0) & (indices < size)),
         op + ": indices run from {low} to {high}, but the table has rows 0 to {last}",
@@ -56,7 +56,7 @@ def check_indices(op: str, indices: Int[Array, "..."], size: int) -> None:
 
 
 def check_not_nan(op: str, scores: Float[Array, "..."]) -> None:
-    """In checked mode, an error where a score is NaN."""
+    """In checked mode, raises an error if a score is NaN."""
     count = jnp.sum(jnp.isnan(scores))
     checkify.debug_check(count == 0, op + ": {count} scores are NaN; look for NaN in the queries or keys", count=count)
 
@@ -64,9 +64,9 @@ def check_not_nan(op: str, scores: Float[Array, "..."]) -> None:
 def drop_invalid(
     gates: Float[Array, "*tokens h k"], indices: Int[Array, "*tokens h k"], size: int
 ) -> tuple[Float[Array, "*tokens h k"], Int[Array, "*tokens h k"], Bool[Array, "*tokens"]]:
-    """Indices that are safe to gather with, a gate of zero where one was not, and the tokens that had none such.
+    """Replaces out-of-range indices by 0 and their gates by 0. Also returns which tokens had only valid indices.
 
-    The others' outputs are to be NaN; no row of the table gets a gradient from a bad index.
+    The caller makes the outputs of all other tokens NaN. A bad index gives no row of the table a gradient.
     """
     valid = (indices >= 0) & (indices < size)
     return jnp.where(valid, gates, 0.0), jnp.where(valid, indices, 0), jnp.all(valid, axis=(-2, -1))

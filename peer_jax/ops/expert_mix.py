@@ -1,8 +1,8 @@
-"""One-neuron experts, retrieved a token: y = sum_i g_i act(u_i . x) v_i.
+"""One-neuron experts that each token retrieves: y = sum_i g_i act(u_i . x) v_i.
 
 Source: He 2024, "Mixture of A Million Experts" (arXiv:2407.04153), section 2.
 
-t  tokens     r  retrieved experts a token, r = h * k     d  d_model     N  experts     h, k  heads, top-k
+t  tokens     r  retrieved experts per token, r = h * k     d  d_model     N  experts     h, k  heads, top-k
 """
 
 import functools
@@ -39,19 +39,20 @@ def expert_mix(
     but the indices; the gradients of the tables add up in float32.
 
     Args:
-        x: one vector a token.
-        down: u, the row of expert i reads the input.
-        up: v, the row of expert i writes the output.
+        x: one vector per token.
+        down: u; row i is what expert i multiplies the input by.
+        up: v; row i is what expert i adds to the output, weighted.
         indices: experts of each token and head; they may repeat.
         gates: their weights.
         activation: elementwise; called on float32.
         implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
-            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, "xla"
-            where they can't run; None picks.
+            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, or
+            ``"xla"`` where they can't run; None picks. On tables that are split over devices, XLA partitions
+            ``"reference"``; ``"xla"`` exchanges tokens (``peer_jax.ops.sharded``).
 
     Raises:
-        InputError: if sizes don't fit; under ``checked``, also if an index is out of range. Otherwise such a token's
-            output is NaN.
+        InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
+            range. Without ``checked``, the output of such a token is NaN.
     """
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
@@ -66,18 +67,18 @@ def expert_mix(
     *tokens, h, k = indices.shape
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
-    if sharded.splits_experts():
+    chosen, split = choose(implementation, flat, down, h * k), sharded.splits_experts()
+    if split and chosen == "xla":
         y = sharded.expert_mix(flat, down, up, *pairs, activation)
     else:
-        mix = _IMPLEMENTATIONS[choose(implementation, flat, down, h * k)]
-        y = sharded.by_tokens(
-            lambda down, up, x, *pairs: mix(x, down, up, *pairs, activation), (down, up), (flat, *pairs)
-        )
+        mix = _IMPLEMENTATIONS[chosen]
+        run = sharded.by_partitioner if split else sharded.by_tokens
+        y = run(lambda down, up, x, *pairs: mix(x, down, up, *pairs, activation), (down, up), (flat, *pairs))
     return jnp.where(valid[..., None], y.reshape(*tokens, x.shape[-1]), jnp.nan)
 
 
 def _reference(x, down, up, indices, gates, activation):
-    # Through float32, so that the gradients of a row add up in it.
+    # Gathered in float32, so that the gradients of a row add up in float32.
     u = down.astype(jnp.float32)[indices].astype(x.dtype)
     v = up.astype(jnp.float32)[indices].astype(x.dtype)
     s = jnp.einsum("td,trd->tr", x, u, preferred_element_type=jnp.float32)

@@ -2,8 +2,8 @@
 
 Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242), section 3.1.
 
-t  tokens          h  heads          n  sub-keys in a half, N = n * n keys
-c  d_key / 2       k  keys retrieved a head          p  min(k, n), candidates a half
+t  tokens          h  heads          n  sub-keys per half, N = n * n keys
+c  d_key / 2       k  keys retrieved per head        p  min(k, n), candidates per half
 """
 
 import functools
@@ -18,8 +18,7 @@ from peer_jax.ops import sharded
 from peer_jax.ops.checks import check_not_nan
 from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.rows import sum_rows
-from peer_jax.ops.table_gradients import table_gradients
+from peer_jax.ops.cpu.product_keys import backward_by_rows
 from peer_jax.ops.top_k import top_k_columns
 
 
@@ -37,18 +36,18 @@ def product_key_top_k(
     index, equal sums by the rank of the first half, then of the second.
 
     Args:
-        queries: one query a token and head; ``d_key = 2 * c``.
-        sub_keys: shared by all heads, or a set a head.
+        queries: one query per token and head; ``d_key = 2 * c``.
+        sub_keys: one set that all heads share, or one set per head.
         k: keys to retrieve, 1 <= k <= N.
-        implementation: ``"reference"``; ``"xla"``, which bounds memory and has its own backward pass and is what
-            ``"mosaic_gpu"`` and None are here.
+        implementation: ``"reference"``: plain products and top-k, which hold the scores of all sub-keys; ``"xla"``:
+            chunks of tokens, and a backward pass of its own. ``"mosaic_gpu"`` and None mean ``"xla"`` here.
 
     Returns:
         Scores (float32) and indices (int32) of the retrieved keys.
 
     Raises:
-        InputError: if sizes don't fit; under ``checked``, also if a score is NaN. Otherwise a NaN query gives NaN
-            scores.
+        InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if a score is NaN.
+            Without ``checked``, a NaN query gives NaN scores.
     """
     n, half = sub_keys.shape[-2:]
     if queries.shape[-1] != 2 * half:
@@ -78,13 +77,13 @@ def _combine(
     n: int,
     k: int,
 ) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
-    """Top k of the sums of two halves' candidates and the keys they belong to; a column a query.
+    """Top k of the sums of two halves' candidates, and the keys that they belong to; one column per query.
 
     The pair of ranks (a, b), counted from 1, comes after the a * b - 1 other pairs of ranks up to a and up to b, so
     only pairs with a * b <= k can be among the best k: 50 of 256 for k = 16, 119 of 1024 for k = 32.
     """
     rank = np.arange(1, best1.shape[0] + 1)
-    a, b = np.nonzero(np.outer(rank, rank) <= k)  # by the first rank, then by the second: the order of equal sums
+    a, b = np.nonzero(np.outer(rank, rank) <= k)  # by the first rank, then by the second: so equal sums rank
     sums = [best1[r - 1 : r] + best2[: k // r] for r in rank]
     scores, pair = top_k_columns(jnp.concatenate(sums), k)
     i1 = jnp.take_along_axis(index1, jnp.asarray(a, jnp.int32)[pair], axis=0, mode="promise_in_bounds")
@@ -130,19 +129,19 @@ def _xla(
 
 
 def _group(x: Shaped[Array, "s h q"], g: int) -> Shaped[Array, "{g} m q"]:
-    """The queries of each key set: one set for all heads, or a set a head; m = s * h / g."""
+    """The queries of each of g sets of sub-keys: one set for all heads, or one per head; m = s * h / g."""
     s, h, q = x.shape
     return x.reshape(1, s * h, q) if g == 1 else jnp.moveaxis(x, 1, 0)
 
 
 def _ungroup(x: Shaped[Array, "gm q"], g: int, h: int) -> Shaped[Array, "s {h} q"]:
-    """Undoes ``_group``."""
+    """The inverse of ``_group``."""
     q = x.shape[-1]
     return x.reshape(-1, h, q) if g == 1 else jnp.moveaxis(x.reshape(h, -1, q), 0, 1)
 
 
 def _half_scores(queries: Float[Array, "g m c"], keys: Float[Array, "g n c"]) -> Float[Array, "n gm"]:
-    """Scores of one half, a column a query."""
+    """Scores of one half, one column per query."""
     scores = jnp.einsum("gnc,gmc->ngm", keys, queries, precision=jax.lax.Precision.HIGHEST)
     return scores.reshape(keys.shape[1], -1)
 
@@ -153,43 +152,17 @@ def _xla_forward(queries, sub_keys, k):
 
 
 def _xla_backward(k, residuals, cotangents):
-    """A retrieved score is linear in its query and its two sub-keys; nothing flows to the keys left out."""
+    """A retrieved score is linear in its query and its two sub-keys; keys that were not retrieved get no gradient."""
     queries, sub_keys, indices = residuals
     d_queries, d_keys = jax.lax.platform_dependent(
         queries.astype(jnp.float32),
         sub_keys.reshape(-1, *sub_keys.shape[-3:]).astype(jnp.float32),
         indices,
         cotangents[0],
-        cpu=_backward_by_rows,
+        cpu=backward_by_rows,
         default=_backward_by_products,
     )
     return d_queries.astype(queries.dtype), d_keys.reshape(sub_keys.shape).astype(sub_keys.dtype)
-
-
-def _backward_by_rows(
-    queries: Float[Array, "t h d_key"],
-    keys: Float[Array, "g 2 n c"],
-    indices: Int[Array, "t h k"],
-    d_scores: Float[Array, "t h k"],
-) -> tuple[Float[Array, "t h d_key"], Float[Array, "g 2 n c"]]:
-    """Of each half, the k retrieved sub-keys a query: sub-keys are a small table, which stays in the cache."""
-    t, h, d_key = queries.shape
-    g, _, n, c = keys.shape
-    d_scores, indices = d_scores.reshape(t * h, -1), indices.reshape(t * h, -1)
-    first = jnp.tile(jnp.arange(h, dtype=jnp.int32) * (n if g > 1 else 0), t)[:, None]  # of the head's set
-    d_halves, d_half_keys = [], []
-    for half, index in enumerate((indices // n, indices % n)):
-        index, table = first + index, keys[:, half].reshape(g * n, c)
-
-        def body(_: None, chunk: tuple[Array, Array], table: Array = table) -> tuple[None, Array]:
-            d_scores, index = chunk
-            return None, sum_rows(d_scores, table, index, table.dtype)
-
-        size = chunk_size(t * h, 4 * d_scores.shape[1] * c)
-        d_halves.append(scan_chunks(body, None, (d_scores, index), t * h, size)[1])
-        query = queries[..., half * c : (half + 1) * c].reshape(t * h, c)
-        d_half_keys.append(table_gradients(index, g * n, (d_scores, query))[0].reshape(g, n, c))
-    return jnp.concatenate(d_halves, axis=-1).reshape(t, h, d_key), jnp.stack(d_half_keys, axis=1)
 
 
 def _backward_by_products(
@@ -198,7 +171,7 @@ def _backward_by_products(
     indices: Int[Array, "t h k"],
     d_scores: Float[Array, "t h k"],
 ) -> tuple[Float[Array, "t h d_key"], Float[Array, "g 2 n c"]]:
-    """The scores' gradient is scattered into a [s, n] matrix a half and head, which turns both into products."""
+    """Scatters the gradients of the scores into one [s, n] matrix per half and head; both results are its products."""
     t, h, d_key = queries.shape
     g, _, n, c = keys.shape
 

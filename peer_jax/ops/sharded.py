@@ -1,10 +1,11 @@
-"""The ops on many devices: tokens split over all of them, tables over the ``expert`` axis by rows or by columns.
+"""The ops on many devices: tokens are split over all of them, tables over the ``expert`` axis by rows or by columns.
 
-No row of a table leaves its device. Split by rows, the devices of an ``expert`` axis exchange their tokens and each
-adds up what its own experts contribute; the sums, [tokens, d], go back. Split by columns, each takes its columns of the
-tokens; of partial products, [tokens, r], sums are exchanged. ``docs/sharding.md`` counts the bytes.
+In the "xla" form no row of a table leaves its device. If tables are split by rows, the devices along ``expert``
+exchange their tokens, each adds up what its own experts contribute, and the sums, [tokens, d], go back. If they are
+split by columns, each device takes its columns of all tokens, and the devices exchange sums of their partial products,
+[tokens, r]. ``docs/sharding.md`` counts the bytes.
 
-t  tokens of a device     g  of the devices along ``expert``, g = E t     r  retrieved rows a token     d  row width
+t  tokens per device     g  tokens of all devices along ``expert``, g = E t     r  rows per token     d  row width
 N  rows of a table     E  devices along ``expert``     p  pairs of a token and a row, p = g r
 """
 
@@ -17,23 +18,30 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from peer_jax.ops.chunks import chosen_first, chunk_size, scan_chunks
+from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.pairs import chosen_first
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
-from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, current, on_each_device
+from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, constrain, current, on_each_device
 
 TOKENS = P(AXES)
 Activation = Callable[[Array], Array]
 
 
 def by_tokens(f: Callable[..., Any], whole: tuple[Array, ...], split: tuple[Array, ...]) -> Any:
-    """``f(*whole, *split)``; on many devices, on each one's own tokens of the arrays in ``split``."""
+    """``f(*whole, *split)``, where each device has its own tokens of the arrays in ``split`` and all of the others."""
     specs = (P(),) * len(whole) + (TOKENS,) * len(split)
     return on_each_device(f, specs, TOKENS)(*whole, *split)
 
 
+def by_partitioner(f: Callable[..., Array], tables: tuple[Array, ...], tokens: tuple[Array, ...]) -> Array:
+    """``f(*tables, *tokens)`` with tables and tokens split; XLA decides what the devices exchange."""
+    tables = tuple(constrain(table, "rows", "columns") for table in tables)
+    return constrain(f(*tables, *(constrain(a, "batch") for a in tokens)), "batch")
+
+
 def splits_experts() -> bool:
-    """Whether experts, or expert tables, are split over devices."""
+    """Whether expert tables, and the experts of an MoE, are split over devices."""
     return current() is not None and current().size(EXPERT) > 1
 
 
@@ -45,19 +53,19 @@ def expert_mix(
     gates: Float[Array, "t r"],
     activation: Activation,
 ) -> Float[Array, "t d"]:
-    """``peer_jax.ops.expert_mix`` with its tables split."""
+    """``peer_jax.ops.expert_mix`` with its tables split, as "xla"."""
     return _mix(activation, x, down, up, indices, gates)
 
 
 def value_bag(
     values: Float[Array, "N d"], indices: Int[Array, "t r"], gates: Float[Array, "t r"]
 ) -> Float[Array, "t d"]:
-    """``peer_jax.ops.value_bag`` with its table split."""
+    """``peer_jax.ops.value_bag`` with its table split, as "xla"."""
     return _bag(values, indices, gates)
 
 
 def _table() -> P:
-    """How the tables of the placement in use are split."""
+    """How the placement in use splits tables."""
     return current().spec(("rows", "columns"))
 
 
@@ -73,12 +81,12 @@ _sum = functools.partial(jax.lax.psum, axis_name=EXPERT)
 
 
 def _to_columns(x: Float[Array, "t d"]) -> Float[Array, "g e"]:
-    """All tokens' columns that this device has."""
+    """This device's columns of the tokens of all devices along ``expert``."""
     return jax.lax.all_to_all(x, EXPERT, split_axis=1, concat_axis=0, tiled=True)
 
 
 def _to_tokens(x: Float[Array, "g e"]) -> Float[Array, "t d"]:
-    """All columns of the tokens that this device has."""
+    """All columns of this device's own tokens: the inverse of ``_to_columns``."""
     return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=1, tiled=True)
 
 
@@ -290,12 +298,12 @@ def _dot(a: Float[Array, "c d"], b: Float[Array, "c d"]) -> Float[Array, " c"]:
 
 
 def _rows(weight: Float[Array, " c"], rows: Float[Array, "c d"], live: Bool[Array, " c"]) -> Float[Array, "c d"]:
-    """Weighted rows in float32, zero for pairs that only fill up a chunk."""
+    """Weighted rows in float32, zero for pairs that only pad a chunk."""
     return jnp.where(live[:, None], weight[:, None] * rows.astype(jnp.float32), 0)
 
 
 class OwnPairs:
-    """The pairs of all g tokens whose row is in the part of the table that this device holds."""
+    """The pairs, among those of all g tokens, whose row this device holds."""
 
     def __init__(self, indices: Int[Array, "g r"], gates: Float[Array, "g r"], table: Float[Array, "M d"]) -> None:
         self.tokens, self._r = indices.shape
@@ -306,7 +314,11 @@ class OwnPairs:
         self._pair, self._count = chosen_first(own)
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
-        """``carry = body(carry, token, row, gate, live, place)`` over chunks of the own pairs, as many as there are."""
+        """``carry = body(carry, token, row, gate, live, place)`` over chunks of this device's pairs.
+
+        A chunk has the token, the row (counted from the first of this device), the gate and the place in [g * r] of
+        each of its pairs. In the last chunk, pairs that are not ``live`` are padding, with a gate of zero.
+        """
         p = self._pair.size
         size = min(p, chunk_size(p, 4 * self._width))
 

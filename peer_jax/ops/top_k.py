@@ -1,19 +1,12 @@
 """Top k of every column of a matrix.
 
-On CPU, ``jax.lax.top_k`` keeps a heap a row, one row after the other on one thread. Here whole rows of the matrix are
-compared with each other, so that every comparison is a vector instruction and all threads share it: 5 times as fast for
-16 of 512 (docs/log.md). Elsewhere it is ``jax.lax.top_k``.
-
-n  elements a column     m  columns     K  k rounded up to a power of two
+n  elements per column     m  columns
 """
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int64
+from jaxtyping import Array, Float, Int
 
-# Where the tournament wins: with fewer columns its vectors are mostly empty; higher k were not measured (docs/log.md).
-FEWEST_COLUMNS = 64
-MOST = 128
+from peer_jax.ops.cpu import top_k as on_cpu
 
 
 def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
@@ -21,104 +14,11 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
 
     1 <= k <= n. -0 ranks below 0. A column that has a NaN gives NaN values, at valid places.
     """
-    on_cpu = _by_tournament if k <= MOST and x.shape[1] >= FEWEST_COLUMNS else _by_rows
-    return jax.lax.platform_dependent(x, cpu=lambda x: on_cpu(x, k), default=lambda x: _by_rows(x, k))
+    cpu = on_cpu.by_tournament if on_cpu.is_faster(k, x.shape[1]) else plain
+    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, k), default=lambda x: plain(x, k))
 
 
-def _by_rows(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
+def plain(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
+    """``jax.lax.top_k``, which works on rows."""
     values, place = jax.lax.top_k(x.T, k)
     return values.T, place.T
-
-
-def _by_tournament(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
-    """Neighbours play in pairs, their winners in pairs again, until K are left, which are sorted.
-
-    Then back, round by round: the top K of a round are among the top K of the next one, who won it, and those whom they
-    beat. Any other has lost to one whom K winners beat.
-    """
-    K = 1 << (k - 1).bit_length()
-    size = K
-    while size < x.shape[0]:
-        size *= 2
-    # Behind all others, whatever their values are, so never among the k.
-    x = _once(jnp.pad(x, ((0, size - x.shape[0]), (0, 0)), constant_values=-jnp.inf))
-    with jax.enable_x64(True):
-        rounds = [_key(x, jnp.arange(size, dtype=jnp.int32)[:, None])]
-        while rounds[-1].shape[0] > K:
-            pairs = rounds[-1].reshape(-1, 2, x.shape[1])
-            rounds.append(_once(jnp.maximum(pairs[:, 0], pairs[:, 1])))
-        best = _sort(rounds.pop())
-        while rounds:
-            beaten = (_place(best) >> len(rounds) - 1) ^ 1
-            # Of the first round the values are kept, not the keys, which are twice as large.
-            losers = _take(rounds[-1], beaten) if len(rounds) > 1 else _key(_take(x, beaten), beaten)
-            rounds.pop()
-            best = _merge(best, _sort(_once(losers)))
-        return _value(best[:k]), _place(best[:k])
-
-
-# A key is an integer that ranks a value by what it is, then by its place: the value's bits, made to order as integers
-# do, above the complement of the place. NaN ranks first.
-
-_PLACES = 2**32 - 1
-_MAGNITUDE = 2**31 - 1
-
-
-def _key(x: Float[Array, "p m"], place: Int[Array, "p #m"]) -> Int64[Array, "p m"]:
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    ordered = jnp.where(jnp.isnan(x), jnp.int32(_MAGNITUDE), bits ^ ((bits >> 31) & jnp.int32(_MAGNITUDE)))
-    return (ordered.astype(jnp.int64) << 32) | (jnp.int64(_PLACES) - place.astype(jnp.int64))
-
-
-def _place(key: Int64[Array, "p m"]) -> Int[Array, "p m"]:
-    return (jnp.int64(_PLACES) - (key & jnp.int64(_PLACES))).astype(jnp.int32)
-
-
-def _value(key: Int64[Array, "p m"]) -> Float[Array, "p m"]:
-    """Highest first; NaN for a column whose highest is."""
-    ordered = (key >> 32).astype(jnp.int32)
-    x = jax.lax.bitcast_convert_type(ordered ^ ((ordered >> 31) & jnp.int32(_MAGNITUDE)), jnp.float32)
-    return jnp.where(jnp.isnan(x[:1]), jnp.float32(jnp.nan), x)
-
-
-def _take(a: Array, place: Int[Array, "k m"]) -> Array:
-    return jnp.take_along_axis(a, place, axis=0, mode="promise_in_bounds")
-
-
-def _once(a: Array) -> Array:
-    """Has XLA keep it, instead of computing it again for each of its uses."""
-    return jax.lax.optimization_barrier(a)
-
-
-def _merge(a: Int64[Array, "p m"], b: Int64[Array, "p m"]) -> Int64[Array, "p m"]:
-    """The first p of two sorted lists of p keys a column."""
-    return _sort_bitonic(_once(jnp.maximum(a, b[::-1])), a.shape[0])  # the best p of both, in a bitonic order
-
-
-def _sort(a: Int64[Array, "p m"]) -> Int64[Array, "p m"]:
-    """Batcher's bitonic sort of p keys a column, p a power of two: runs of 2, 4, ... p are merged from halves."""
-    run = 2
-    while run <= a.shape[0]:
-        first, second = _halves(a, run)
-        a = _sort_bitonic(_compare(first, second[:, ::-1]), run // 2)
-        run *= 2
-    return a
-
-
-def _sort_bitonic(a: Int64[Array, "p m"], run: int) -> Int64[Array, "p m"]:
-    """Sorts every run of a column, each in a bitonic order: compares keys half a run apart, then a quarter, ..."""
-    while run > 1:
-        a = _compare(*_halves(a, run))
-        run //= 2
-    return a
-
-
-def _halves(a: Int64[Array, "p m"], run: int) -> tuple[Array, Array]:
-    runs = a.reshape(a.shape[0] // run, 2, run // 2, -1)
-    return runs[:, 0], runs[:, 1]
-
-
-def _compare(first: Array, second: Array) -> Int64[Array, "p m"]:
-    """The larger of each two keys where the first was, the smaller where the second was."""
-    both = jnp.stack([jnp.maximum(first, second), jnp.minimum(first, second)], axis=1)
-    return _once(both.reshape(-1, both.shape[-1]))

@@ -2,7 +2,7 @@
 
 Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242), section 3.
 
-t  tokens     r  retrieved values a token, r = h * k     d  value width     N  values     h, k  heads, top-k
+t  tokens     r  retrieved values per token, r = h * k     d  value width     N  values     h, k  heads, top-k
 """
 
 import jax
@@ -35,12 +35,13 @@ def value_bag(
         indices: values of each token and head; they may repeat.
         gates: their weights.
         implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
-            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, "xla"
-            where they can't run; None picks.
+            tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, or
+            ``"xla"`` where they can't run; None picks. On a table that is split over devices, XLA partitions
+            ``"reference"``; ``"xla"`` exchanges tokens (``peer_jax.ops.sharded``).
 
     Raises:
-        InputError: if sizes don't fit; under ``checked``, also if an index is out of range. Otherwise such a token's
-            output is NaN.
+        InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
+            range. Without ``checked``, the output of such a token is NaN.
     """
     if not values.shape[0]:
         raise InputError(f"values {values.shape} must have rows")
@@ -52,16 +53,17 @@ def value_bag(
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
     pairs = indices.reshape(-1, h * k), gates
-    if sharded.splits_experts():
+    chosen, split = choose(implementation, like_y, values, h * k), sharded.splits_experts()
+    if split and chosen == "xla":
         y = sharded.value_bag(values, *pairs)
     else:
-        bag = _IMPLEMENTATIONS[choose(implementation, like_y, values, h * k)]
-        y = sharded.by_tokens(bag, (values,), pairs)
+        run = sharded.by_partitioner if split else sharded.by_tokens
+        y = run(_IMPLEMENTATIONS[chosen], (values,), pairs)
     return jnp.where(valid[..., None], y.reshape(*tokens, values.shape[-1]), jnp.nan)
 
 
 def _reference(values, indices, gates):
-    # Through float32, so that the gradients of a row add up in it.
+    # Gathered in float32, so that the gradients of a row add up in float32.
     rows = values.astype(jnp.float32)[indices].astype(gates.dtype)
     return jnp.einsum("tr,trd->td", gates, rows, preferred_element_type=jnp.float32).astype(gates.dtype)
 

@@ -45,12 +45,13 @@ from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.models import Transformer
 from peer_jax.models.transformer import Block
 from peer_jax.ops import floor, traffic
-from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET, ROWS_BUDGET
+from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET
 from peer_jax.ops.traffic import INDEX
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, use
 from peer_jax.training.flops import TRAINING_TO_FORWARD
 from peer_jax.training.loop import Run
 from peer_jax.training.step import TrainState
+from peer_jax.training.update_by_rows import ROWS_BUDGET
 
 FLOAT = 4  # bytes
 

@@ -1,9 +1,10 @@
 """``expert_mix`` and ``value_bag`` as Pallas Mosaic GPU kernels, for NVIDIA GPUs from Hopper on.
 
-Nothing of size [t, r, d] reaches memory. Forward, and backward for the tokens: `tokens`; for the tables: `tables`.
-Pallas is imported when a kernel is built: importing this costs nothing, and works on a JAX that has no such kernels.
+No array of size [t, r, d] reaches memory. The module `tokens` has the kernel for the forward pass and for the gradients
+of the tokens, `tables` that for the gradients of the tables. Pallas is imported when a kernel is built, so that this
+module can be imported quickly, and on a JAX that has no such kernels.
 
-t  tokens     r  rows a token     d  row width     N  rows of a table
+t  tokens     r  rows per token     d  row width     N  rows of a table
 """
 
 import functools
@@ -20,7 +21,7 @@ from peer_jax.ops.mosaic_gpu.tokens import mix_tokens
 __all__ = ["expert_mix", "value_bag", "why_not"]
 
 Activation = Callable[[Array], Array]
-Sized = jax.ShapeDtypeStruct  # an array's shape and type stand for it
+Sized = jax.ShapeDtypeStruct  # takes the place of an array whose shape and type are all that matters
 
 OLDEST_JAX = (0, 11)
 WIDTHS = (64, 4096)
@@ -33,13 +34,13 @@ def why_not(
     r: int,
     platform: str | None = None,
 ) -> str | None:
-    """One sentence on why the kernels can't take these sizes, types, this JAX or platform; None if they can.
+    """One sentence that says why the kernels can't run with these sizes and types, here; None if they can.
 
     Args:
-        x: the tokens' vectors; for ``value_bag``, something of its output's shape and type.
+        x: the tokens' vectors; for ``value_bag``, something with the shape and type of its output.
         table: ``down`` and ``up``, which must be alike, or ``values``.
-        r: rows a token, heads times top-k.
-        platform: where it will run, as ``jax.default_backend()`` names it; None takes that.
+        r: rows per token, heads times top-k.
+        platform: where the kernels will run, as ``jax.default_backend()`` names it; None takes that.
     """
     platform = jax.default_backend() if platform is None else platform
     if platform not in ("cuda", "gpu"):
@@ -48,7 +49,7 @@ def why_not(
         return reason
     try:
         capability = getattr(jax.devices(platform)[0], "compute_capability", None)
-    except RuntimeError:  # no GPU on this machine: what is compiled here will run on another one
+    except RuntimeError:  # no GPU on this machine: the program is compiled for another one
         return None
     try:
         too_old = capability is not None and float(capability) < 9.0
@@ -67,9 +68,9 @@ def _why_not_sizes(x, table, r) -> str | None:
     if d % 64 or not WIDTHS[0] <= d <= WIDTHS[1]:
         return f"Mosaic GPU kernels take rows of a multiple of 64 from {WIDTHS[0]} to {WIDTHS[1]} wide, not {d}."
     if t == 0 or r == 0 or table.shape[0] == 0:
-        return "There is nothing to retrieve."
+        return "Mosaic GPU kernels need something to retrieve, but there is nothing."
     if r > MOST_ROWS:
-        return f"Mosaic GPU kernels take at most {MOST_ROWS} rows a token, not {r}."
+        return f"Mosaic GPU kernels take at most {MOST_ROWS} rows per token, not {r}."
     if t * r >= 2**31:
         return f"Mosaic GPU kernels number pairs of token and row in 32 bits; {t} * {r} are too many."
     return None
@@ -87,12 +88,12 @@ def expert_mix(
 ) -> Float[Array, "t d"]:
     """Sum over r of ``gates * activation(down[indices] . x) * up[indices]``; the indices must be in range.
 
-    As ``peer_jax.ops.expert_mix``: rows are cast to the type of ``x``, products and gradients add up in float32.
-    Deterministic: every sum has a fixed order.
+    Rows are cast to the type of ``x``; products and gradients add up in float32, as in ``peer_jax.ops.expert_mix``.
+    The result is deterministic: every sum has a fixed order.
 
     Args:
-        activation: elementwise, on float32; must be something that Mosaic GPU compiles.
-        interpret: True, or an ``InterpretGPUParams``: simulate on CPU.
+        activation: elementwise, on float32, and made of operations that Mosaic GPU compiles.
+        interpret: True, or an ``InterpretGPUParams``, to simulate the kernels on CPU.
 
     Raises:
         ValueError: with the sentence of ``why_not``.
@@ -112,7 +113,7 @@ def value_bag(
 ) -> Float[Array, "t d"]:
     """Sum over r of ``gates * values[indices]``, in the type of ``gates``; the indices must be in range.
 
-    Deterministic. ``interpret`` and what is raised: as for ``expert_mix``.
+    The result is deterministic. ``interpret`` and the errors raised are those of ``expert_mix``.
     """
     t, r = indices.shape
     interpret = _check(Sized((t, values.shape[1]), gates.dtype), values, r, interpret)
@@ -142,7 +143,7 @@ def _expert_mix_forward(x, down, up, indices, gates, activation, interpret):
 def _expert_mix_backward(activation, interpret, residuals, dy):
     """With a = act(s) and q = dy . v:  dg = q a,  ds = q g act'(s),  dx = sum ds u,  du_i += ds x,  dv_i += g a dy.
 
-    dx is a mix of experts too: of input dy, rows v and u exchanged, gates g act'(s) and no activation.
+    dx is a mix of experts as well, with input dy, v and u exchanged, gates g act'(s) and no activation.
     """
     x, down, up, indices, gates, s = residuals
     g = gates.astype(jnp.float32)

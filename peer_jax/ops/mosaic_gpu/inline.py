@@ -1,4 +1,4 @@
-"""Functions as kernels of JAX 0.11 can call them."""
+"""Makes functions such that kernels of JAX 0.11 can call them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
-"""The kernel that goes expert by expert: gradients of tables, a row the sum over the pairs that retrieved it.
+"""The kernel that works expert by expert: gradients of tables, where a row sums over the pairs that retrieved it.
 
-t  tokens     r  rows a token     d  row width     N  rows of a table     p  pairs, p = t * r
+t  tokens     r  rows per token     d  row width     N  rows of a table     p  pairs, p = t * r
 """
 
 import functools
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
-from peer_jax.ops.table_gradients import sort_pairs
+from peer_jax.ops.pairs import sort_pairs
 
-PAIRS = 4  # a stage of the ring; one a warp to fetch
-OWNED = 16  # rows of a table a block: enough pairs for its ring to get going ...
-BLOCKS = 4096  # ... unless it left fewer blocks than this, some times what a GPU runs at once
+PAIRS = 4  # per stage of the ring; each of four warps fetches one
+OWNED = 16  # rows of a table per block: they have enough pairs to fill the ring several times ...
+BLOCKS = 4096  # ... unless fewer blocks than this were left, which is several times what a GPU runs at once
 
 
 def sum_pairs(
@@ -24,13 +24,15 @@ def sum_pairs(
     terms: list[tuple[Float[Array, "t r"], Float[Array, "t d"], Any]],
     interpret: Any,
 ) -> list[Float[Array, "{num_rows} d"]]:
-    """A table for each term (weights, cotangents, dtype): row i sums weights[t, r] * cotangents[t] over its pairs.
+    """One table for each term (weights, cotangents, dtype): row i sums weights[t, r] * cotangents[t] over its pairs.
 
-    The pairs are sorted by row. A block owns consecutive rows of the tables, hence consecutive pairs: the cotangents of
-    their tokens come through one ring, across the borders of rows. A sum stays in float32 registers, adds in the order
-    of the tokens and is written once, zero where nothing was retrieved. No atomics; deterministic.
+    The pairs are sorted by row. A block owns consecutive rows of the tables, and hence consecutive pairs: the
+    cotangents of their tokens come through one ring, whatever row they belong to. A sum stays in float32 registers,
+    adds up in the order of the tokens and is written once; it is zero for a row that was not retrieved. Without
+    atomics, the result is deterministic.
 
-    One block adds up all pairs of a row: a row that every token retrieves is correct but takes t steps in a row.
+    One block adds up all pairs of a row. A row that every token retrieves is correct, but takes t steps, one after the
+    other.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -40,14 +42,15 @@ def sum_pairs(
     pairs = sort_pairs(indices)
     starts = jnp.searchsorted(pairs.row, jnp.arange(num_rows + 1, dtype=pairs.row.dtype)).astype(jnp.int32)
     tokens = pairs.pair // r
-    # A pair's weights side by side, in the 16 bytes that a bulk copy can't go below.
+    # The weights of a pair are next to each other, padded to 16 bytes, the least that a bulk copy takes.
     weights = jnp.stack([weights.reshape(-1)[pairs.pair] for weights, _, _ in terms], axis=-1)
     weights = jnp.pad(weights, ((0, 0), (0, 4 - len(terms))))
     cotangents = [cotangents for _, cotangents, _ in terms]
 
     owned = max(1, min(OWNED, num_rows // BLOCKS))
     stages = count_stages(PAIRS * (16 + d * sum(c.dtype.itemsize for c in cotangents)), -(-t * r // PAIRS))
-    # The warps split a row, each lane taking no less than two neighbours: where it is too narrow, warps do the same.
+    # The warps split a row such that each lane has at least two neighbouring elements. If the row is too narrow for
+    # that, several warps compute the same elements.
     vector = 4 if d % 512 == 0 else 2
     splitting = 4 if d % 256 == 0 else 2 if d % 128 == 0 else 1
     tiling = plgpu.Tiling(tuple((n,) for n in (splitting * 32 * vector, 32 * vector, vector)[splitting == 1 :]))
@@ -69,7 +72,7 @@ def sum_pairs(
         def fetch(first_pair, stage):
             @pl.when(first_pair < end)
             def _():
-                # The last pair again where there are no more: the barrier counts on all of them.
+                # The barrier waits for all copies, so where there are no more pairs the last one is copied again.
                 four = [jnp.minimum(first_pair + warp, end - 1) for warp in range(PAIRS)]
                 four_tokens = [tokens[pair] for pair in four]
 

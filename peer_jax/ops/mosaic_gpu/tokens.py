@@ -1,6 +1,6 @@
-"""The kernel that goes token by token: dot products with retrieved rows, and weighted sums of retrieved rows.
+"""The kernel that works token by token: dot products with retrieved rows, and weighted sums of retrieved rows.
 
-t  tokens     r  rows a token     d  row width     N  rows of a table
+t  tokens     r  rows per token     d  row width     N  rows of a table
 """
 
 import functools
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from peer_jax.ops.mosaic_gpu.inline import without_rules
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
 
-WARPS = 4  # of the 128 threads that Pallas schedules as one; each takes a row, so no dot product crosses warps
-REGISTER_WIDTH = 1024  # a wider x doesn't stay in registers beside the sum: read from shared memory each time
+WARPS = 4  # in the 128 threads that Pallas schedules as one; each warp takes a row, so no dot product crosses warps
+REGISTER_WIDTH = 1024  # a wider x does not fit the registers beside the sum, and is read from shared memory each time
 
 
 def mix_tokens(
@@ -30,16 +30,18 @@ def mix_tokens(
 ) -> tuple[Float[Array, "t d"] | None, Float[Array, "t r"] | None]:
     """y = sum over r of gates * activation(s) * write[indices] in ``dtype``, with s = read[indices] . x in float32.
 
-    Without ``write``, only s; without ``read``, y = sum over r of gates * write[indices]. Rows are cast to ``dtype``.
+    Without ``write``, only s is computed; without ``read``, y = sum over r of gates * write[indices]. Rows are cast to
+    ``dtype``.
 
-    A block is a token. Its rows come through a ring in shared memory, each by one bulk copy, some steps ahead of the
-    arithmetic. Blocks are small enough for about four a multiprocessor, which keep near 200 KB on their way: several
-    times what bandwidth times latency asks for (36 KB at 4.8 TB/s, 132 multiprocessors and 1 us), so a block may start,
-    end, wait for a barrier or compute while the others keep the memory busy.
+    Each block works on one token. Its rows come through a ring in shared memory, each by one bulk copy, some steps
+    ahead of the arithmetic. Blocks are small enough for about four per multiprocessor, which together have nearly
+    200 KB of copies under way. That is several times what bandwidth times latency asks for (36 KB at 4.8 TB/s,
+    132 multiprocessors and 1 us), so a block may start, end, wait for a barrier or compute while the others keep the
+    memory busy.
 
-    Token order also when few experts are shared by many tokens (N = 1024 .. 65536, d = 1024, 2 .. 128 MB a table in
-    bfloat16): tables that fit the L2 cache (50 MB) are read from there, at two to three times the memory's speed, and
-    expert order would have to add t * r partial outputs up: as many bytes, read and written.
+    The kernel works in token order even if many tokens share few experts (N = 1024 .. 65536, d = 1024, 2 .. 128 MB per
+    table in bfloat16). Tables that fit the L2 cache (50 MB) are read from there, at two to three times the memory's
+    speed; and expert order would have to add up t * r partial outputs, which are as many bytes, read and written.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -47,7 +49,7 @@ def mix_tokens(
     t, r = indices.shape
     tables = {name: table for name, table in [("read", read), ("write", write)] if table is not None}
     d = next(iter(tables.values())).shape[1]
-    # Whole steps of a row a warp. The last row again rather than some other: it may hold an infinity.
+    # Pads r to whole steps of one row per warp. The padding repeats the last row: any other may hold an infinity.
     padding = ((0, 0), (0, -r % WARPS))
     steps = -(-r // WARPS)
     operands = {**tables, "indices": jnp.pad(indices, padding, mode="edge")}
@@ -71,7 +73,7 @@ def mix_tokens(
             scratch["y_smem"] = plgpu.SMEM((d,), dtype)
         outputs["y"] = jax.ShapeDtypeStruct((t, d), dtype)
 
-    # Up to d = 3072 a lane's part fits its registers; at 4096, where it sums 128 numbers, ptxas spills some 40 bytes.
+    # Up to d = 3072 a lane's part of a row fits its registers; at 4096 (128 numbers) ptxas spills some 40 bytes.
     vector = 4 if d % 128 == 0 else 2
     tiling = plgpu.Tiling(((WARPS, 32 * vector), (vector,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -79,7 +81,7 @@ def mix_tokens(
 
     def kernel(*refs):
         ref = dict(zip([*operands, *outputs, *scratch], refs, strict=True))
-        ref.setdefault("y_smem", ref.get("x_smem"))  # x was read before the last step's barrier: room for y
+        ref.setdefault("y_smem", ref.get("x_smem"))  # x is no longer needed when y is written
         token = jax.lax.axis_index("token")
 
         def fetch(step, stage):

@@ -1,4 +1,4 @@
-"""Stands in for jaxtyping on a machine that lacks it: annotations mean nothing, and nothing is checked."""
+"""Replaces jaxtyping on a machine that lacks it: annotations have no meaning, and shapes are not checked."""
 
 
 class _Anything:

@@ -1,23 +1,22 @@
 """Values and gradients of the ops against NumPy in float64, on some tokens and rows of problems of real size.
 
-python scripts/gpu_check_correctness.py IMPLEMENTATION [--smoke]    a row of JSON a line, for gpu_check.py
+python -m gpu_check.correctness IMPLEMENTATION [--smoke]    prints rows as lines of JSON
 """
 
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Before peer_jax: it makes it importable.
-from gpu_check_ops import SMOKE, bag_by, both, draw, emit, emit_error, mix_by, verdict  # isort: skip
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peer_jax.ops import product_key_top_k
+from gpu_check.ops import SMOKE, bag_by, both, draw, emit, emit_error, mix_by, verdict
+from peer_jax.ops import mosaic_gpu, product_key_top_k
 
-# Of the largest value. Float32: products of some hundred terms and sums of some hundred pairs, each rounding 6e-8 of a
-# partial sum. Bfloat16: a rounding costs 2^-9 of a value; a result takes one, a term of its sum up to two.
+# Relative to the largest value. Float32: products of some hundred terms and sums of some hundred pairs; each term
+# rounds off 6e-8 of a partial sum. Bfloat16: a rounding costs 2^-9 of a value; the result is rounded once, and each
+# term of its sum up to twice.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 
 
@@ -34,7 +33,7 @@ class Case(NamedTuple):
 
 
 def cases(implementation: str) -> Iterator[Case]:
-    """Real sizes; ragged ones; one where a row has a 64th of all pairs."""
+    """Real sizes, sizes that nothing divides, and a case where one row has a 64th of all pairs."""
     types = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
     for dtype, rows in types[2:] if SMOKE else types:
         yield Case("ragged", *((3, 64, 23, 6) if SMOKE else (1037, 320, 5003, 21)), dtype, rows)
@@ -48,14 +47,14 @@ def cases(implementation: str) -> Iterator[Case]:
 
 
 def gelu(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """gelu by tanh, and its derivative."""
+    """The tanh form of gelu, and its derivative."""
     c = np.sqrt(2 / np.pi)
     tanh = np.tanh(c * (s + 0.044715 * s**3))
     return 0.5 * s * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * s * (1 - tanh**2) * c * (1 + 3 * 0.044715 * s**2)
 
 
 def take(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """Some rows, brought to the host alone."""
+    """The rows ``index``; nothing else is copied to the host."""
     return wide(array[jnp.asarray(index)])
 
 
@@ -64,7 +63,7 @@ def wide(array) -> np.ndarray:
 
 
 def sample(indices: np.ndarray, N: int, hot: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and rows of the table: the first, the last, some between, one never used if there is one, the hot one."""
+    """Tokens and rows of the table to check: first, last and random ones, the hot row, and an unused row if any."""
     t = indices.shape[0]
     rng = np.random.default_rng(0)
     tokens = np.unique([0, t - 1, *rng.integers(0, t, 30)])
@@ -74,7 +73,7 @@ def sample(indices: np.ndarray, N: int, hot: float) -> tuple[np.ndarray, np.ndar
 
 def expected_mix(x, down, up, gates, indices, dy, tokens, rows) -> dict[str, np.ndarray]:
     """y, dx and dg of the tokens, d_down and d_up of the rows."""
-    # Whole on the host but for the tables: eager indexing of these would compile for each number of pairs.
+    # All but the tables are copied to the host: indexing them on the device would compile for each number of pairs.
     x, gates, indices, dy = map(np.asarray, (x, gates, indices, dy))
     u, v = take(down, indices[tokens]), take(up, indices[tokens])
     xs, g, dys = wide(x[tokens]), wide(gates[tokens]), wide(dy[tokens])
@@ -109,7 +108,7 @@ def expected_bag(values, gates, indices, dy, tokens, rows) -> dict[str, np.ndarr
 
 
 def compare(part: str, case: str, implementation: str, actual: dict, expected: dict, tolerance: float) -> None:
-    """A row: the worst of all values, and which."""
+    """Prints a row with the largest error, and which result has it."""
     errors = {}
     for name, value in actual.items():
         wanted = expected[name]
@@ -121,7 +120,7 @@ def compare(part: str, case: str, implementation: str, actual: dict, expected: d
 
 
 def check(part: str, implementation: str, case: Case) -> None:
-    """Compares, and runs a second time."""
+    """Compares with NumPy, and compares the bits of a second run with those of the first."""
     types = case.dtype if case.dtype == case.rows else f"{case.dtype}, rows {case.rows}"
     name = f"{case.name}, {types}"
     what = "error against float64"
@@ -139,7 +138,7 @@ def check(part: str, implementation: str, case: Case) -> None:
         actual = {"y": take(y, tokens)}
         for gradient, of in zip(gradients, names, strict=False):
             actual[of] = take(gradient, tokens if of in ("dx", "d_gates") else rows)
-        # A row's gradient is a sum of so many terms, whose rounding grows with the root of their number.
+        # The gradient of the hot row is a sum of so many pairs; its rounding grows with the root of their number.
         pairs = case.hot * case.t * case.r
         compare(part, name, implementation, actual, expected, max(TOLERANCE[case.dtype], 2.4e-7 * pairs**0.5))
         what = "equal in two runs"
@@ -154,7 +153,7 @@ def check(part: str, implementation: str, case: Case) -> None:
 
 
 def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int, dtype: str) -> None:
-    """Scores against all N keys of some tokens; the gradients of the queries of these and of some sub-keys."""
+    """For some tokens, scores against all N keys and gradients of the queries; gradients of some sub-keys."""
     part, name = "product_key_top_k", f"T={t} h={h} n={n} k={k}, {dtype}"
     try:
         keys = jax.random.split(jax.random.key(1), 3)
@@ -180,7 +179,7 @@ def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int,
         half_scores = np.einsum("thsc,snc->sthn", halves, table)
         sums = (half_scores[0][..., :, None] + half_scores[1][..., None, :]).reshape(len(tokens), h, n * n)
         best = -np.sort(np.partition(-sums, k - 1, axis=-1)[..., :k], axis=-1)
-        # Ranks may differ where sums are equal but for rounding; the sums of the keys that were chosen may not.
+        # Keys may rank otherwise if their sums differ only by rounding, so the chosen keys are compared by their sums.
         actual = {"scores": take(scores, tokens), "keys": np.take_along_axis(sums, chosen[tokens], axis=-1)}
         expected = {"scores": best, "keys": best}
         used = np.stack(np.divmod(chosen, n))  # [half, t, h, k]
@@ -202,12 +201,10 @@ def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int,
 
 def main(implementation: str) -> None:
     if implementation == "mosaic_gpu" and not SMOKE:
-        from peer_jax.ops import mosaic_gpu
-
         x, table = (jax.ShapeDtypeStruct((rows, 768), jnp.bfloat16) for rows in (32768, 1024**2))
         reason = mosaic_gpu.why_not(x, table, 128)
         emit("machine", "this one", implementation, "can run", reason or "yes", "yes", verdict(reason is None))
-    # Of float32 products a GPU may keep 10 bits unless told otherwise, in "reference" alone: the others don't use it.
+    # By default a GPU may round the inputs of float32 products to 10 bits. Only "reference" has such products.
     with jax.default_matmul_precision("highest"):
         for case in cases(implementation):
             check("expert_mix", implementation, case)
@@ -215,7 +212,7 @@ def main(implementation: str) -> None:
         for t, d, N, r in sizes:
             for dtype in ("bfloat16",) if SMOKE else ("float32", "bfloat16"):
                 check("value_bag", implementation, Case(f"T={t} d={d} N={N}", t, d, N, r, dtype, dtype))
-        if implementation == "mosaic_gpu":  # which has no product_key_top_k
+        if implementation == "mosaic_gpu":  # has no kernel for product_key_top_k
             return
         for sizes in ((9, 2, 5, 8, 4),) if SMOKE else ((1037, 3, 37, 24, 7), (4096, 8, 1024, 128, 16)):
             for dtype in ("float32",) if SMOKE else ("float32", "bfloat16"):

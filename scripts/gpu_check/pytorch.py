@@ -1,6 +1,6 @@
-"""PyTorch's gather and einsum, eager and compiled, at the sizes of gpu_check: for scale, no target.
+"""Times of PyTorch's gather and einsum, eager and compiled, for comparison; they have no target.
 
-python scripts/gpu_check_pytorch.py [--smoke]    a row of JSON a line, for gpu_check.py
+python -m gpu_check.pytorch [--smoke]    prints rows as lines of JSON
 """
 
 import json

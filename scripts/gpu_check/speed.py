@@ -1,7 +1,7 @@
-"""Times of expert_mix against the floor and PyTorch, and of a training step.
+"""Times of expert_mix against the floor, and of a training step.
 
-python scripts/gpu_check_speed.py ops IMPLEMENTATION [--smoke]     a row of JSON a line, for gpu_check.py
-python scripts/gpu_check_speed.py step IMPLEMENTATION [--smoke]
+python -m gpu_check.speed ops IMPLEMENTATION [--smoke]     prints rows as lines of JSON
+python -m gpu_check.speed step IMPLEMENTATION [--smoke]
 """
 
 import functools
@@ -10,17 +10,17 @@ import sys
 import time
 import types
 from collections.abc import Callable
-
-# Before peer_jax: it makes it importable.
-from gpu_check_ops import ROOT, SMOKE, TOP_K, draw, emit, emit_error, mix_by, verdict  # isort: skip
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from peer_jax.ops import floor
+import peer_jax
+from gpu_check.ops import SMOKE, TOP_K, draw, emit, emit_error, mix_by, verdict
+from peer_jax.ops import floor, mosaic_gpu
 
 FORWARD, BACKWARD, MEMORY = 0.60, 0.50, 0.10
-LAST = 4096  # tokens; above, "reference" holds too much for its gradient
+LAST = 4096  # most tokens for which the gradient of "reference" fits the memory
 
 # t, d, N, r, type of x, type of the tables
 SIZES = (
@@ -36,8 +36,9 @@ SIZES = (
 
 
 def timing() -> types.ModuleType:
-    """peer_jax.bench.timing by itself; the package would import what this machine may lack."""
-    spec = importlib.util.spec_from_file_location("timing", ROOT / "peer_jax" / "bench" / "timing.py")
+    """peer_jax.bench.timing without its package, which imports what this machine may lack."""
+    path = Path(peer_jax.__file__).parent / "bench" / "timing.py"
+    spec = importlib.util.spec_from_file_location("timing", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -47,7 +48,7 @@ clock = timing()
 
 
 def seconds(call: Callable[[], object]) -> float:
-    if SMOKE:  # an interpreted kernel takes seconds, which say nothing
+    if SMOKE:  # an interpreted kernel takes seconds, so one run has to do
         start = time.perf_counter()
         jax.block_until_ready(call())
         return time.perf_counter() - start
@@ -65,7 +66,7 @@ def name_of(t: int, d: int, N: int, r: int, dtype: str, rows: str) -> str:
 
 
 def ops(implementation: str) -> None:
-    """Bandwidth of the device; then forward and backward at each size."""
+    """Measures the device's bandwidth, then the forward and backward pass at each size."""
     machine = clock.measure_machine("bfloat16", megabytes=16 if SMOKE else 2048, width=256 if SMOKE else 8192)
     result = f"{machine.bandwidth / 1e9:.0f} GB/s, {machine.flops_per_second / 1e12:.1f} bf16 TFLOP/s"
     emit("machine", jax.devices()[0].device_kind, implementation, "measured in its process", result)
@@ -81,14 +82,14 @@ def ops(implementation: str) -> None:
 
 
 def time_op(implementation: str, direction: str, sizes: tuple, bandwidth: float) -> None:
-    """Rows of time, fraction of the floor and memory."""
+    """Prints rows with the time, the fraction of the floor that it reaches, and the memory."""
     t, d, N, r, dtype, rows = sizes
     x, down, up, gates, indices, dy = draw(*sizes, 0.0)
     mix = mix_by(implementation)
     arguments = (x, down, up, gates, indices)
     if direction == "forward":
         function, least = mix, floor.expert_mix
-    else:  # from what the forward pass kept, which holds the inputs too
+    else:  # starts from what the forward pass kept, inputs included
         forward = jax.jit(lambda *a: jax.vjp(lambda *primals: mix(*primals, a[-1]), *a[:-1])[1])
         arguments = (forward(*arguments), dy)
         function, least = lambda pullback, dy: pullback(dy), floor.expert_mix_backward
@@ -120,11 +121,11 @@ def time_op(implementation: str, direction: str, sizes: tuple, bandwidth: float)
 
 
 def step(implementation: str) -> None:
-    """A step of AdamW: 8 blocks, d = 1024, the middle one PEER with 1024^2 experts; bfloat16, float32 parameters."""
+    """Times a step of AdamW: 8 blocks of d = 1024, the middle one PEER with 1024^2 experts; float32 parameters."""
     d, blocks, side, batch, length, vocabulary = (64, 2, 8, 2, 16, 64) if SMOKE else (1024, 8, 1024, 8, 1024, 32000)
     case = f"d={d} N={side}^2, {batch} x {length} tokens, bfloat16, parameters float32"
     try:
-        if importlib.util.find_spec("grain") is None:  # step.py takes the type of a batch from the reader, no more
+        if importlib.util.find_spec("grain") is None:  # step.py imports only the type of a batch from the reader
             reader = types.ModuleType("peer_jax.data.pipeline")
             reader.Batch = dict
             sys.modules[reader.__name__] = reader
@@ -134,8 +135,6 @@ def step(implementation: str) -> None:
         from peer_jax.training.step import Trainer
 
         if implementation == "mosaic_gpu":
-            from peer_jax.ops import mosaic_gpu
-
             x, table = (
                 jax.ShapeDtypeStruct((batch * length, d), "bfloat16"),
                 jax.ShapeDtypeStruct((side**2, d), "float32"),

@@ -1,12 +1,13 @@
-"""Checks and times the ops on this machine's GPU: one table, in under 8 minutes. Called by gpu_check.sh.
+"""Checks and times the ops on this machine's GPU: one table, in under 8 minutes. `scripts/gpu_check.sh` calls it.
 
-Each part is a process with a time limit, so that one that fails or hangs costs its own rows alone. Writes table.txt
-and rows.json, which grow as the parts end. Ends with 1 if a target was missed or something failed.
+Each part is a process with a time limit, so that a part that fails or hangs costs only its own rows. Writes table.txt
+and rows.json again whenever a part ends. The exit status is 1 if a target was missed or a part failed.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -19,52 +20,51 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1]
 TOTAL = 465  # seconds
-PATIENCE = 4  # times as long in smoke mode, on however busy a machine
-SPEED_UP = 5.0  # of the forward pass, over "reference"
+PATIENCE = 4  # smoke mode, which runs on busy machines, may take so many times as long
+SPEED_UP = 5.0  # target: how many times faster than "reference" the forward pass is
 COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdict")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """``script`` with ``words``, for at most ``limit`` seconds."""
+    """Runs ``module`` with ``words`` as arguments, for at most ``limit`` seconds."""
 
     name: str
-    script: str
+    module: str
     words: tuple[str, ...]
     limit: int
 
 
-# What decides comes first: the limits together exceed the total, which nothing but hanging parts would use up.
+# The most important parts come first: the limits add up to more than the total, which only hanging parts would use up.
 PARTS = [
-    Part("correctness", "gpu_check_correctness.py", ("mosaic_gpu",), 110),
-    Part("speed", "gpu_check_speed.py", ("ops", "mosaic_gpu"), 90),
-    Part("speed", "gpu_check_speed.py", ("ops", "xla"), 75),
-    Part("speed", "gpu_check_speed.py", ("ops", "reference"), 60),
-    Part("step", "gpu_check_speed.py", ("step", "mosaic_gpu"), 75),
-    Part("step", "gpu_check_speed.py", ("step", "xla"), 75),
-    Part("correctness", "gpu_check_correctness.py", ("xla",), 100),
-    Part("speed", "gpu_check_pytorch.py", (), 75),
-    Part("correctness", "gpu_check_correctness.py", ("reference",), 80),
+    Part("correctness", "gpu_check.correctness", ("mosaic_gpu",), 110),
+    Part("speed", "gpu_check.speed", ("ops", "mosaic_gpu"), 90),
+    Part("speed", "gpu_check.speed", ("ops", "xla"), 75),
+    Part("speed", "gpu_check.speed", ("ops", "reference"), 60),
+    Part("step", "gpu_check.speed", ("step", "mosaic_gpu"), 75),
+    Part("step", "gpu_check.speed", ("step", "xla"), 75),
+    Part("correctness", "gpu_check.correctness", ("xla",), 100),
+    Part("speed", "gpu_check.pytorch", (), 75),
+    Part("correctness", "gpu_check.correctness", ("reference",), 80),
 ]
 RUNNING: list[subprocess.Popen] = []
 
 
 def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
-    """The rows that the part printed, and one more if it did not end well."""
+    """The rows that the part printed, and one more that says what went wrong, if anything did."""
     implementation = part.words[-1] if part.words else "pytorch"
     left = deadline - time.monotonic()
     if left < 10:
         return [failure(part.name, implementation, "left out: the time was used up")]
     limit = min(part.limit * (PATIENCE if smoke else 1), left)
-    command = [sys.executable, str(FOLDER / part.script), *part.words, *(["--smoke"] if smoke else [])]
+    command = [sys.executable, "-m", part.module, *part.words, *(["--smoke"] if smoke else [])]
     start = time.monotonic()
-    # With JAX's own frames, so that the error is the last line.
-    setting = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
-    # In a session of its own, so that what it starts can be killed with it: whoever holds the pipe keeps us waiting.
+    # In a session of its own, so that it can be killed together with the processes that it started: as long as one of
+    # these holds the pipe, `communicate` waits.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=setting, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=setting(), start_new_session=True
     )
     RUNNING.append(process)
     try:
@@ -79,13 +79,27 @@ def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
     if problem:
         print(err[-4000:], file=sys.stderr)
         rows.append(failure(part.name, implementation, problem))
-    label = " ".join((part.script, *part.words))
+    label = " ".join((part.module, *part.words))
     print(f"{label}: {time.monotonic() - start:.0f} s, {len(rows)} rows", file=sys.stderr, flush=True)
     return rows
 
 
+def setting() -> dict[str, str]:
+    """Environment of a part, which imports this package, peer_jax, and stand-ins for what is not installed."""
+    paths = [SCRIPTS, SCRIPTS.parent]
+    if importlib.util.find_spec("jaxtyping") is None:
+        paths.append(SCRIPTS / "gpu_check" / "stand_ins")
+    return {
+        # So that PyTorch finds memory, and the allocator's peak says what was used.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "JAX_TRACEBACK_FILTERING": "off",  # so that the last line of a traceback is the error
+    }
+
+
 def kill(process: subprocess.Popen) -> None:
-    """Kills a part and all that it started."""
+    """Kills a part and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -107,7 +121,7 @@ def last_line(text: str) -> str:
 
 
 def speed_ups(rows: list[dict], smoke: bool) -> list[dict]:
-    """How many times faster than "reference" and than PyTorch the kernels are, where both were timed."""
+    """How many times faster the kernels are than each other implementation, in the cases where both were timed."""
     times = {(row["case"], row["what"], row["implementation"]): row["seconds"] for row in rows if "seconds" in row}
     found = []
     for (case, direction, implementation), taken in times.items():
@@ -125,7 +139,7 @@ def speed_ups(rows: list[dict], smoke: bool) -> list[dict]:
 
 
 def environment() -> dict:
-    """The machine and the versions that the figures belong to."""
+    """The GPU and the versions of packages, which the figures depend on."""
     versions = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "torch", "triton"):
         try:
@@ -147,23 +161,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
-def write(folder: Path, setting: dict, rows: list[dict], took: float) -> str:
-    """Both files; the table's text."""
+def write(folder: Path, machine: dict, rows: list[dict], took: float) -> str:
+    """Writes both files; returns the text of the table."""
     order = ["machine", "correctness", "expert_mix", "value_bag", "product_key_top_k", "speed", "memory", "step"]
     rows = sorted(
-        [*rows, *speed_ups(rows, setting["smoke"])], key=lambda row: (order.index(row["part"]), natural(row["case"]))
+        [*rows, *speed_ups(rows, machine["smoke"])], key=lambda row: (order.index(row["part"]), natural(row["case"]))
     )
     verdicts = [row["verdict"] for row in rows]
-    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     summary = f"{verdicts.count('pass')} passed, {verdicts.count('FAIL')} failed, {took:.0f} s"
-    text = f"{setting['gpu']}; {versions}\n\n{table(rows)}\n{summary}\n"
+    text = f"{machine['gpu']}; {versions}\n\n{table(rows)}\n{summary}\n"
     (folder / "table.txt").write_text(text)
-    (folder / "rows.json").write_text(json.dumps(setting | {"seconds": took, "rows": rows}, indent=1) + "\n")
+    (folder / "rows.json").write_text(json.dumps(machine | {"seconds": took, "rows": rows}, indent=1) + "\n")
     return text
 
 
 def natural(text: str) -> list:
-    """To sort 4096 before 16384."""
+    """A key that sorts 4096 before 16384."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -173,22 +187,22 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on any backend, kernels interpreted")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     folder = Path(arguments.directory)
     folder.mkdir(parents=True, exist_ok=True)
-    start, setting, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
+    start, machine, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
     text = ""
     limit = TOTAL * (PATIENCE if arguments.smoke else 1)
-    # A layer can't be told to interpret its kernels.
+    # Smoke mode interprets kernels, which a layer has no option for.
     parts = [part for part in PARTS if not (arguments.smoke and part.words == ("step", "mosaic_gpu"))]
-    # Nothing is timed in earnest in smoke mode, so two parts at once.
+    # In smoke mode the times mean nothing, so two parts run at once.
     with ThreadPoolExecutor(2 if arguments.smoke else 1) as pool:
         try:
             for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), parts):
                 rows += found
-                text = write(folder, setting, rows, time.monotonic() - start)
-        except BaseException:  # Ctrl-C and the like don't reach the parts, in sessions of their own
+                text = write(folder, machine, rows, time.monotonic() - start)
+        except BaseException:  # Ctrl-C doesn't reach the parts, which are in sessions of their own
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
                 kill(process)

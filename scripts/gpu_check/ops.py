@@ -1,25 +1,15 @@
-"""What the parts of gpu_check share: the ops by the name of their implementation, made-up inputs, rows of the table."""
+"""What the parts share: the ops by the name of their implementation, random inputs, rows of the table."""
 
 import functools
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-if importlib.util.find_spec("jaxtyping") is None:
-    sys.path.append(str(ROOT / "scripts" / "stand_ins"))
-# Allocate what is used, for PyTorch and the peak's sake.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import jax
+import jax.numpy as jnp
+from jax import Array
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax import Array  # noqa: E402
-
-from peer_jax.ops import expert_mix, value_bag  # noqa: E402
+from peer_jax.ops import expert_mix, mosaic_gpu, value_bag
 
 SMOKE = "--smoke" in sys.argv
 TOP_K = 16
@@ -28,13 +18,13 @@ TOP_K = 16
 def emit(
     part: str, case: str, implementation: str, what: str, result: str, target: str = "", verdict: str = "", **more
 ):
-    """A row, at once, so that none is lost if the process is stopped."""
+    """Prints a row at once, so that no row is lost if the process is stopped."""
     row = {"part": part, "case": case, "implementation": implementation, "what": what, "result": result}
     print(json.dumps(row | {"target": target, "verdict": verdict} | more), flush=True)
 
 
 def emit_error(part: str, case: str, implementation: str, what: str, error: Exception) -> None:
-    """A row that says what went wrong, in one line."""
+    """Prints a row that says what went wrong, in one line."""
     lines = f"{type(error).__name__}: {error}".strip().splitlines()
     emit(part, case, implementation, what, lines[0][:160], "runs", "FAIL")
 
@@ -46,11 +36,9 @@ def verdict(passed: bool) -> str:
 def mix_by(implementation: str) -> Callable[..., Array]:
     """``mix(x, down, up, gates, indices)`` with gelu; indices and gates are [t, r].
 
-    The kernels are called directly: the op would fall back to another implementation where they can't run.
+    The kernels are called directly, because the op falls back to another implementation where they can't run.
     """
     if implementation == "mosaic_gpu":
-        from peer_jax.ops import mosaic_gpu
-
         interpret = jax.default_backend() == "cpu"
         return lambda x, down, up, gates, indices: mosaic_gpu.expert_mix(
             x, down, up, indices, gates, jax.nn.gelu, interpret=interpret
@@ -60,10 +48,8 @@ def mix_by(implementation: str) -> Callable[..., Array]:
 
 
 def bag_by(implementation: str) -> Callable[..., Array]:
-    """``bag(values, gates, indices)``, as ``mix_by``."""
+    """``bag(values, gates, indices)``; see ``mix_by``."""
     if implementation == "mosaic_gpu":
-        from peer_jax.ops import mosaic_gpu
-
         interpret = jax.default_backend() == "cpu"
         return lambda values, gates, indices: mosaic_gpu.value_bag(values, indices, gates, interpret=interpret)
     return lambda values, gates, indices: value_bag(
@@ -84,7 +70,7 @@ def both(function: Callable[..., Array]) -> Callable[..., tuple]:
 
 @functools.partial(jax.jit, static_argnames=("t", "d", "N", "r", "dtype", "rows"))
 def draw(t: int, d: int, N: int, r: int, dtype: str, rows: str, hot: Array) -> tuple[Array, ...]:
-    """x, down, up, gates, indices, dy. Indices are uniform, but for a share ``hot`` of them that is N // 2."""
+    """x, down, up, gates, indices, dy. A share ``hot`` of the indices is N // 2; the others are uniform."""
     key = iter(jax.random.split(jax.random.key(0), 7))
     x, dy = (jax.random.normal(next(key), (t, d), dtype) for _ in range(2))
     down, up = (jax.random.normal(next(key), (N, d), rows) * d**-0.5 for _ in range(2))

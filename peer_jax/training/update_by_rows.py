@@ -1,0 +1,47 @@
+"""Elementwise updates of whole tables, such that a CPU passes over memory once."""
+
+from collections.abc import Callable
+
+import jax
+
+from peer_jax.ops.cpu import KEEPS_BARRIERS
+
+# Bytes of a table's rows that are updated at a time: few enough for one pass to find in the cache what another wrote.
+ROWS_BUDGET = 2**20
+
+
+def update_by_rows(
+    update: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]], tables: tuple[jax.Array, ...], other: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Computes ``tables, sums = update(*tables, other)``, on CPU some rows at a time where the tables are large.
+
+    On CPU, XLA makes a pass over memory for nearly every operation, which large tables feel. They are updated in place
+    if the compiled function owns them.
+
+    Args:
+        update: elementwise but for ``sums``, which are sums over all rows.
+        tables: what is updated; all arrays have N rows.
+        other: what else ``update`` reads, such as the gradient.
+    """
+    n = other.shape[0] if other.ndim else 1
+    rows = ROWS_BUDGET * n // max(1, other.nbytes)
+    if jax.default_backend() != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
+        return update(*tables, other)
+
+    def at(start: int | jax.Array, size: int, tables: tuple[jax.Array, ...]):
+        # All rows are read before any is written back: otherwise XLA would copy a table to read the old rows from.
+        part = jax.lax.optimization_barrier([jax.lax.dynamic_slice_in_dim(a, start, size) for a in (*tables, other)])
+        new, sums = jax.lax.optimization_barrier(update(*part))
+        put = (jax.lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(tables, new, strict=True))
+        return tuple(put), sums
+
+    def body(index: jax.Array, carry):
+        tables, sums = carry
+        tables, more = at(index * rows, rows, tables)
+        return tables, sums + more
+
+    tables, sums = jax.lax.fori_loop(1, n // rows, body, at(0, rows, tables))
+    if n % rows:
+        tables, more = at(n - n % rows, n % rows, tables)
+        sums = sums + more
+    return tables, sums
