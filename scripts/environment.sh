@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Makes .venv in the root of the repository if needed, brings it up to date with requirements.txt, and activates it.
-# The other scripts source it (it sets `root` and strict mode, and exits on errors); by hand: bash scripts/environment.sh
-# Takes the newest Python 3.13, 3.12 or 3.11 that runs; PEER_JAX_PYTHON=/path/to/python names another.
+# Makes .venv in the root of the repository if needed, brings it up to date and activates it. The other scripts source
+# this file: it sets `root` and strict mode, and exits on errors. To run it by hand: bash scripts/environment.sh
+#
+# .venv has peer_jax (editable) and the packages that requirements.txt and the extra "dev" of pyproject.toml ask for, in
+# the versions of constraints/python3.x.txt, with which the tests last passed.
+#   PEER_JAX_NEWEST=1               installs the newest versions that requirements.txt and pyproject.toml allow instead
+#   PEER_JAX_PYTHON=/path/to/python picks the Python; without it, the newest of 3.13, 3.12 and 3.11 that runs is taken
 set -euo pipefail
 
-# The last of these because JAX and Flax import in 2.5 s with cached bytecode, in 6.5 s without.
+# PYTHONDONTWRITEBYTECODE goes because JAX and Flax import in 2.5 s with cached bytecode and in 6.5 s without.
 unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 stamp_file=$venv/peer_jax.stamp # "unfinished", "failed", or what `stamp` printed when the installation ended
 wanted=         # "version executable" of PEER_JAX_PYTHON
 wanted_version= # "version " with the space, so that 3.12.1 is not taken for 3.12.10
+newest=${PEER_JAX_NEWEST:-}
+[ "$newest" != 0 ] || newest=
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -19,8 +25,8 @@ fail() { # status, sentence
   exit "$1"
 }
 
-# Prints "version executable" if that Python can run this project. A venv's Python answers with the one it was made from.
-# A Python built without one of these modules, or a pyenv shim with nothing behind it, is passed over.
+# Prints "version executable" if that Python can run this project. The executable of a venv's Python is the one that the
+# venv was made from. Fails for a Python that lacks one of these modules and for a pyenv shim with nothing behind it.
 probe() { # python, then "ensurepip" if it must be able to make a venv
   # shellcheck disable=SC2016
   "$1" -I -c '
@@ -53,13 +59,19 @@ find_python() { # Prints "version executable"
   return 1
 }
 
-stamp() { # What .venv should contain, and where it is: a venv does not survive being moved
+constraints() { # Prints the path of the constraints file for .venv, relative to the root; nothing for the newest versions
+  [ -n "$newest" ] ||
+    "$venv/bin/python" -IS -c 'import sys; print("constraints/python%d.%d.txt" % sys.version_info[:2])' 2>/dev/null
+}
+
+stamp() { # Prints what .venv should contain, and where it is, because a venv does not survive being moved
+  # shellcheck disable=SC2046
   "$venv/bin/python" -IS -c '
 import hashlib, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-contents = b"".join((root / name).read_bytes() for name in ("requirements.txt", "pyproject.toml"))
+root, *constraints = map(pathlib.Path, sys.argv[1:])
+contents = b"".join((root / name).read_bytes() for name in ("requirements.txt", "pyproject.toml", *constraints))
 print("%d.%d.%d" % sys.version_info[:3], hashlib.sha256(contents).hexdigest(), root)
-' "$root" 2>/dev/null
+' "$root" $(constraints) 2>/dev/null
 }
 
 is_ready() {
@@ -99,7 +111,7 @@ except OSError as error:
 '
 }
 
-find_uv() { # Prints the command: uv from .venv, where pip puts it if need be, else from PATH
+find_uv() { # Prints the command of the uv in .venv, which pip installs there if need be, or of the uv on PATH
   local pip=("$venv/bin/python" -I -m pip --disable-pip-version-check) candidate
   "$venv/bin/uv" --version >/dev/null 2>&1 || "${pip[@]}" install --quiet uv >/dev/null 2>&1 || true
   for candidate in "$venv/bin/uv" uv; do
@@ -108,13 +120,17 @@ find_uv() { # Prints the command: uv from .venv, where pip puts it if need be, e
   return 1
 }
 
-install() {
-  local uv
+install() { # constraints file or nothing
+  local uv versions=(--upgrade)
+  [ -z "$1" ] || versions=(--constraint "$1" --build-constraint "$1")
   if uv=$(find_uv); then
-    "$uv" pip install --python "$venv/bin/python" --requirement requirements.txt && return
-    say 'uv could not install requirements.txt: trying pip.'
+    "$uv" pip install --python "$venv/bin/python" "${versions[@]}" --editable '.[dev]' && return
+    say 'uv could not install them: trying pip.'
   fi
-  "$venv/bin/python" -I -m pip install --requirement requirements.txt
+  # The variables constrain what packages are built with as well, which pip before 25.3 has no option for.
+  versions=(--upgrade --upgrade-strategy eager)
+  [ -z "$1" ] || versions=()
+  PIP_CONSTRAINT=$1 PIP_BUILD_CONSTRAINT=$1 "$venv/bin/python" -I -m pip install "${versions[@]}" --editable '.[dev]'
 }
 
 if [ -n "${PEER_JAX_PYTHON:-}" ]; then
@@ -159,11 +175,14 @@ if ! is_ready; then
       fi
     fi
 
-    say 'Installing requirements.txt into .venv (3 GB, mostly JAX and TensorFlow) ...'
+    pins=$(constraints)
+    say "Installing peer_jax and its packages into .venv, ${pins:+in the versions of }${pins:-the newest versions} (3 GB, mostly JAX and TensorFlow) ..."
     echo unfinished >"$stamp_file"
-    if ! install; then
+    if ! install "$pins"; then
       [ -n "$made" ] || echo failed >"$stamp_file" # what was there before still works
-      fail 1 'Installing requirements.txt failed, see above: is there a network connection, and 4 GB of free disk?'
+      say 'The installation failed, see above: is there a network connection, and 4 GB of free disk?'
+      [ -z "$pins" ] || say "If a version of $pins does not exist for this machine, PEER_JAX_NEWEST=1 installs others."
+      exit 1
     fi
     stamp >"$stamp_file"
     say ".venv is ready."

@@ -1,11 +1,32 @@
 """Every test runs with peer_jax's shapes and types checked, and JAX refusing to promote ranks or types in silence."""
 
+import hashlib
 import os
+from pathlib import Path
 
 # Nearly all of the suite's time is XLA compiling small programs; less optimised, they compile in about half of it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-from jaxtyping import install_import_hook
+
+def _folder_of_programs() -> Path:
+    """For compiled programs. JAX names them by their code, its version and XLA's flags, but not by the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    cache = Path(os.environ.get("PEER_JAX_CACHE") or Path.home() / ".cache" / "peer_jax")
+    return cache / "tests" / hashlib.sha256("".join(cpu).encode()).hexdigest()[:12] / "compiled"
+
+
+# What one process compiles is loaded by the others, by the processes that tests start, and by later sessions. JAX's own
+# limit of size would have it list the folder for every program: the oldest are removed when a session starts.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_folder_of_programs()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+PROGRAMS = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+PROGRAMS_BYTES = 2**30
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Before anything imports peer_jax: what was imported earlier stays unchecked. An int passes for a float (PEP 484).
 install_import_hook("peer_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
@@ -26,6 +47,18 @@ LONG = ("test_hosts", "test_sharded_training", "test_sweep_processes", "test_qui
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_sessionstart(session):
+    """Removes the programs that were unused for longest where there are too many of them."""
+    if hasattr(session.config, "workerinput") or not PROGRAMS.is_dir():
+        return
+    kept = 0
+    files = [(file, file.stat()) for file in PROGRAMS.iterdir()]
+    for file, status in sorted(files, key=lambda pair: -max(pair[1].st_atime, pair[1].st_mtime)):
+        kept += status.st_size
+        if kept > PROGRAMS_BYTES:
+            file.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -61,11 +94,11 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trains(tmp_path_factory):
+def trains():
     """For a module of tests that train."""
     from small_runs import training
 
-    with training(tmp_path_factory.getbasetemp()):
+    with training(PROGRAMS.parent):
         yield
 
 

@@ -1,7 +1,7 @@
-"""Where documents come from: the interpreter's own library and packages, local files, TFDS builders.
+"""The corpora: Python's standard library and installed packages, local files, TensorFlow Datasets builders.
 
-A corpus has two splits, "train" and "validation", that share no document, not even two with the same text. This module
-imports neither TensorFlow nor JAX: training names its corpus without paying for either.
+A corpus has two splits, "train" and "validation". No document is in both, and no text of one split is repeated in the
+other. This module imports neither TensorFlow nor JAX, so that naming a corpus is cheap.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation")
 
 
 class Document(NamedTuple):
-    """One text and where it is: a path, with the line in a JSONL file."""
+    """One text, and a name that says where it is: the path, and for a JSONL file also the line."""
 
     name: str
     text: str
@@ -28,11 +28,11 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Corpus(Protocol):
-    """What a `TextTask` needs of a corpus. One's own class will do; `TfdsCorpus` is read by seqio instead."""
+    """What a `TextTask` needs of a corpus; any class with these methods will do. seqio reads `TfdsCorpus` itself."""
 
     @property
     def name(self) -> str:
-        """Short, and fit for a file name."""
+        """A short name that can be part of a file name."""
         ...
 
     def fingerprint(self) -> str:
@@ -40,42 +40,44 @@ class Corpus(Protocol):
         ...
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of "train" or "validation": none empty, none in both, always in the same order."""
+        """The documents of "train" or "validation", always in the same order; none is empty, and none is in both."""
         ...
 
     def num_bytes(self) -> int:
-        """About how much text there is, for the progress bar."""
+        """The approximate size of the text, for the progress bar."""
         ...
 
 
 def python_stdlib(*, validation_share: float = 0.05) -> "LocalCorpus":
     """The `.py` files of the running interpreter's standard library: real text on any machine, nothing to download.
 
-    A module's relative path decides its split, so that it keeps it from one Python release to the next. Files that
-    aren't UTF-8 (tests of codecs) or empty are skipped, and so are training files whose text is also in validation.
-    Validation has the beginning of each held-out file, up to 16 KiB, so that a few large files don't outweigh the rest.
+    The relative path of a module decides its split, so a module stays in its split from one Python release to the next.
+    Files that are empty or not UTF-8 (tests of codecs) are skipped, and so are training files whose text is also in
+    validation. Validation has only the first 16 KiB of each held-out file, so that a few large files don't outweigh the
+    rest.
     """
     return _python_files("python_stdlib", _stdlib(), validation_share, beginning=2**14)
 
 
 def python_packages(*, validation_share: float = 0.05) -> "LocalCorpus":
-    """The `.py` files of the standard library and of the packages installed beside it: 200 MB with this project's.
+    """The `.py` files of the standard library and of the installed packages: 200 MB with this project's packages.
 
-    Splits are those of `python_stdlib`, by the path relative to the standard library or to `site-packages`: a module
-    keeps its split between releases and machines, and at equal shares no file trains here that validates there.
+    Splits are made as in `python_stdlib`, by the path relative to the standard library or to `site-packages`. A module
+    therefore stays in its split between releases and machines, and with equal shares no file that validates in
+    `python_stdlib` trains here.
 
-    Validation has the first 4 KiB of each held-out file, in the order of the hash of its path. Where
-    `max_validation_tokens` cuts, that leaves a sample of files over all packages and the standard library; with 16 KiB,
-    2**18 tokens were 43 files and one package had 38% of them.
+    Validation has the first 4 KiB of each held-out file, in the order of the hash of its path, so that a cut by
+    `max_validation_tokens` leaves a sample of files over all packages and the standard library. With 16 KiB per file,
+    2**18 tokens came from 43 files, and one package had 38% of them.
 
-    Only exact copies of validation files are kept out of training. Near copies are not (generated or vendored code,
-    licence headers): a fifth of the validation text is in blocks of eight lines that training holds word for word.
+    Only exact copies of validation files are kept out of training. Near copies (generated or vendored code, licence
+    headers) stay: a fifth of the validation text is in blocks of eight lines that training contains word for word.
 
-    The corpus is what is installed. After an upgrade it is another one, with another cache, so runs that are to be
-    compared over time or between machines share a cache by `prepared(...)`.
+    The corpus is what is installed, so an upgrade makes a different corpus with a different cache. Runs that are to be
+    compared over time or between machines should share one cache by `prepared(...)`.
 
     Raises:
-        InputError: no `.py` files in the standard library's folder, or none in those of installed packages.
+        InputError: the folder of the standard library or the folders of installed packages hold no `.py` files.
     """
     roots = dict.fromkeys(Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib"))
     packages = [file for root in roots for file in text_files.python_sources(root)]
@@ -118,16 +120,18 @@ def local_files(
     """Text files: one file, or every text file in a folder and below.
 
     Args:
-        path: `.txt`, `.md`, `.py` and other text (one document a file), `.jsonl` / `.json` (one a line, under
-            `text_key`), each also with `.gz`. In a folder, other suffixes and hidden names are passed over.
-        validation_path: files to validate on; training documents with the same text as one of them are dropped.
-        validation_share: else, the share of documents to validate on. The hash of a document's text decides, so that
-            all copies of a text are in one split. If that would leave validation empty, the document with the smallest
-            hash goes there; a corpus of a single document gives its last part, cut at the end of a line.
+        path: a file or a folder. `.txt`, `.md`, `.py` and other text files hold one document each; `.jsonl` and
+            `.json` files hold one document per line, under `text_key`; all may be compressed (`.gz`). In a folder,
+            files with other suffixes and hidden files are ignored.
+        validation_path: files to validate on. Training documents with the same text as one of them are dropped.
+        validation_share: without `validation_path`, the share of documents to validate on. The hash of a document's
+            text decides, so that all copies of a text are in one split. If validation would be empty, it gets the
+            document with the smallest hash; a corpus of a single document is divided at the end of a line, and its
+            last part is for validation.
         text_key: the key of the text in JSONL.
 
     Raises:
-        InputError: a path is missing or holds no text files. What is wrong inside the files is found on reading.
+        InputError: a path is missing or holds no text files. Errors inside the files are raised when they are read.
     """
     files = text_files.find(path)
     return LocalCorpus(
@@ -150,21 +154,21 @@ def tfds_corpus(
     """A TensorFlow Datasets builder with its version: "c4/en:3.1.0", "lambada:1.0.0" (text_key="passage"), ...
 
     Args:
-        builder: name, config and version; downloaded or generated by TFDS if it isn't in `data_dir`.
+        builder: name, config and version. TFDS downloads or generates the data if no `data_dir` is given.
         train_split, validation_split: TFDS splits or slices, such as "train[:10%]". If `validation_split` is None or
-            the builder lacks it, validation is the last 1% of `train_split`, training the rest, and `prepare` says so.
+            the builder lacks it, the last 1% of `train_split` is for validation, and `prepare` says so.
         text_key: the feature that holds the text.
-        data_dir: where TFDS keeps data; a folder given here must already hold the builder's data.
+        data_dir: where TFDS keeps data. If it is given, it must already hold the builder's data.
 
     Raises:
-        InputError: no version in `builder`, or a missing `data_dir`.
+        InputError: `builder` names no version, or `data_dir` does not exist.
     """
     return TfdsCorpus(builder, train_split, validation_split, text_key, None if data_dir is None else str(data_dir))
 
 
 @dataclass(frozen=True)
 class LocalCorpus:
-    """Documents in files on this machine; made by `python_stdlib`, `python_packages` and `local_files`."""
+    """Documents in files on this machine, as `python_stdlib`, `python_packages` and `local_files` return them."""
 
     name: str
     files: tuple[text_files.TextFile, ...]
@@ -173,8 +177,8 @@ class LocalCorpus:
     text_key: str = "text"
     split_by: str = "content"  # or "path"
     skip_undecodable: bool = False
-    validation_document_chars: int | None = None  # a longer validation document is cut there, at the end of a line
-    _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what one pass found out
+    validation_document_chars: int | None = None  # longer validation documents are cut, at the end of a line
+    _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what earlier passes found
 
     def __post_init__(self):
         share = self.validation_share
@@ -215,7 +219,7 @@ class LocalCorpus:
         return self._drop(self._read(files))
 
     def _drop(self, documents) -> Iterator[Document]:
-        """Leaves out the documents whose text validation has too."""
+        """The documents whose text is not also in validation."""
         texts = self._remember("texts", self._validation_texts)
         return (doc for doc in documents if _digest(doc.text) not in texts)
 
@@ -238,7 +242,7 @@ class LocalCorpus:
         return _digest(doc.text if self.split_by == "content" else doc.name)
 
     def _smallest_key(self) -> bytes | None:
-        """The key to hold out when none is below the share; None when one is, which the first documents soon show."""
+        """The smallest key, to be held out where no key is below the share; None if a key is below the share."""
         smallest = None
         for doc in self._read(self.files):
             key = self._key(doc)
@@ -248,7 +252,7 @@ class LocalCorpus:
         return smallest
 
     def _lone_document(self) -> Document | None:
-        """The only document (copies don't count), or None if there are two that differ."""
+        """The document, if all documents have the same text; None if two of them differ."""
         first = None
         for doc in self._read(self.files):
             if first is None:
@@ -279,7 +283,7 @@ class LocalCorpus:
 
 @dataclass(frozen=True)
 class TfdsCorpus:
-    """A TFDS builder and its splits; made by `tfds_corpus`, read by seqio in `tasks.py`."""
+    """A TFDS builder and its splits, as `tfds_corpus` returns them. seqio reads it, see `seqio_task.py`."""
 
     builder: str
     train_split: str
@@ -300,7 +304,7 @@ class TfdsCorpus:
         return "".join(c if c.isalnum() or c in "._" else "_" for c in self.builder)
 
     def fingerprint(self) -> str:
-        """Of the names, not of the data: a TFDS version promises its contents."""
+        """A hash of the names and not of the data: the contents of a TFDS version don't change."""
         data_dir = self.data_dir and str(Path(self.data_dir).expanduser().absolute())
         parts = [self.builder, self.train_split, self.validation_split, self.text_key, data_dir]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -315,7 +319,7 @@ def _fraction(digest: bytes) -> float:
 
 
 def _cut(text: str, share: float) -> tuple[str, str]:
-    """The head and the last `share` of a text, cut at the end of a line, or of a word, where there is one."""
+    """Divides a text before its last `share`, at the end of a line or else of a word where there is one."""
     at = int(len(text) * (1 - share))
     for separator in ("\n", " "):
         found = text.rfind(separator, 0, at)

@@ -1,4 +1,4 @@
-"""What a person sees of `prepare`: a bar on standard error, if that is a terminal."""
+"""The progress bar of `prepare`, shown on standard error if that is a terminal."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from rich.progress import (
 
 
 class PrepareProgress:
-    """A context manager; does nothing but `note` unless `enabled` and standard error is a terminal."""
+    """A context manager that shows a bar if `enabled` and standard error is a terminal, and notes in any case."""
 
     def __init__(self, *, enabled: bool = True):
         self._console = Console(file=sys.stderr)
@@ -45,7 +45,7 @@ class PrepareProgress:
         self._progress.stop()
 
     def note(self, sentence: str) -> None:
-        """Something worth knowing, shown on a terminal or not."""
+        """Prints a sentence, whether or not standard error is a terminal."""
         self._progress.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -55,7 +55,7 @@ class PrepareProgress:
         self._progress.remove_task(bar)
 
     def update(self, split: str, tokens: int, documents: int, expected_tokens: float | None) -> None:
-        """Called for every document, so it draws only a few times a second."""
+        """Draws the bar at most five times per second, however often it is called."""
         now = time.monotonic()
         if now < self._next_update:
             return

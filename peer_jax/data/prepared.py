@@ -1,4 +1,4 @@
-"""A cache prepared on another machine, in the place of a corpus: trained on without seqio, TensorFlow or the texts."""
+"""A token cache in the place of a corpus, to train on a machine that lacks seqio, TensorFlow or the texts."""
 
 import os
 from dataclasses import dataclass
@@ -10,21 +10,24 @@ from peer_jax.errors import InputError
 
 
 def prepared(path: str | os.PathLike) -> "PreparedCorpus":
-    """The cache in the folder `path`, as `peer-jax prepare` wrote it here or, copied whole, elsewhere.
+    """The cache in the folder `path`, which `peer-jax prepare` wrote on this machine or which was copied from another.
 
     Nothing is prepared, so seqio, TensorFlow, the network and the texts may be missing. `TextTask.seq_len` and
-    `TextTask.vocabulary` must be those of the cache (a SentencePiece model is copied too, its place doesn't matter);
-    the limits `max_train_tokens` and `max_validation_tokens` are those it was prepared with, whatever the task says.
-    Name and fingerprint are the original corpus's, so results compare between machines.
+    `TextTask.vocabulary` must be those of the cache; a SentencePiece model has to be copied too, to any place. The
+    limits `max_train_tokens` and `max_validation_tokens` of the task have no effect: the cache was cut when it was
+    prepared. Name and fingerprint are those of the original corpus, so that results compare between machines.
 
-    The folder is looked at when data are needed, not here: a finished run generates text where the cache is missing.
+    The folder is read only when data are needed, so a finished run can generate text where the cache is missing.
     """
     return PreparedCorpus(Path(path).expanduser())
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A corpus of which only the cache is here; made by `prepared`. What is wrong with it is an `InputError`."""
+    """A corpus of which this machine has only the cache, as `prepared` returns it.
+
+    Every method raises an `InputError` if the cache is missing, damaged or does not fit the task.
+    """
 
     path: Path
 
@@ -42,10 +45,10 @@ class PreparedCorpus:
         raise InputError(f"{self.path} is a prepared cache, which holds tokens; name the corpus that has its texts.")
 
     def task_fingerprint(self, seq_len: int, vocabulary: str) -> str:
-        """That of the `TextTask` the cache was prepared for.
+        """The fingerprint of the `TextTask` that the cache was prepared for.
 
         Raises:
-            InputError: there is no such cache, or its rows are of another length or vocabulary.
+            InputError: there is no such cache, or its rows have another length or vocabulary.
         """
         manifest = self._manifest()
         if manifest["seq_len"] != seq_len:
@@ -63,7 +66,7 @@ class PreparedCorpus:
         return manifest["fingerprint"]
 
     def _manifest(self) -> dict[str, Any]:
-        from peer_jax.data import cache  # here, so that naming a task stays cheap: it imports NumPy
+        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
 
         if not self.path.is_dir():
             raise InputError(

@@ -1,6 +1,6 @@
-"""The seqio task of a `TextTask`: tokenise, append EOS, cut, pack with `seqio.DecoderFeatureConverter`.
+"""The seqio task of a `TextTask`: it tokenises, appends EOS, cuts, and packs by `seqio.DecoderFeatureConverter`.
 
-Imports TensorFlow: `tasks.py` imports this module only when there is something to prepare.
+This module imports TensorFlow, so `tasks.py` imports it only when there is something to prepare.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from peer_jax.data.text_task import TextTask  # noqa: E402
 from peer_jax.errors import InputError  # noqa: E402
 
 BATCH_ROWS = 256
-# seqio's packing takes some 250 us a row on a CPU core, whatever its length, so training is packed this many tokens at
-# a time and cut into rows afterwards. Longer would cost memory: seqio pads as many pieces to the longest of them, which
-# makes up to 64 MiB for each call in flight, of which there are at most PARALLEL_CALLS.
+# seqio's packing takes about 250 us per row on a CPU core, whatever the length of the row. Training text is therefore
+# packed into long rows of this many tokens, which are cut afterwards. Longer rows would cost memory: seqio pads as many
+# pieces as a row has tokens to the longest piece, up to 64 MiB per call, with at most PARALLEL_CALLS calls at a time.
 PACK_TOKENS = 4096
 PARALLEL_CALLS = 8
 
@@ -39,7 +39,7 @@ with contextlib.suppress(RuntimeError):  # raised if TensorFlow was already in u
 class Source:
     """A corpus as a seqio data source whose examples are {"text": string}.
 
-    Errors that arise in tf.data's threads come out as TensorFlow's; `error` keeps the sentence they began with.
+    An error that is raised in a thread of tf.data comes out as an error of TensorFlow; `error` keeps the original one.
     """
 
     def __init__(self, corpus: Corpus | TfdsCorpus, splits: tuple[str, ...]):
@@ -81,9 +81,9 @@ def packed_rows(
     """Batches of (tokens, segment_ids), each [n, seq_len] int32, of one split.
 
     Args:
-        wanted: whether to use a document at all, by its text.
-        admit: called with the text and the number of tokens of each wanted document, in order; False ends the split
-            before it. All documents admitted are in the rows, whole.
+        wanted: says whether to use a document, given its text.
+        admit: called for each wanted document in order, with its text and number of tokens. If it returns False, the
+            split ends before that document. The rows have every admitted document whole.
     """
 
     def is_wanted(example):
@@ -130,7 +130,7 @@ def packed_rows(
 
 
 def cut_rows(tokens: np.ndarray, segment_ids: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts packed rows of k * seq_len into rows of seq_len whose segments count from 1; drops those that only pad."""
+    """Cuts packed rows of k * seq_len into rows of seq_len. Segments count from 1 in each; empty rows are dropped."""
     tokens, segment_ids = tokens.reshape(-1, seq_len), segment_ids.reshape(-1, seq_len)
     used = segment_ids[:, 0] > 0
     tokens, segment_ids = tokens[used], segment_ids[used]
@@ -138,16 +138,16 @@ def cut_rows(tokens: np.ndarray, segment_ids: np.ndarray, seq_len: int) -> tuple
 
 
 def cut_documents(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
-    """Cuts each document into pieces of seq_len; the last may be shorter."""
+    """Cuts each document into pieces of seq_len tokens; the last piece may be shorter."""
     length = sequence_length["targets"]
     return dataset.map(lambda example: _pieces(example["targets"], length, length)).unbatch()
 
 
 def fill_rows(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
-    """Cuts documents where seqio's packing will end a row, so that the rows it packs are full.
+    """Cuts documents where seqio's packing will end a row, so that the packed rows are full.
 
-    seqio appends pieces to a row while they fit, and ends the row after every `seq_len` pieces; this keeps the same
-    account. Were seqio's account another, rows would be less full, and nothing else would change.
+    seqio appends pieces to a row while they fit, and ends the row after every `seq_len` pieces. This function counts in
+    the same way. If seqio counted differently, rows would be less full, and nothing else would change.
     """
     length = sequence_length["targets"]
 
@@ -162,7 +162,7 @@ def fill_rows(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.d
 
 
 def _pieces(tokens: tf.Tensor, room: tf.Tensor | int, length: int) -> dict[str, tf.Tensor]:
-    """The first `room` tokens, then `length` at a time: [pieces, length], filled up with 0, which packing takes off."""
+    """The first `room` tokens, then `length` at a time, as [pieces, length]; packing removes the zeros at the ends."""
     first = tf.minimum(room, tf.size(tokens))
     rest = tf.size(tokens) - first
     last = rest % length
@@ -177,7 +177,7 @@ def seqio_vocabulary(vocabulary: str) -> seqio.Vocabulary:
 
 
 def _tfds_source(corpus: TfdsCorpus, splits: tuple[str, ...]) -> tuple[seqio.TfdsDataSource, str, str | None]:
-    """The source, the key of its text, and what the user should know about its splits."""
+    """The source, the key of its text, and a sentence about its splits if the user should know of something."""
     data_dir = corpus.data_dir and os.path.expanduser(corpus.data_dir)
     try:
         builder = tfds.builder(corpus.builder, data_dir=data_dir, try_gcs=data_dir is None)

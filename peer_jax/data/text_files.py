@@ -29,7 +29,7 @@ TEXT = (
     ".cpp",
     ".java",
 )
-LINES = (".jsonl", ".json")  # one JSON object a line, as C4 and the Pile are published
+LINES = (".jsonl", ".json")  # one JSON object per line, as C4 and the Pile are published
 SUFFIXES = tuple(suffix + gz for suffix in TEXT + LINES for gz in ("", ".gz"))
 
 
@@ -39,7 +39,7 @@ class TextFile(NamedTuple):
 
 
 def find(path: str | os.PathLike) -> tuple[TextFile, ...]:
-    """The file at `path`, whatever its suffix, or the text files in the folder, in a fixed pseudo-random order."""
+    """The file at `path`, whatever its suffix, or all text files in the folder, in the order of `in_hash_order`."""
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist; give a text file or a folder of text files.")
@@ -58,9 +58,9 @@ def find(path: str | os.PathLike) -> tuple[TextFile, ...]:
 
 @functools.lru_cache(maxsize=8)
 def python_sources(root: Path) -> tuple[TextFile, ...]:
-    """The `.py` files below a folder of modules, but for those of packages installed inside it.
+    """The `.py` files below a folder of modules, without the packages that are installed inside it.
 
-    A process lists a folder once: a sweep names its corpus for every run, and 13,000 files take a second.
+    The list is kept in memory: a sweep names its corpus for every run, and listing 13,000 files takes a second.
     """
     found = []
     for folder, folders, names in os.walk(root):
@@ -74,12 +74,12 @@ def relative(files: Iterable[Path], root: Path) -> tuple[TextFile, ...]:
 
 
 def in_hash_order(files: Iterable[TextFile]) -> tuple[TextFile, ...]:
-    """Ordered by the hash of the relative path: a cap on tokens then takes a sample rather than the first folders."""
+    """Sorts files by the hash of their path, so that a limit on tokens takes a sample and not the first folders."""
     return tuple(sorted(files, key=lambda file: hashlib.sha256(file.relative.encode(errors="replace")).digest()))
 
 
 def corpus_name(path: str | os.PathLike) -> str:
-    """The last part of a path, without suffixes and characters that don't belong in a file name."""
+    """The last part of a path, without suffixes; characters that are unsafe in file names become "_"."""
     name = Path(path).expanduser().absolute().name
     while name.lower().endswith((*SUFFIXES, ".gz")):
         name = name[: name.rindex(".")]
@@ -95,7 +95,7 @@ def sha256(file: TextFile) -> str:
 
 
 def read(file: TextFile, text_key: str, skip_undecodable: bool) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document that isn't empty.
+    """Yields the name and the text of each document that isn't empty.
 
     Raises:
         InputError: the file can't be read, isn't UTF-8 text (unless `skip_undecodable`), or a line isn't a JSON object
@@ -128,7 +128,7 @@ def _read_lines(file: TextFile, stream, text_key: str) -> Iterator[tuple[str, st
         try:
             record = json.loads(_decode(line, where))
         except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}); JSONL has one object a line.") from error
+            raise InputError(f"{where}: not JSON ({error.msg}); JSONL has one object per line.") from error
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else "no keys"

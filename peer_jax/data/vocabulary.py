@@ -1,6 +1,6 @@
-"""Text to ids and back without TensorFlow, with the ids that seqio's vocabularies give: 0 pads, and EOS is in each.
+"""Text to ids and back without TensorFlow. The ids are those of seqio's vocabularies: 0 is padding, and EOS exists.
 
-A vocabulary is named by a string: "bytes" (byte b is id b + 3, EOS is 1), or the path of a SentencePiece model.
+A vocabulary is named by a string: "bytes" (byte b has id b + 3, EOS has id 1) or the path of a SentencePiece model.
 """
 
 import functools
@@ -17,10 +17,10 @@ _SPECIAL = 3  # padding, EOS and unknown come before the 256 bytes
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    name: str  # fit for a file name
+    name: str  # can be part of a file name
     size: int
     eos_id: int
-    sha256: str | None  # of the SentencePiece model
+    sha256: str | None  # hash of the SentencePiece model file; None for bytes
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -28,12 +28,12 @@ class Vocabulary(Protocol):
 
 
 def encode(text: str, vocabulary: str) -> list[int]:
-    """Ids of a text, without EOS."""
+    """The ids of a text, without EOS."""
     return load(vocabulary).encode(text)
 
 
 def decode(ids: Iterable[int], vocabulary: str) -> str:
-    """Text of ids up to the first EOS; padding and bytes that aren't valid UTF-8 are left out, as seqio does."""
+    """The text of ids up to the first EOS. Padding and invalid UTF-8 are left out, as seqio does."""
     loaded = load(vocabulary)
     ids = [int(i) for i in ids]
     if loaded.eos_id in ids:
@@ -42,14 +42,16 @@ def decode(ids: Iterable[int], vocabulary: str) -> str:
 
 
 def vocabulary_size(vocabulary: str) -> int:
-    """Number of ids, padding and EOS included: the width of a model's embedding and logits."""
+    """The number of ids with padding and EOS, which is the width of a model's embedding and logits."""
     return load(vocabulary).size
 
 
 def load(vocabulary: str) -> Vocabulary:
-    """
+    """The vocabulary of that name.
+
     Raises:
-        InputError: no such SentencePiece model, or one whose ids can't be used (padding must be 0, and EOS defined).
+        InputError: the SentencePiece model does not exist, or its ids can't be used: padding must have id 0, and EOS
+            must be defined.
     """
     if vocabulary == BYTES:
         return ByteVocabulary()
@@ -65,7 +67,7 @@ def load(vocabulary: str) -> Vocabulary:
 
 
 class ByteVocabulary:
-    """UTF-8 bytes."""
+    """A vocabulary whose ids stand for the bytes of UTF-8 text."""
 
     name, size, eos_id, sha256 = BYTES, 256 + _SPECIAL, 1, None
 
@@ -82,10 +84,10 @@ def _sentencepiece(path: str, model: bytes) -> "SentencePieceVocabulary":
 
 
 class SentencePieceVocabulary:
-    """A SentencePiece model trained with ids as seqio wants them (`tasks.train_sentencepiece` makes such a one)."""
+    """A SentencePiece model with the special ids that seqio expects, as `tasks.train_sentencepiece` makes it."""
 
     def __init__(self, path: str, model: bytes):
-        import sentencepiece  # here, so that naming a vocabulary stays cheap
+        import sentencepiece  # imported here, so that naming a vocabulary stays cheap
 
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
