@@ -26,23 +26,28 @@ app = typer.Typer(
 
 Configs = Annotated[
     list[Path],
-    typer.Option("--config", metavar="FILE", help="A gin file; repeat to stack base, layer, size, data."),
+    typer.Option("--config", metavar="FILE", help="A gin file; repeat the option to stack base, layer, size and data."),
 ]
 Bindings = Annotated[
     list[str],
-    typer.Option("--set", metavar="NAME=VALUE", help="A gin binding over the files, such as PEER.top_k=8."),
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A gin binding that overrides the files, such as PEER.top_k=8; repeatable."
+    ),
 ]
 Imports = Annotated[
     list[str],
     typer.Option(
         "--import",
         metavar="MODULE",
-        help="A module of yours whose classes and functions the config may name; repeatable.",
+        help="A Python module, such as my_package.my_layers, whose classes and functions the config may name; "
+        "repeatable.",
     ),
 ]
-Workdir = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="The run directory.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-WhichCheckpoint = Annotated[str, typer.Option("--checkpoint", help="'last', 'best' (by validation loss) or a step.")]
+Workdir = Annotated[str, typer.Option("--workdir", metavar="DIR", help="The directory of the run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+WhichCheckpoint = Annotated[
+    str, typer.Option("--checkpoint", help="Which checkpoint: 'last', 'best' (the lowest validation loss) or a step.")
+]
 
 
 @app.command()
@@ -52,7 +57,7 @@ def prepare(
     import_: Imports = [],  # noqa: B006
     quiet: Quiet = False,
 ) -> None:
-    """Tokenise and pack the config's text into the cache that training reads. `train` does it when it is missing."""
+    """Tokenise and pack the config's text into the cache that training reads. `train` does it if it is missing."""
     run = _load(config, set_, import_)
     from peer_jax.data.pipeline import ensure_prepared
 
@@ -69,22 +74,23 @@ def train(
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where the first one listens.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of process 0, if the run has several processes.")
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="Of several processes: how many.", min=1)] = None,
-    process_id: Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many processes the run has.", min=1)] = None,
+    process_id: Annotated[int | None, typer.Option(help="The number of this process, from 0.")] = None,
     distributed: Annotated[
         bool,
         typer.Option(
-            "--distributed", help="Join the cluster that JAX finds; Slurm, Open MPI, GKE's TPUs need no flag."
+            "--distributed",
+            help="Join the cluster that JAX finds. Under Slurm, Open MPI and on GKE's TPUs no flag is needed.",
         ),
     ] = False,
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
     DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json. All devices take part, as
-    Sharding.data, fsdp, expert and tables in the config say; of several processes each runs this command, with the same
-    DIR on a file system that all share.
+    Sharding.data, fsdp, expert and tables in the config say. If the run has several processes, each runs this command
+    with the same DIR on a file system that all share.
     """
     startup.prepare()
     from peer_jax import processes
@@ -105,14 +111,17 @@ def train(
 def evaluate(
     workdir: Workdir,
     data: Annotated[
-        list[Path], typer.Option("--data", metavar="FILE", help="A gin file of other text to evaluate on; repeatable.")
+        list[Path],
+        typer.Option("--data", metavar="FILE", help="A gin file that names other text to evaluate on; repeatable."),
     ] = [],  # noqa: B006
     set_: Bindings = [],  # noqa: B006
     checkpoint: WhichCheckpoint = "last",
-    batch_size: Annotated[int | None, typer.Option(help="Rows at a time; as the run has it.", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows per batch; by default as many as the run evaluates with.", min=1)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a trained run on the validation text of its own task, or of each --data, and add it to result.json."""
+    """Evaluate a trained run on the validation text of its own task, or of each --data, and add that to result.json."""
     startup.prepare()
     from peer_jax import config as configs
     from peer_jax.training.restore import evaluate_run
@@ -129,10 +138,12 @@ def evaluate(
 def generate(
     workdir: Workdir,
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="The largest number of tokens to add.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.", min=0)] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens whose probabilities add up to this.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0, max=2**32 - 1)] = 0,
     checkpoint: WhichCheckpoint = "last",
 ) -> None:
     """Continue a prompt with a trained run."""
@@ -150,26 +161,35 @@ def generate(
 @app.command()
 def sweep(
     config: Configs,
-    workdir: Annotated[Path | None, typer.Option("--workdir", metavar="DIR", help="Gets a directory a run.")] = None,
+    workdir: Annotated[
+        str | None, typer.Option("--workdir", metavar="DIR", help="The directory that gets a folder per run.")
+    ] = None,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and their cost, and train nothing.")
+    ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate/--no-estimate", help="Measure some steps, for the time in --dry-run's table.")
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate", help="With --dry-run, measure some steps, to tell the time that each run takes."
+        ),
     ] = True,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time: by default one a GPU, one on a TPU, else one a core.", min=1)
+        int | None,
+        typer.Option(help="Runs at a time: by default one per GPU, one on a TPU host, else one per core.", min=1),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the runs of a sweep, those that are not finished, and write results.csv; `peer-jax report DIR` draws them.
+    """Train the runs of a sweep that are not finished, and write results.csv; `peer-jax report DIR` draws them.
 
-    The config is one of configs/sweeps. --set Sweep.NAME=VALUE changes the sweep, such as 'Sweep.seeds=(0,1,2)'; any
-    other --set goes to all of its runs. Ctrl-C saves what is running, and the same command goes on. A run that fails
-    doesn't stop the others; the exit status is 1 then. Several sweep processes may share DIR.
+    The config is a file of configs/sweeps or one like it. --set Sweep.NAME=VALUE changes the sweep, such as
+    'Sweep.seeds=(0,1,2)'; every other --set goes to all of its runs. Ctrl-C saves the runs that are being trained, and
+    the same command goes on with them. A run that fails doesn't stop the others; the exit status is 1 then. Several
+    sweep processes may share DIR.
     """
     if workdir is None and not dry_run:
-        raise InputError("--workdir is not given: name the directory that gets the runs, or --dry-run")
+        raise InputError("is not given: name the directory that gets the runs, or --dry-run", argument="workdir")
     startup.prepare()
     _keep_off_accelerators()
     from peer_jax import config as configs
@@ -207,19 +227,23 @@ def plan(
     device: Annotated[str, typer.Option(metavar="NAME", help="tpu-v5p, tpu-v6e, h100 or h200.")],
     mesh: Annotated[
         str | None,
-        typer.Option(metavar="AXIS=SIZE,...", help="Of data, fsdp and expert; what isn't named is as in the config."),
+        typer.Option(
+            metavar="AXIS=SIZE,...",
+            help="Sizes of data, fsdp and expert; an axis that isn't named has its size in the config.",
+        ),
     ] = None,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
     devices: Annotated[
-        int | None, typer.Option(help="How many there are: by default as many as the mesh names.", min=1)
+        int | None, typer.Option(help="How many devices there are: by default as many as the mesh names.", min=1)
     ] = None,
 ) -> None:
     """Say whether a run fits a mesh of devices, and how fast a step can be at best, without any of them.
 
-    Prints the memory of a device, the bytes that it receives from others in a step by cause, and the least time that
-    FLOPs, memory traffic and interconnect take (docs/sharding.md has the formulas). Nothing is allocated: a mesh of
-    hundreds of devices is planned on a laptop. Sharding.tables="columns" splits the expert tables the other way.
+    Prints the memory that each device needs, the bytes that it receives from other devices per step by cause, and the
+    least time that FLOPs, memory traffic and interconnect take (docs/sharding.md has the formulas). Nothing is
+    allocated: a mesh of hundreds of devices is planned on a laptop. Sharding.tables="columns" splits the expert tables
+    the other way.
 
     Example: peer-jax plan --config configs/base.gin --config configs/layers/peer.gin --config configs/sizes/paper.gin
     --config configs/data/c4.gin --mesh data=8,expert=8 --device tpu-v5p --set Transformer.remat=True
@@ -237,16 +261,16 @@ def plan(
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Sweeps or runs, or folders of them; several are merged.")
+        list[str], typer.Argument(metavar="DIR...", help="Sweeps or runs, or folders of them; several are merged.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes: the first DIR by default.")
+        str | None, typer.Option("--out", metavar="DIR", help="Where the report goes: the first DIR by default.")
     ] = None,
 ) -> None:
     """Print tables of finished runs, and draw them: report.html, figures/ and results.csv.
 
-    IsoFLOP curves with their minima, the optimum against compute, what a method saves, ablations, training curves,
-    usage of experts. It needs nothing but the directories.
+    The report has isoFLOP curves with their minima, the optimum against compute, the compute that each method saves,
+    ablations, training curves and the usage of experts. It needs nothing but the directories.
     """
     from peer_jax.analysis import isoflop, results
     from peer_jax.analysis.report import minima_table, table, write_report
@@ -260,33 +284,45 @@ def report(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="op|layer|step", help="An op, a whole layer, or a training step.")],
+    what: Annotated[
+        str, typer.Argument(metavar="op|layer|step", help="What to time: ops, whole layers, or a training step.")
+    ],
     only: Annotated[
-        list[str], typer.Option(metavar="NAME", help="An op or a layer, such as expert_mix or PEER; repeatable.")
+        list[str],
+        typer.Option(metavar="NAME", help="The name of an op or a layer, such as expert_mix or PEER; repeatable."),
     ] = [],  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(metavar="T", help="Tokens; this and the next are repeatable.")] = [],  # noqa: B006
-    d_model: Annotated[list[int], typer.Option(metavar="d", help="Width.")] = [],  # noqa: B006
-    num_experts: Annotated[list[int], typer.Option(metavar="N", help="Experts or values, a square.")] = [],  # noqa: B006
-    heads: Annotated[list[int], typer.Option(metavar="h", help="Heads of the retrieval.")] = [],  # noqa: B006
-    top_k: Annotated[list[int], typer.Option(metavar="k", help="Experts retrieved a head.")] = [],  # noqa: B006
+    tokens: Annotated[
+        list[int], typer.Option(metavar="T", help="Number of tokens; this option and the next four are repeatable.")
+    ] = [],  # noqa: B006
+    d_model: Annotated[list[int], typer.Option(metavar="d", help="Width of the model.")] = [],  # noqa: B006
+    num_experts: Annotated[list[int], typer.Option(metavar="N", help="Number of experts or values, a square.")] = [],  # noqa: B006
+    heads: Annotated[list[int], typer.Option(metavar="h", help="Number of retrieval heads.")] = [],  # noqa: B006
+    top_k: Annotated[list[int], typer.Option(metavar="k", help="Experts retrieved per head.")] = [],  # noqa: B006
     implementation: Annotated[
-        list[str], typer.Option(metavar="NAME", help="'reference', 'xla' or another of the ops; repeatable.")
+        list[str],
+        typer.Option(metavar="NAME", help="An implementation of the ops, such as 'reference' or 'xla'; repeatable."),
     ] = [],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help="Of tokens and computation: float32, bfloat16 or float16.")] = "float32",
-    table_dtype: Annotated[str, typer.Option(help="Of the tables; of all parameters of a layer.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Type of tokens and computation: float32, bfloat16 or float16.")
+    ] = "float32",
+    table_dtype: Annotated[
+        str, typer.Option(help="Type of the expert tables (for `layer`: of all parameters).")
+    ] = "float32",
     against: Annotated[
-        str | None, typer.Option(metavar="pytorch", help="Compare with PEER-pytorch, given the same weights.")
+        str | None, typer.Option(metavar="pytorch", help="Compare with PEER-pytorch, which is given the same weights.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Samples, of which the median and quartiles are shown.")] = 5,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Gets the JSON file and a figure a table.")] = Path(
-        "runs/bench"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="One small size: see whether it runs.")] = False,
+    repeats: Annotated[
+        int, typer.Option(help="Number of samples per competitor; their median and quartiles are shown.")
+    ] = 5,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The folder that gets the JSON file and a figure per table.")
+    ] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Measure one small size, to see whether it runs.")] = False,
 ) -> None:
     """Time ops, layers or training steps, with their memory and the share of their floor that they reach.
 
-    The floor is the time of the fewest bytes and FLOPs at the rates that this machine is measured to have
-    (docs/performance.md). All combinations of the sizes are measured, competitors in turn.
+    The floor is the time that the fewest bytes and FLOPs take at the rates that this machine is measured to have
+    (docs/performance.md). All combinations of the sizes are measured; competitors take turns.
 
     Example: peer-jax bench op --only expert_mix --tokens 2048 --d-model 256 --num-experts 262144 --heads 8
     """
@@ -318,8 +354,10 @@ def bench(
 @app.command()
 def sentencepiece(
     config: Configs,
-    model: Annotated[Path, typer.Option("--model", metavar="FILE", help="Where it goes, such as data/my.model.")],
-    vocab_size: Annotated[int, typer.Option(help="Pieces.", min=16)] = 8192,
+    model: Annotated[
+        Path, typer.Option("--model", metavar="FILE", help="The file that gets the model, such as data/my.model.")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Number of pieces.", min=16)] = 8192,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
 ) -> None:
@@ -338,7 +376,7 @@ def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequenc
     return config.load(files, bindings, imports)
 
 
-def _kept(workdir: Path) -> Path:
+def _kept(workdir: str) -> Path:
     """The config of a run directory."""
     from peer_jax.run_directory import RunDirectory
 

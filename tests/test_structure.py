@@ -1,27 +1,35 @@
-"""Imports point one way: ops <- layers <- models <- training <- scaling <- cli; data stands beside, below training."""
+"""Imports point one way: ops <- layers <- models <- training <- sweeps, analysis, planning, bench <- config, cli."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from small_runs import environment
 
-PACKAGE = Path(__file__).parent.parent / "peer_jax"
+from peer_jax.layers import families
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "peer_jax"
+LEAVES = {"errors", "fields", "gin_syntax", "run_directory", "startup", "sharding", "processes"}
 MAY_IMPORT = {
-    "errors": set(),
-    "sharding": {"errors"},
-    "processes": {"errors"},
+    **{"errors": set(), "fields": set(), "startup": set(), "gin_syntax": {"errors"}, "run_directory": {"errors"}},
+    **{"sharding": {"errors", "fields"}, "processes": {"errors"}},
     "ops": {"errors", "sharding"},
-    "layers": {"errors", "sharding", "ops"},
-    "models": {"errors", "sharding", "ops", "layers"},
-    "data": {"errors"},
-    "training": {"errors", "sharding", "processes", "ops", "layers", "models", "data"},
-    "scaling": {"errors", "sharding", "ops", "layers", "models", "data", "training"},
-    "bench": {"errors", "allocator", "ops", "layers", "models", "training", "scaling"},
-    "allocator": set(),
-    "config": {"errors", "sharding", "ops", "layers", "models", "data", "training", "scaling"},
-    "cli": {"errors", "allocator", "processes", "bench", "data", "training", "scaling", "config"},
+    "layers": {"errors", "fields", "sharding", "ops"},
+    "models": {"errors", "fields", "sharding", "ops", "layers"},
+    "data": {"errors", "fields", "run_directory"},
+    "training": {"errors", "fields", "run_directory", "sharding", "processes", "ops", "layers", "models", "data"},
+    "analysis": {"errors", "run_directory", "training"},
+    "planning": {"errors", "sharding", "ops", "layers", "models", "training"},
+    "bench": {"errors", "startup", "ops", "layers", "models", "training", "analysis"},
+    "sweeps": LEAVES | {"layers", "data", "models", "training", "analysis"},
+    "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
+    "cli": LEAVES | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
+NAMES = set(families())
 
 
 def imported(path: Path) -> set[str]:
@@ -35,20 +43,58 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     ours = {name.split(".")[1] for name in imported(path) if name.startswith("peer_jax.")}
-    assert ours - {part} <= MAY_IMPORT[part]
+    assert ours - {room(path)} <= MAY_IMPORT[room(path)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_libraries_stay_in_their_place(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     libraries = {name.split(".")[0] for name in imported(path)}
-    assert "gin" not in libraries or part == "config"
-    assert "typer" not in libraries or part == "cli"
-    if part == "ops":
+    assert "gin" not in libraries or room(path) == "gin_syntax"
+    assert "typer" not in libraries or room(path) == "cli"
+    if room(path) == "ops":
         assert not libraries & {"flax", "gin"}
-    if part != "data":
+    if room(path) != "data":
         assert not libraries & {"tensorflow", "seqio", "tensorflow_datasets"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_layer_is_named_outside_of_layers(path):
+    """What is asked of layers is asked of all of them: a family is added by its own file."""
+    if room(path) == "layers":
+        return
+    tree = ast.parse(path.read_text())
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & NAMES
+    brought = {name.rpartition(".")[2] for name in imported(path) if name.startswith("peer_jax.layers.")} & NAMES
+    assert not named | brought
+
+
+RUN_FILES = ("config.gin", "metrics.jsonl", "result.json", "point.json", "failure.json", "sweep.json", "results.csv")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_of_runs_are_known_to_one_room(path):
+    """Elsewhere their names stand in texts for people at most."""
+    if room(path) == "run_directory":
+        return
+    constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+    assert not [text for text in constants if text in RUN_FILES]
+
+
+@pytest.mark.parametrize("module", ["ops", "run_directory", "gin_syntax", "fields", "startup", "cli"])
+def test_what_a_module_brings_along(module):
+    """Ops are for users without Flax; the rest is imported before anything heavy."""
+    heavy = (
+        {"flax", "gin", "optax", "orbax", "tensorflow"} if module == "ops" else {"jax", "flax", "numpy", "tensorflow"}
+    )
+    program = f"import sys, peer_jax.{module}; print(*({heavy!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == []

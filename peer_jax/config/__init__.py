@@ -92,7 +92,7 @@ class Config:
     identity: Mapping[str, str]
     model: Mapping[str, str]
     imports: tuple[str, ...]
-    used: frozenset[str]
+    used: frozenset[str] = dataclasses.field(compare=False)
 
     @classmethod
     def of(cls, root: Node, resolver: Resolver, imports: tuple[str, ...]) -> "Config":
