@@ -74,7 +74,10 @@ def test_loaded_runs_build_each_their_own_model_in_any_order():
 
 
 def test_one_load_does_not_see_the_names_of_another(my_layers):
-    assert load("Transformer.sparse_ffw=@Scaled", imports=[my_layers]).trainer().abstract_model.method.scale == 0.5
+    assert (
+        load("Transformer.sparse_ffw=@Scaled", layer="dense", imports=[my_layers]).trainer().abstract_model.method.scale
+        == 0.5
+    )
     with pytest.raises(InputError, match="Scaled is nothing that a config can name"):
         load("Transformer.sparse_ffw=@Scaled")
 
@@ -128,7 +131,7 @@ def test_bindings_travel_between_processes():
 
 def test_a_string_in_a_sweep_that_names_a_reference_is_one():
     binding = config.Binding("Transformer.sparse_ffw", "@PKM", "")
-    run = config.load(stack(), ["Run.steps=3", "PKM.num_experts=64", "PKM.d_key=4", binding])
+    run = config.load(stack("dense"), ["Run.steps=3", "PKM.num_experts=64", "PKM.d_key=4", binding])
     assert run.trainer().abstract_model.method.name == "PKM"
 
 
@@ -290,16 +293,16 @@ def test_a_run_directory_of_an_earlier_version_evaluates(earlier, run_cli):
 
 
 def test_classes_and_functions_of_an_imported_module_can_be_named(my_layers):
-    run = load("Transformer.sparse_ffw=@Scaled", "Scaled.scale=3.0", imports=[my_layers])
+    run = load("Transformer.sparse_ffw=@Scaled", "Scaled.scale=3.0", layer="dense", imports=[my_layers])
     assert run.trainer().abstract_model.method.scale == 3.0
     assert f"import {my_layers}\n" in run.config.text
-    run = load("Transformer.sparse_ffw=@scaled", imports=[my_layers])
+    run = load("Transformer.sparse_ffw=@scaled", layer="dense", imports=[my_layers])
     assert run.trainer().abstract_model.method.scale == 2.0
 
 
 def test_a_config_can_import_too(my_layers, tmp_path):
     (tmp_path / "mine.gin").write_text(f"import {my_layers}\nTransformer.sparse_ffw = @{my_layers}.Scaled\n")
-    run = config.load([*stack(), tmp_path / "mine.gin"], ["Run.steps=3"])
+    run = config.load([*stack("dense"), tmp_path / "mine.gin"], ["Run.steps=3"])
     assert run.trainer().abstract_model.method.name == "Scaled"
     (tmp_path / "config.gin").write_text(run.config.text)
     assert config.load_kept(tmp_path / "config.gin").config == run.config

@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         def block(index: int) -> Block:
             attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
             make = sparse_ffw if index in sparse else ffw
-            return Block(attention, make(d_model, **types), d_model, norm)
+            return Block(attention, make(d_model=d_model, **types), d_model, norm)
 
         self.d_model, self.num_heads, self.vocab_size = d_model, num_heads, vocab_size
         self.sparse_blocks = sparse
