@@ -62,6 +62,8 @@ class Factory:
         if args and not inspect.isclass(self._node.configurable):
             raise InputError(f"{self} stands where what it makes is needed: did you mean {self}()?")
         names = list(signature_of(self._node.configurable).parameters)
+        if len(args) > len(names):
+            raise InputError(f"{self} is called with {len(args)} arguments, but it takes {', '.join(names)}")
         given = dict(zip(names, args, strict=False)) | kwargs
         return call(self._node, self._node.values() | given)
 

@@ -19,10 +19,10 @@ RECENT = 8
 def plan_table(
     planned: Sequence[Planned], measured: Mapping[str, float], reasons: Mapping[str, str], workers: int
 ) -> None:
-    """Prints a row a run: sizes, FLOPs, steps, and the time that steps will take by those that were ``measured``.
+    """Prints a row per run: sizes, FLOPs, steps, and the time that the steps will take, estimated from ``measured``.
 
     Args:
-        measured: seconds a step, by ``Planned.program``.
+        measured: seconds per step, by ``Planned.program``.
         reasons: why some runs could not be measured, by name.
         workers: how many runs go on at a time.
     """
@@ -61,7 +61,7 @@ def plan_table(
 
 
 class Board:
-    """Runs that train, how far they are, what ended last, and how long it may take still."""
+    """Shows the runs that are being trained, how far they are, which ended last, and how long the rest may take."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Board:
         self.refresh()
 
     def refresh(self) -> None:
-        """Draws anew."""
+        """Draws the table again."""
         if self._is_live:
             self._live.refresh()
 
@@ -152,7 +152,7 @@ class Board:
         return ", ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """By the FLOPs made since the start."""
+        """Estimated from the FLOPs spent since the start; None while too few were spent."""
         total = sum(run.training_flops for run in self._planned)
         ended = sum(run.training_flops for run in self._planned if run.point.name in self._ended)
         current = sum(self._progress(run)[0] * run.step_flops for run in self._running.values())

@@ -1,4 +1,4 @@
-"""What a sweep would do: its runs built abstractly, with their sizes, FLOPs, steps and passes over the corpus."""
+"""What a sweep would do: its runs, built abstractly, with their sizes, FLOPs, steps and passes over the corpus."""
 
 import dataclasses
 import hashlib
@@ -25,8 +25,8 @@ Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
 class Planned:
     """A run before it starts.
 
-    ``program`` is equal for runs of equal shapes, which one compiled program serves. ``corpus_tokens`` are those of
-    the task's training split, known exactly once it is prepared; None if nothing is known.
+    ``program`` is equal for runs of equal shapes, which one compiled program serves. ``corpus_tokens`` is the size of
+    the task's training split, which is known exactly once the task is prepared; None if nothing is known.
     """
 
     point: Point
@@ -57,7 +57,7 @@ class Planned:
 
 
 def plan(points: Sequence[Point], load: Load) -> list[Planned]:
-    """Builds every run abstractly. Settings that a run doesn't use are dropped, and runs that are the same listed once.
+    """Builds every run abstractly. Settings that a run doesn't use are dropped; runs that are the same are listed once.
 
     Raises:
         InputError: if a run can't be built, naming it.
@@ -109,9 +109,10 @@ def _program(state: object, batch_size: int, seq_len: int) -> str:
 
 
 def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
-    """Training tokens of a task, padding included, and whether it is prepared; if not, an estimate where there is one.
+    """The number of training tokens of a task, padding included, and whether the task is prepared.
 
-    A byte is a token. What a corpus of TFDS holds isn't known before it is prepared; its limit is, if it has one.
+    Before a task is prepared the number is an estimate: each byte is a token. How much text a corpus of TFDS holds is
+    not known then, but its limit is, if it has one.
     """
     if task.cache_path().exists():
         return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
@@ -123,7 +124,7 @@ def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
 
 
 def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
-    """What to say before a sweep starts.
+    """Sentences to say before a sweep starts.
 
     Raises:
         InputError: if a run is too short to mean anything, or needs more text than the corpus has.
@@ -172,10 +173,10 @@ def check_kept_configs(planned: Sequence[Planned], directory: SweepDirectory) ->
 
 
 def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> dict[str, float | None]:
-    """Seconds a step of every program, by what was measured of some.
+    """Seconds per step of every program, from the measured seconds of some programs.
 
-    Between two measured sizes of a method, seconds follow FLOPs by a power law; beyond them, in proportion. None where
-    nothing of the method was measured.
+    Between two measured sizes of a method, seconds follow FLOPs by a power law; beyond them they are proportional to
+    FLOPs. The seconds are None where no program of the method was measured.
     """
     estimates: dict[str, float | None] = {}
     for run in planned:
@@ -194,7 +195,7 @@ def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> d
 
 
 def to_measure(planned: Sequence[Planned]) -> list[Planned]:
-    """The runs whose speed tells that of the others: of each method, those of the least and the most FLOPs a step."""
+    """The runs to measure, from which the others are estimated: for each method, those of least and most FLOPs per step."""
     chosen: dict[str, Planned] = {}
     for method in dict.fromkeys(run.point.method for run in planned):
         own = [run for run in planned if run.point.method == method]

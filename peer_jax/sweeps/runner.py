@@ -1,4 +1,4 @@
-"""Running a sweep: every run in its directory, by worker processes; what is finished stays, what was begun goes on."""
+"""Running a sweep: worker processes train every run in its directory; finished runs are skipped, begun ones go on."""
 
 import contextlib
 import time
@@ -36,7 +36,7 @@ def run_sweep(
     workers: int,
     progress: bool = True,
 ) -> None:
-    """Trains what is not finished, and keeps ``results.csv`` up to date.
+    """Trains the runs that are not finished, and keeps ``results.csv`` up to date.
 
     A run that fails leaves its reason in ``failure.json``, and the others go on. Runs that another sweep's process is
     training are left to it, and taken over should it die.
@@ -80,7 +80,7 @@ class _Runner:
         self._running: dict[Worker, Planned] = {}
 
     def run(self, stop: StopOnSignal) -> dict[str, str]:
-        """Until nothing is left or ``stop`` asks to end; the reasons of the runs that failed."""
+        """Works until no run is left or ``stop`` asks to end; returns the reasons of the runs that failed, by name."""
         try:
             while (self._queue or self._running) and stop.signal_number is None:
                 self._hand_out()
@@ -179,9 +179,9 @@ def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -
 def measure(
     planned: Sequence[Planned], log: Path, *, load: Load, workers: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds a step of some programs, and the reasons why others could not be measured, by run.
+    """Seconds per step of some programs, and by run the reasons why others could not be measured.
 
-    One after another, by a process with the share of the machine that a worker of the sweep has.
+    One process measures them one after another, with the share of the machine that a worker of the sweep would have.
     """
     seconds, reasons = {}, {}
     worker = Worker(load, (0, workers), log)

@@ -1,4 +1,4 @@
-"""Worker processes of a sweep: each trains one run after another, on cores or an accelerator of its own."""
+"""Worker processes of a sweep: each trains one run after another, on cores or on an accelerator of its own."""
 
 import contextlib
 import dataclasses
@@ -131,7 +131,7 @@ class Worker:
 
 
 def _death(exitcode: int | None) -> Answer:
-    """What to say of a worker that is gone."""
+    """The answer for a worker that is gone."""
     if exitcode == -signal.SIGTERM:
         return Answer("interrupted")
     if exitcode is not None and exitcode < 0:
@@ -166,7 +166,7 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
 
 
 def _do(task: Task, load: Any) -> Answer:
-    """Does a task; whatever goes wrong is part of the answer."""
+    """Does a task. Whatever goes wrong becomes the answer."""
     import jax
 
     from peer_jax.sweeps.speed import seconds_per_step
@@ -193,7 +193,7 @@ def _do(task: Task, load: Any) -> Answer:
 
 
 def _stop_with_parent() -> None:
-    """Has the run saved and this process ended when the sweep's process is gone."""
+    """Has this process save its run and end when the sweep's process is gone."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)  # for a checkpoint; a worker between two runs has ended already
@@ -201,7 +201,7 @@ def _stop_with_parent() -> None:
 
 
 def default_workers() -> int:
-    """One a GPU, one for a TPU's chips, or else one a core: several runs on a core each beat one run on all cores."""
+    """One per GPU, one for all chips of a TPU host, or else one per core: runs on a core each beat one on all cores."""
     return len(accelerators()) or len(_cores())
 
 
