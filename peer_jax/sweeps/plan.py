@@ -195,7 +195,7 @@ def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> d
 
 
 def to_measure(planned: Sequence[Planned]) -> list[Planned]:
-    """The runs to measure, from which the others are estimated: for each method, those of least and most FLOPs per step."""
+    """The runs to measure: for each method, those of least and most FLOPs per step; the others are estimated."""
     chosen: dict[str, Planned] = {}
     for method in dict.fromkeys(run.point.method for run in planned):
         own = [run for run in planned if run.point.method == method]
