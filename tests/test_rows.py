@@ -9,8 +9,7 @@ from reference import relative_error
 from peer_jax.ops.cpu import KEEPS_BARRIERS
 from peer_jax.ops.rows import dot_rows, sum_rows
 
-# Widths that are no multiple of 16 parts, narrow and wide ones; numbers of rows per token that a CPU takes one, 4, 8 and
-# 16 at a time.
+# Widths: no multiple of 16 parts, narrow, wide. Numbers of rows per token: a CPU takes these 1, 4, 8 and 16 at a time.
 WIDTHS = (6, 16, 48, 128, 144, 256)
 ROWS = (1, 5, 12, 8, 48)
 

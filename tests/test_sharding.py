@@ -225,7 +225,7 @@ def test_every_array_is_split_as_its_axes_say(mesh, tables, moment):
 
 
 def measure():
-    """Whether states made on 8 devices are as planned and as on one device; the memory that making a large one takes."""
+    """Whether states made on 8 devices are as planned and as on one device; the memory that a large one takes."""
     report = {}
     for tables in ("rows", "columns"):
         made = trainer("moe and peer")
