@@ -18,25 +18,25 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """``size`` is the bytes of its result on one device."""
+    """A collective instruction; ``size`` is the bytes of its result on one device."""
 
     kind: str
     size: int
 
 
 def collectives(text):
-    """A ``Collective`` for each collective instruction of ``compiled.as_text()``, in its order.
+    """A ``Collective`` for each collective instruction of ``compiled.as_text()``, in the order of the text.
 
-    Its result is as large as its operand, but for an all-gather, whose operand is one device's part of it, and a
-    reduce-scatter, whose result is one device's part of the operand. What XLA has combined into one is one, with the
-    sum of the bytes; one in the body of a loop counts once, however often it runs; of an asynchronous one the end
-    counts, not the start. On CPU, XLA reduces bfloat16 as float32.
+    The result of a collective is as large as its operand, with two exceptions: the operand of an all-gather is one
+    device's part of the result, and the result of a reduce-scatter is one device's part of the operand. Collectives
+    that XLA has combined count as one, with the sum of their bytes. A collective in the body of a loop counts once,
+    however often it runs. An asynchronous collective counts where it ends. On CPU, XLA reduces bfloat16 as float32.
     """
     matches = (_INSTRUCTION.search(line) for line in text.splitlines())
     return [Collective(match[2], _bytes(match[1])) for match in matches if match and match[3] != "-start"]
 
 
 def _bytes(result):
-    """Of an array as XLA writes its type, "f32[48,16]{1,0}", or of a tuple of them."""
+    """Bytes of an array, or of a tuple of arrays, whose type XLA writes as "f32[48,16]{1,0}"."""
     arrays = ((int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(result))  # "pred" has no number
     return sum(math.prod(int(size) for size in shape.split(",") if size) * bits // 8 for bits, shape in arrays)

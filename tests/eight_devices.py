@@ -1,7 +1,7 @@
 """Runs a function of a test module in a process of its own with 8 CPU devices; JAX fixes their number when it starts.
 
-The function measures, and returns what can be written as JSON; the tests judge it. Shapes and types of peer_jax are
-checked there, too.
+The function measures and returns something that JSON can hold; the tests judge it. Shapes and types of peer_jax are
+checked in that process, too.
 """
 
 import importlib
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def measured(module, function, *arguments):
-    """What ``module.function(*arguments)``, of strings, returns there."""
+    """What ``module.function(*arguments)`` returns in a process with 8 devices; the arguments are strings."""
     process = subprocess.run(
         [sys.executable, __file__, module, function, *arguments],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)},
@@ -28,7 +28,7 @@ def measured(module, function, *arguments):
 
 
 def main():
-    import conftest  # noqa: F401, as the tests have it
+    import conftest  # noqa: F401, sets up JAX as it does for the tests
     import jax
 
     # optax's bias correction raises a float to the power of an integer count, which strict promotion forbids.

@@ -1,4 +1,4 @@
-"""Which implementation is used, for each case that docs/performance.md lists."""
+"""Which implementation is used in each case that docs/performance.md lists."""
 
 import logging
 
@@ -22,7 +22,7 @@ needs_kernels = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX,
 @pytest.mark.parametrize(
     ("platform", "size", "r", "expected"),
     [
-        # 1 MiB of rows gathered, and a token more; 1 MiB of table, and a row more.
+        # Exactly 1 MiB of gathered rows, and one token more; a table of exactly 1 MiB, and one row more.
         ("cpu", {"t": 8}, 128, "reference"),
         ("cpu", {"t": 9}, 128, "xla"),
         ("cpu", {"t": 1, "n": 1024}, 128, "reference"),

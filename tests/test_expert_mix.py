@@ -34,7 +34,7 @@ SIZES = {
 
 
 def draw(rng, T, d, N, h, k, dtype=jnp.float32):
-    """x, down, up, indices, gates. Indices with repetition, within a head and across heads."""
+    """x, down, up, indices, gates. Indices repeat, within a head and across heads."""
     x, down, up, gates = (rng.normal(size=shape) for shape in [(T, d), (N, d), (N, d), (T, h, k)])
     indices = rng.integers(0, N, (T, h, k), np.int32)
     return *(a.astype(dtype) for a in (x, down, up)), indices, gates.astype(dtype)
@@ -171,7 +171,7 @@ def test_two_runs_are_bitwise_equal(rng, implementation):
 def test_index_out_of_range(rng, bad, implementation):
     x, down, up, indices, gates = draw(rng, *SIZES["middle"])
     dy = np.ones_like(x)
-    spoilt = np.clip(indices, 1, 21)  # so that rows 0 and 22, where wrapping or clipping would end up, are nobody's
+    spoilt = np.clip(indices, 1, 21)  # nobody retrieves rows 0 and 22, where wrapping or clipping would end up
     spoilt[3, 1, 2] = bad
     others = [0, 1, 2, 4, 5, 6]
     good = (x[others], down, up, spoilt[others], gates[others])

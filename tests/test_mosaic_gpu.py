@@ -12,14 +12,14 @@ from reference import relative_error
 from peer_jax.ops import mosaic_gpu
 from peer_jax.ops.mosaic_gpu import tables
 
-# As in test_expert_mix: rounding of float32 sums of some hundred terms; three roundings to bfloat16.
+# As in test_expert_mix: float32 sums of some hundred terms, and three roundings to bfloat16.
 FP32 = 1e-5
 BF16 = 2**-7
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Pallas of JAX before 0.11 neither simulates nor lowers these kernels"
 )
-# A wrong barrier hangs.
+# A kernel with a wrong barrier hangs.
 pytestmark = pytest.mark.timeout(120)
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -53,7 +53,7 @@ def draw(rng, t, d, N, r, dtype, table_dtype):
 
 @pytest.fixture
 def simulated():
-    """What to pass as `interpret`; fails the test if threads raced for memory."""
+    """The argument `interpret`; the test fails if threads raced for memory."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -128,7 +128,7 @@ def test_lowers_at_full_size(sizes, activation):
 @needs_kernels
 @pytest.mark.parametrize("d", [64, 640, 4096])
 def test_lowers_at_every_kind_of_width(d):
-    """And for value_bag; float32 and bfloat16."""
+    """The kernels of expert_mix in float32 and of value_bag in bfloat16."""
     x, down, up, indices, gates, dy = sized(5, d, 9, 3, jnp.float32)
     jax.jit(functools.partial(gradients_of_mix, "gelu", False)).trace(x, down, up, indices, gates, dy).lower(
         lowering_platforms=("cuda",)
@@ -155,7 +155,7 @@ def test_memory_holds_no_rows_of_all_tokens():
     t, d, N, r = 1000, 64, 100, 16
     run = functools.partial(gradients_of_mix, "gelu", False)
     jaxpr = jax.make_jaxpr(run)(*sized(t, d, N, r, jnp.bfloat16)).jaxpr
-    assert largest(jaxpr) <= max(4 * t * r, t * d, N * d) < t * r * d  # four floats a pair: its weights
+    assert largest(jaxpr) <= max(4 * t * r, t * d, N * d) < t * r * d  # four floats per pair: its weights
 
 
 def test_why_not(monkeypatch):

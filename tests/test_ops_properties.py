@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from peer_jax.ops import expert_mix, value_bag
 
 IMPLEMENTATIONS = ["reference", "xla"]
-# Few of each, so that few programs are compiled: one token, k = 1, one expert, sizes that nothing divides.
+# Few shapes, so that few programs are compiled: one token, k = 1, one expert, sizes that nothing divides.
 SHAPES = [(1, 1, 1, 1, 1), (1, 7, 5, 2, 3), (13, 3, 1, 1, 4), (11, 5, 29, 3, 1), (33, 2, 7, 1, 5)]
 
 
@@ -32,7 +32,7 @@ def bag(implementation):
 def cases(draw):
     T, d, N, h, k = draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    few = draw(st.integers(1, N))  # experts in use: the fewer, the more they repeat
+    few = draw(st.integers(1, N))  # experts in use: the fewer there are, the more they repeat
     x, down, up = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (T, N, N))
     return x, down, up, rng.integers(0, few, (T, h, k), np.int32), rng.normal(size=(T, h, k)).astype(np.float32)
 

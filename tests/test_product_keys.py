@@ -161,7 +161,7 @@ def test_nan_query(rng, half):
     bad = queries.copy()
     bad[2, 1, 3 * half] = np.nan
     scores, _ = jitted(4)(bad, sub_keys)
-    # Unchecked: all that token's head retrieved is NaN, so nothing can pass for a score; all else is as before.
+    # Without `checked`, every score of that token and head is NaN, and all other scores are as before.
     assert np.isnan(scores[2, 1]).all()
     np.testing.assert_array_equal(np.delete(np.asarray(scores), 2, 0), np.delete(np.asarray(clean), 2, 0))
     with pytest.raises(ValueError, match=r"(?i)nan"):
@@ -186,9 +186,9 @@ def test_checked_changes_nothing_that_is_right(rng):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_bounded(gradient):
-    """The scores of both halves would be 64 MiB: "reference" holds them, "xla" a quarter of that at most.
+    """The scores of both halves would be 64 MiB: "reference" holds them, "xla" at most a quarter of that.
 
-    XLA that drops barriers holds a little more of a chunk.
+    A version of XLA that drops barriers holds a little more per chunk.
     """
     T, h, n, c, k = 4096, 4, 512, 16, 8
     arguments = jax.ShapeDtypeStruct((T, h, 2 * c), jnp.float32), jax.ShapeDtypeStruct((2, n, c), jnp.float32)

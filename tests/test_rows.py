@@ -1,4 +1,4 @@
-"""Products with rows and weighted sums of rows against NumPy in float64, for every way a CPU takes them."""
+"""Products with rows and weighted sums of rows against NumPy in float64, for every form that a CPU uses."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from reference import relative_error
 from peer_jax.ops.cpu import KEEPS_BARRIERS
 from peer_jax.ops.rows import dot_rows, sum_rows
 
-# Of widths: no multiple of 16 parts, narrow, wide; of rows a token: alone, odd, 4, 8 and 16 together.
+# Widths: no multiple of 16 parts, narrow, wide. Numbers of rows per token: a CPU takes these 1, 4, 8 and 16 at a time.
 WIDTHS = (6, 16, 48, 128, 144, 256)
 ROWS = (1, 5, 12, 8, 48)
 
@@ -32,6 +32,6 @@ def test_equal_float64(rng, d, r, dtype):
     assert relative_error(sums, np.einsum("tr,trd->td", weights.astype(np.float64), rows)) < 1e-5
 
 
-def test_barriers_keep_what_they_part_from_being_fused():
+def test_barriers_keep_operations_from_being_fused():
     program = jax.jit(lambda x: jax.lax.optimization_barrier(x + 1) * 2).lower(jnp.ones((8, 8))).compile().as_text()
     assert program.count(" fusion(") == (2 if KEEPS_BARRIERS else 1)

@@ -1,4 +1,4 @@
-"""The ops on 8 devices: forward and gradient against loops and against one device, both table forms, however skewed.
+"""The ops on 8 devices: forward and gradient against loops and one device, tables by rows and columns, skewed indices.
 
 T  tokens     d  width     N  rows     h, k  heads, top-k     n  sub-keys in a half     c  d_key / 2
 """
@@ -20,7 +20,7 @@ from peer_jax.sharding import Sharding, use
 
 # As in test_expert_mix: float32 and bfloat16 against float64.
 FP32, BF16 = 1e-5, 2**-7
-# Sums of a dozen or, for a row of a table, some hundred terms in another order, a rounding of 6e-8 each.
+# Sums in another order, of a dozen terms or, for a row of a table, some hundred; each term rounds off 6e-8.
 EQUAL = 1e-6
 
 T, D, N, H, K = 16, 16, 64, 2, 4
@@ -62,7 +62,7 @@ def draw(dtype=np.float32):
     """x, down, up, gates, dy, of which x, gates and dy are of type ``dtype``."""
     rng = np.random.default_rng(0)
     x, down, up, gates, dy = (rng.normal(size=shape) for shape in [(T, D), (N, D), (N, D), (T, H, K), (T, D)])
-    down /= np.sqrt(D)  # arguments of gelu of about 1: at 10, its float32 derivative rounds off all of its 1 - tanh^2
+    down /= np.sqrt(D)  # keeps arguments of gelu near 1: at 10, 1 - tanh^2 in its derivative is lost in float32
     return x.astype(dtype), np.float32(down), np.float32(up), gates.astype(dtype), dy.astype(dtype)
 
 
@@ -114,7 +114,7 @@ def key(op, mesh, form, case):
 
 def measure():
     """{name: [error against loops, against one device, whether a second run gave the same bits and types fit]}."""
-    chunks.CPU_BUDGET = 256  # 4 pairs of a token and a row, or one token: several chunks, most of them not full
+    chunks.CPU_BUDGET = 256  # room for 4 pairs, or one token: there are several chunks, most of them not full
     report = {}
 
     def add(op, mesh, form, case, function, arguments, alone, called=None):

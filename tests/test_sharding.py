@@ -29,7 +29,7 @@ LAYERS = {
 
 
 def placement(data, fsdp, expert, tables="rows"):
-    """On as many times the one device there is, which is enough to plan with."""
+    """A mesh that repeats the one device there is, which is enough to plan with."""
     return Placement(Mesh(np.full((data, fsdp, expert), jax.devices()[0]), AXES), tables)
 
 
@@ -173,7 +173,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def parts(state, made):
-    """Shapes of the devices' parts by name: of parameters, first and second moments, and the rest."""
+    """By name, the shapes of one device's parts of parameters, first moments, second moments and all else."""
 
     def of(tree, shardings):
         shardings = flat(shardings)
@@ -225,7 +225,7 @@ def test_every_array_is_split_as_its_axes_say(mesh, tables, moment):
 
 
 def measure():
-    """States made on 8 devices: that they are as planned, and as on one; memory that making a large table takes."""
+    """Whether states made on 8 devices are as planned and as on one device; the memory that a large one takes."""
     report = {}
     for tables in ("rows", "columns"):
         made = trainer("moe and peer")

@@ -64,7 +64,7 @@ def test_nan_stays_in_the_rows_that_its_token_retrieved(rng, order, num_rows):
     indices = rng.integers(0, num_rows, (T, r), np.int32)
     cotangents = rng.normal(size=(T, d)).astype(np.float32)
     spoilt = cotangents.copy()
-    spoilt[[0, 20, -1]] = np.nan  # the first and the last token, too: what fills up must not name them
+    spoilt[[0, 20, -1]] = np.nan  # among them the first and the last token, which padding must not use
     weights = rng.normal(size=(T, r)).astype(np.float32)
     clean, bad = (np.asarray(jitted(order)(indices, num_rows, ((weights, a),))[0]) for a in (cotangents, spoilt))
     touched = np.isin(np.arange(num_rows), indices[[0, 20, -1]])
@@ -74,7 +74,7 @@ def test_nan_stays_in_the_rows_that_its_token_retrieved(rng, order, num_rows):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_rows_are_sorted_where_xla_is_told_so(rng, monkeypatch):
-    """To the last chunk, which is filled up."""
+    """They are sorted up to the end of the last chunk, which is padded."""
     chunks = []
 
     def scan(body, carry, tokens, num_tokens, size):
@@ -111,9 +111,9 @@ def test_two_runs_are_bitwise_equal(rng, order, num_rows):
     ],
 )
 def test_pairs_are_sorted_where_it_pays_and_where_a_scatter_has_no_order(platform, num_rows, order):
-    """On CPU tables of up to 64 MiB, here of 16 float32 a row, are filled in the tokens' order.
+    """On CPU, tables of up to 64 MiB, which here have 16 float32 per row, are filled in the order of the tokens.
 
-    Larger ones are written row by row, unless their rows are more than eight times the pairs, here 2**20.
+    Larger ones are written row by row, unless they have more than eight rows per pair; here there are 2**20 pairs.
     """
     indices = jax.ShapeDtypeStruct((2**17, 8), jnp.int32)
     term = jax.ShapeDtypeStruct((2**17, 8), jnp.float32), jax.ShapeDtypeStruct((2**17, 16), jnp.float32)

@@ -28,7 +28,7 @@ def sorted_columns(x, k):
 
 @st.composite
 def columns(draw):
-    """Few different values, so that ties abound, the lowest possible among them."""
+    """Matrices with few different values, -inf among them, so that many are equal; and k."""
     n, k_of_n = draw(st.sampled_from([(1, 1), (5, 1), (5, 5), (16, 3), (16, 16), (23, 4), (33, 16)]))
     values = st.sampled_from([-np.inf, -2.5, -1.0, 1.0, 2.0, np.inf])
     return draw(hnp.arrays(np.float32, (n, 3), elements=values)), k_of_n

@@ -12,7 +12,7 @@ from reference import relative_error
 from peer_jax.errors import InputError
 from peer_jax.ops import checked, value_bag
 
-# As in test_expert_mix.py, with shorter sums.
+# The tolerances of test_expert_mix.py; sums are shorter here.
 FP32 = 1e-5
 BF16 = 2**-7
 
@@ -126,7 +126,7 @@ def test_two_runs_are_bitwise_equal(rng, implementation):
 def test_index_out_of_range(rng, bad, implementation):
     values, indices, gates = draw(rng, *SIZES["middle"])
     dy = rng.normal(size=(7, 6)).astype(jnp.float32)
-    spoilt = np.clip(indices, 1, 21)  # so that rows 0 and 22, where wrapping or clipping would end up, are nobody's
+    spoilt = np.clip(indices, 1, 21)  # nobody retrieves rows 0 and 22, where wrapping or clipping would end up
     spoilt[3, 1, 2] = bad
     others = [0, 1, 2, 4, 5, 6]
     good = (values, spoilt[others], gates[others])
