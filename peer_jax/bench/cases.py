@@ -20,7 +20,7 @@ OPS = ("product_key_top_k", "expert_mix", "value_bag")
 # PEER as PEER-pytorch can be set: without query norm, and with a set of sub-keys per head.
 COMPARED = "PEER without query norm"
 COMPARED_OPTIONS = {"query_norm": None, "share_sub_keys": False}
-STEP, STEP_LAYER = "training step", "PEER"
+STEP, STEP_LAYER, STEP_OTHERS = "training step", "PEER", "Dense"  # the layers of a step's middle and other blocks
 PYTORCH = "pytorch"
 PYTORCH_KEEPING = "pytorch, keeping memory"  # with the settings of malloc that our commands have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def problem(self) -> tuple:
-        """What competitors share. It is equal for cases that differ in the implementation or in sizes without effect."""
+        """What competitors share: the case without its implementation and without sizes that don't matter."""
         return (self.what, self.name, self.direction, self.dtype, self.table_dtype, *self.sizes.items())
 
     def described(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Options:
                     f"a comparison against {self.against} is of whole layers: use what='layer'", argument="what"
                 )
             if self.only:
-                raise InputError("a comparison against pytorch is of PEER alone: leave it out", argument="only")
+                raise InputError("a comparison against pytorch measures PEER alone: leave 'only' out", argument="only")
             if {self.dtype, self.table_dtype} != {"float32"}:
                 raise InputError("a comparison against pytorch is in float32: leave the types out", argument="dtype")
             pytorch.check_installed()
