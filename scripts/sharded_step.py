@@ -21,10 +21,10 @@ def measure(num_experts: int, tables: str, steps: int) -> None:
     import jax
     import numpy as np
 
-    from peer_jax.allocator import keep_freed_memory
     from peer_jax.layers import PEER, Dense
     from peer_jax.models import Transformer
     from peer_jax.sharding import Sharding, split_batch, use
+    from peer_jax.startup import keep_freed_memory
     from peer_jax.training.optimizer import AdamW
     from peer_jax.training.step import Trainer
 

@@ -15,6 +15,7 @@ import pytest
 
 from peer_jax.bench import Options, cases, measure, programs, pytorch, report, timing, worker
 from peer_jax.errors import InputError
+from peer_jax.layers import families
 from peer_jax.ops import floor
 from peer_jax.ops.floor import Floor
 
@@ -213,12 +214,31 @@ def test_every_problem_once():
     assert [[c.implementation for c in group] for group in dense] == [["-"], ["-"]]
 
 
+def test_layers_are_measured_by_default_or_when_they_are_named():
+    assert set(Options(what="layer").names()) == {"Dense", "PEER", "PKM"}
+    assert list(Options(what="step").names()) == [cases.STEP]
+    coarse = Options(what="layer", only=("MoE",), tokens=(8,), d_model=(4,)).competitors()
+    assert [(c[0].sizes, c[0].implementation) for c in coarse] == [
+        ({"T": 8, "d": 4, "N": f"{side}^2"}, "-") for side in (4, 8)
+    ] * 2
+    (odd, _) = Options(what="layer", only=("MoE",), num_experts=(6,), tokens=(8,), d_model=(4,)).competitors()
+    assert odd[0].sizes["N"] == 6
+
+
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
-@pytest.mark.parametrize("name", [*cases.LAYERS, cases.COMPARED])
+@pytest.mark.parametrize("name", ["PEER", "PKM", "Dense", cases.COMPARED])
 def test_parameters_of_a_layer_have_their_own_type(name, direction):
     """In the floor: half the bytes of all, where they are half as wide; and in the program."""
     make = functools.partial(
-        cases.Case, "layer", name, direction, tokens=8, d_model=16, num_experts=64, heads=2, top_k=4, d_key=6
+        cases.Case,
+        *("layer", name, direction),
+        tokens=8,
+        d_model=16,
+        num_experts=64,
+        heads=2,
+        top_k=4,
+        d_key=6,
+        layer=families().get(name, families()["PEER"]),
     )
     t, d, N, r = 8, 16, 64, 8
     dense = d * 2 * 6 + (2 if name == cases.COMPARED else 1) * 8 * 6 if name != "Dense" else 2 * d * 4 * d
@@ -237,7 +257,7 @@ def test_a_layer_is_at_least_its_ops():
     make = functools.partial(
         cases.Case, direction="forward", tokens=8, d_model=16, num_experts=64, heads=2, top_k=4, d_key=8
     )
-    whole, mix = make("layer", "PEER"), make("op", "expert_mix")
+    whole, mix = make("layer", "PEER", layer=families()["PEER"]), make("op", "expert_mix")
     for order in floor.ORDERS:
         assert cases.floors(whole)[order].bytes > cases.floors(mix)[order].bytes
     assert cases.floors(mix)["expert"].bytes <= cases.floors(mix)["token"].bytes
@@ -255,7 +275,7 @@ def bench(run_cli):
 KEYS = {
     *("what", "name", "direction", "tokens", "d_model", "num_experts", "heads", "top_k", "d_key", "dtype"),
     *("table_dtype", "implementation", "median", "low", "high", "samples", "floor", "fraction_of_floor"),
-    *("faster_than_first", "memory", "extra_memory", "process_peak"),
+    *("faster_than_first", "memory", "extra_memory", "process_peak", "sizes"),
 }
 
 
@@ -338,7 +358,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "below"):
-        with pytest.raises(InputError, match=f"--out {folder} can't be written to"):
+        with pytest.raises(InputError, match=f"{folder} can't be written to"):
             report.make_folder(folder)
     report.make_folder(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
@@ -347,10 +367,10 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
 def test_steps_are_drawn_against_the_number_of_experts():
     least = {"bytes": 1.0, "flops": 1.0, "seconds": 0.01}
     rows = [
-        {**case.__dict__, "median": 0.1 * side, "low": 0.09 * side, "high": 0.11 * side}
+        {**case.described(), "sizes": case.sizes, "median": 0.1 * side, "low": 0.09 * side, "high": 0.11 * side}
         | {"floor": {"token": least, "expert": least}}
         for side in (4, 8)
-        for case in [cases.Case("step", cases.STEP, cases.BOTH, 8, 8, side * side, 1, 2)]
+        for case in [cases.Case("step", cases.STEP, cases.BOTH, 8, 8, side * side, 1, 2, layer=families()["PEER"])]
     ]
     (axes,) = report._figure("training step", rows).axes
     assert axes.get_xlabel() == "experts N"
@@ -368,18 +388,21 @@ def refused(outcome, *words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["ops"], ["WHAT ops", "op, layer, step"]),
-        (["op", "--only", "PEER"], ["--only PEER", "expert_mix"]),
+        (["ops"], ["ops", "op, layer, step"]),
+        (["op", "--only", "PEER"], ["PEER", "expert_mix"]),
+        (["layer", "--only", "Sparse"], ["Sparse", "Dense, MoE, PEER, PKM"]),
+        (["step", "--only", "expert_mix"], ["expert_mix", "Dense, MoE, PEER, PKM"]),
+        (["layer", "--only", "PKM", "--num-experts", "1000", "--quick"], ["num_experts=1000", "try 961 or 1024"]),
         (["op", "--implementation", "fast"], ["fast", "xla"]),
         (["op", "--num-experts", "1000"], ["1000", "1024"]),
-        (["op", "--tokens", "0"], ["--tokens 0"]),
-        (["step", "--tokens", "300"], ["--tokens 300", "try 256 or 512"]),
-        (["op", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
-        (["op", "--repeats", "0"], ["--repeats 0"]),
+        (["op", "--tokens", "0"], ["tokens=0"]),
+        (["step", "--tokens", "300"], ["tokens=300", "try 256 or 512"]),
+        (["op", "--dtype", "int8"], ["dtype=int8", "bfloat16"]),
+        (["op", "--repeats", "0"], ["repeats=0"]),
         (["op", "--num-experts", "4", "--top-k", "5"], ["top_k"]),
         (["op", "--against", "pytorch"], ["layer"]),
         (["layer", "--against", "tensorflow"], ["tensorflow", "pytorch"]),
-        (["layer", "--against", "pytorch", "--only", "PKM"], ["--only"]),
+        (["layer", "--against", "pytorch", "--only", "PKM"], ["PEER alone", "only"]),
         (["layer", "--against", "pytorch", "--dtype", "bfloat16"], ["float32"]),
     ],
 )

@@ -1,27 +1,37 @@
 """What is measured: an op, a layer or a training step, of given sizes, in a direction, by an implementation."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from flax import nnx
+
+from peer_jax.errors import InputError
+from peer_jax.layers import FeedForward
+from peer_jax.layers.interface import constructor_arguments
 from peer_jax.ops import floor
 from peer_jax.ops.floor import ORDERS, Floor
 
 FORWARD, BOTH = "forward", "forward + backward"
 DIRECTIONS = (FORWARD, BOTH)
 OPS = ("product_key_top_k", "expert_mix", "value_bag")
-LAYERS = ("PEER", "PKM", "Dense")
-# With the weights that PEER-pytorch can have, too: no query norm, and sub-keys a head.
+# PEER as PEER-pytorch can be set: without query norm, and with a set of sub-keys per head.
 COMPARED = "PEER without query norm"
-STEP = "training step"
+COMPARED_OPTIONS = {"query_norm": None, "share_sub_keys": False}
+STEP, STEP_LAYER, STEP_OTHERS = "training step", "PEER", "Dense"  # the layers of a step's middle and other blocks
 PYTORCH = "pytorch"
 PYTORCH_KEEPING = "pytorch, keeping memory"  # with the settings of malloc that our commands have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ONLY_ONE = "-"  # the implementation of a layer that has no choice of implementations
+# Sizes of a case by their symbols in tables, and by the names that arguments of layers have.
+SYMBOLS = {"tokens": "T", "d_model": "d", "num_experts": "N", "num_heads": "h", "top_k": "k"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Plain values, so that it can be sent to another process."""
+    """What one program computes; ``layer`` is the class to build, None for an op."""
 
     what: str
     name: str
@@ -35,24 +45,34 @@ class Case:
     dtype: str = "float32"
     table_dtype: str = "float32"
     implementation: str = "xla"
+    layer: type[FeedForward] | None = None
 
     @property
     def sizes(self) -> dict[str, int | str]:
-        """Those that matter to it, by their symbols."""
-        n = f"{round(self.num_experts**0.5)}^2"
-        named = {"T": self.tokens, "d": self.d_model, "N": n, "h": self.heads, "k": self.top_k}
-        left_out = {"product_key_top_k": {"d"}, "Dense": {"N", "h", "k"}}.get(self.name, set())
-        return {symbol: value for symbol, value in named.items() if symbol not in left_out}
+        """The sizes that matter to the case, by their symbols."""
+        N = self.num_experts
+        side = round(N**0.5)
+        values = (self.tokens, self.d_model, f"{side}^2" if side * side == N else N, self.heads, self.top_k)
+        if self.layer is not None:
+            taken = {"tokens", "d_model", *constructor_arguments(self.layer)} - {*self.layer.benchmark.ignored}
+        else:
+            taken = SYMBOLS.keys() - ({"d_model"} if self.name == "product_key_top_k" else set())
+        return {symbol: value for (name, symbol), value in zip(SYMBOLS.items(), values, strict=True) if name in taken}
 
     @property
     def problem(self) -> tuple:
-        """What competitors share: equal for cases that differ in the implementation or in what doesn't matter."""
+        """What competitors share: the case without its implementation and without sizes that don't matter."""
         return (self.what, self.name, self.direction, self.dtype, self.table_dtype, *self.sizes.items())
+
+    def described(self) -> dict[str, Any]:
+        """The fields as plain values, but the class."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layer"}
 
 
 def cases(
     what: str,
-    names: Sequence[str],
+    name: str,
+    layer: type[FeedForward] | None,
     implementations: Sequence[str],
     *,
     tokens: Sequence[int],
@@ -63,57 +83,68 @@ def cases(
     dtype: str,
     table_dtype: str,
 ) -> Iterator[list[Case]]:
-    """The competitors of each problem: names by directions by sizes, each problem once, from small to large."""
+    """The competitors of each problem: directions by sizes, each problem once, from small to large."""
+    if layer is not None and "implementation" not in constructor_arguments(layer):
+        implementations = (ONLY_ONE,)
     seen = set()
-    directions = (BOTH,) if what == "step" else DIRECTIONS
-    for name, direction in itertools.product(names, directions):
+    for direction in (BOTH,) if what == "step" else DIRECTIONS:
         for sizes in itertools.product(tokens, d_model, num_experts, heads, top_k):
-            case = Case(what, name, direction, *sizes, dtype=dtype, table_dtype=table_dtype)
-            if case.problem in seen or case.top_k > case.num_experts:
+            case = Case(what, name, direction, *sizes, dtype=dtype, table_dtype=table_dtype, layer=layer)
+            retrieves = {"N", "k"} <= case.sizes.keys()
+            if case.problem in seen or (retrieves and case.top_k > case.num_experts):
                 continue
             seen.add(case.problem)
-            # A dense layer has one implementation.
-            several = ("-",) if name == "Dense" else implementations
-            yield [dataclasses.replace(case, implementation=implementation) for implementation in several]
+            yield [dataclasses.replace(case, implementation=implementation) for implementation in implementations]
 
 
-def floors(case: Case) -> dict[str, Floor]:
-    """The floor of an op or a layer, in token order and in expert order; a layer's is the sum of its parts'."""
-    return {order: sum(_parts(case, order), Floor(0, 0)) for order in ORDERS}
+def layer_factory(case: Case) -> Callable[..., FeedForward]:
+    """The class of the case with those of its sizes that the constructor has; call it as a ``Transformer`` does.
+
+    Raises:
+        InputError: if the constructor needs what a case doesn't have.
+    """
+    assert case.layer is not None
+    arguments = constructor_arguments(case.layer)
+    given = {
+        "num_experts": case.num_experts,
+        "num_heads": case.heads,
+        "top_k": case.top_k,
+        "d_key": case.d_key,
+        "implementation": case.implementation,
+    }
+    required = [name for name, argument in arguments.items() if argument.default is argument.empty][1:]
+    if missing := [name for name in required if name not in (*given, "dtype", "param_dtype", "rngs")]:
+        raise InputError(f"{case.layer.__name__} can't be measured: give its argument {missing[0]} a default value")
+    options = {name: value for name, value in given.items() if name in arguments}
+    return functools.partial(case.layer, **options, **(COMPARED_OPTIONS if case.name == COMPARED else {}))
 
 
-def _parts(case: Case, order: str) -> Iterator[Floor]:
-    t, d, N, h, k, d_key = case.tokens, case.d_model, case.num_experts, case.heads, case.top_k, case.d_key
-    n = round(N**0.5)
-    size, row_size = BYTES[case.dtype], BYTES[case.table_dtype]
+def build_layer(case: Case) -> FeedForward:
+    """The layer of a case.
+
+    Raises:
+        InputError: as ``layer_factory``, or if the sizes don't fit.
+    """
+    types = {"dtype": case.dtype, "param_dtype": case.table_dtype}
+    types = {name: value for name, value in types.items() if name in constructor_arguments(case.layer)}
+    return layer_factory(case)(case.d_model, **types, rngs=nnx.Rngs(0))
+
+
+def floors(case: Case) -> dict[str, Floor | None]:
+    """The floor of an op or a layer, in token order and in expert order; None if a layer doesn't know its own."""
     backward = case.direction == BOTH
-
-    def linear(d_in: int, d_out: int) -> Iterator[Floor]:
-        yield floor.linear(t, d_in, d_out, size=size, weight_size=row_size)
-        if backward:
-            yield floor.linear_backward(t, d_in, d_out, size=size, weight_size=row_size)
-
-    if case.name == "Dense":
-        yield from linear(d, 4 * d)
-        yield from linear(4 * d, d)
-        return
-    if case.what == "layer":
-        yield from linear(d, h * d_key)
-    if case.name not in ("expert_mix", "value_bag"):
-        key_sets = h if case.name == COMPARED else 1
-        # In a layer, queries are float32 whatever its type, and sub-keys are of the type of the parameters.
-        scored, key_size = (4, row_size) if case.what == "layer" else (size, size)
-        narrower = Floor((key_size - scored) * key_sets * n * d_key, 0)
-        yield floor.product_key_top_k(t, h, n, d_key, k, key_sets=key_sets, size=scored) + narrower
-        if backward:
-            both = floor.product_key_top_k_backward(t, h, n, d_key, k, key_sets=key_sets, size=scored)
-            yield both + narrower + narrower  # the sub-keys and their gradients
+    size, row_size = BYTES[case.dtype], BYTES[case.table_dtype]
+    if case.layer is not None:
+        layer = nnx.eval_shape(lambda: build_layer(case))
+        how = {"backward": backward, "size": size, "weight_size": row_size}
+        return {order: layer.floor(case.tokens, order, **how) for order in ORDERS}
+    t, h, k = case.tokens, case.heads, case.top_k
+    passes = (case.name, f"{case.name}_backward") if backward else (case.name,)
     if case.name == "product_key_top_k":
-        return
-    is_bag = case.name in ("value_bag", "PKM")
-    forward, gradient = (
-        (floor.value_bag, floor.value_bag_backward) if is_bag else (floor.expert_mix, floor.expert_mix_backward)
-    )
-    yield forward(t, h * k, d, N, order, size=size, row_size=row_size)
-    if backward:
-        yield gradient(t, h * k, d, N, order, size=size, row_size=row_size)
+        sizes = t, h, round(case.num_experts**0.5), case.d_key, k
+        return dict.fromkeys(ORDERS, sum((getattr(floor, one)(*sizes, size=size) for one in passes), Floor(0, 0)))
+    sizes = t, h * k, case.d_model, case.num_experts
+    return {
+        order: sum((getattr(floor, one)(*sizes, order, size=size, row_size=row_size) for one in passes), Floor(0, 0))
+        for order in ORDERS
+    }

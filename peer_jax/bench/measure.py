@@ -13,16 +13,17 @@ from typing import Any
 import jax
 
 from peer_jax.bench import pytorch
-from peer_jax.bench.cases import BYTES, COMPARED, LAYERS, OPS, PYTORCH, PYTORCH_KEEPING, STEP, Case, cases
+from peer_jax.bench.cases import BYTES, COMPARED, OPS, PYTORCH, PYTORCH_KEEPING, STEP, STEP_LAYER, Case, cases
 from peer_jax.bench.programs import SEQUENCE, program
 from peer_jax.bench.timing import Machine, Times, interleaved, measure_machine, sampler
 from peer_jax.bench.worker import Worker
 from peer_jax.errors import InputError
+from peer_jax.layers import FeedForward, families
 from peer_jax.ops import check_implementation
 from peer_jax.ops.floor import Floor
 
 WHATS = ("op", "layer", "step")
-SCHEMA = 1
+SCHEMA = 2  # 1 had no "sizes", and no floors that are unknown
 Sizes = dict[str, Sequence[int]]
 GRID: dict[str, Sizes] = {
     "op": {"tokens": (256, 2048), "d_model": (64, 256), "num_experts": (64**2, 512**2), "heads": (1, 8)},
@@ -39,14 +40,15 @@ class Options:
 
     Args:
         what: "op", "layer" or "step".
-        only: names of ops or layers.
+        only: names of ops, of layers, or of the layers of steps.
         tokens, d_model, num_experts, heads, top_k: sizes; all their combinations are measured.
-        dtype: of tokens and computation.
-        table_dtype: of tables and, in a layer, all parameters.
-        implementation: competitors.
-        against: "pytorch": the layer of PEER-pytorch with the same weights.
+        dtype: type of tokens and computation.
+        table_dtype: type of tables and, for a layer, of all parameters.
+        implementation: implementations of the ops that compete.
+        against: "pytorch" compares with the layer of PEER-pytorch, given the same weights.
         repeats: samples of each competitor.
         quick: one small size, few repeats.
+        layers: further classes of layers by name, beside those of ``peer_jax.layers``.
     """
 
     what: str
@@ -62,80 +64,92 @@ class Options:
     against: str | None = None
     repeats: int = 5
     quick: bool = False
+    layers: Mapping[str, type[FeedForward]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_one("WHAT", self.what, WHATS)
-        _check_one("--dtype", self.dtype, tuple(BYTES))
-        _check_one("--table-dtype", self.table_dtype, tuple(BYTES))
+        _check_one("what", self.what, WHATS)
+        _check_one("dtype", self.dtype, tuple(BYTES))
+        _check_one("table_dtype", self.table_dtype, tuple(BYTES))
         for name in self.only:
-            _check_one("--only", name, self.names)
+            _check_one("only", name, tuple(self._known()))
         for value in self.implementation:
             check_implementation(value)
         for name in ("tokens", "d_model", "num_experts", "heads", "top_k"):
             for value in getattr(self, name):
                 if value < 1:
-                    raise InputError(f"--{name.replace('_', '-')} {value} must be above zero")
-        for value in self.num_experts:
+                    raise InputError(f"{name}={value} must be above zero", argument=name)
+        for value in self.num_experts if self.what == "op" else ():  # a layer says itself what it can take
             if round(value**0.5) ** 2 != value:
-                raise InputError(f"--num-experts {value} is not a square: try {round(value**0.5) ** 2}")
+                raise InputError(
+                    f"num_experts={value} is not a square: try {round(value**0.5) ** 2}", argument="num_experts"
+                )
         for value in self.tokens if self.what == "step" else ():
             if value > SEQUENCE and (over := value % SEQUENCE):
                 raise InputError(
-                    f"--tokens {value} is no whole number of a step's rows of {SEQUENCE} tokens: "
-                    f"try {value - over} or {value - over + SEQUENCE}"
+                    f"tokens={value} is not a whole number of rows of {SEQUENCE} tokens, which a step has: "
+                    f"try {value - over} or {value - over + SEQUENCE}",
+                    argument="tokens",
                 )
         if self.repeats < 1:
-            raise InputError(f"--repeats {self.repeats} must be above zero")
+            raise InputError(f"repeats={self.repeats} must be above zero", argument="repeats")
         if self.against is not None:
-            _check_one("--against", self.against, (PYTORCH,))
+            _check_one("against", self.against, (PYTORCH,))
             if self.what != "layer":
-                raise InputError(f"--against {self.against} compares whole layers: peer-jax bench layer --against ...")
+                raise InputError(
+                    f"a comparison against {self.against} is of whole layers: use what='layer'", argument="what"
+                )
             if self.only:
-                raise InputError("--against pytorch compares PEER alone: leave --only out")
+                raise InputError("a comparison against pytorch measures PEER alone: leave 'only' out", argument="only")
             if {self.dtype, self.table_dtype} != {"float32"}:
-                raise InputError("--against pytorch compares in float32: leave --dtype and --table-dtype out")
+                raise InputError("a comparison against pytorch is in float32: leave the types out", argument="dtype")
             pytorch.check_installed()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What there is to measure."""
-        return (COMPARED,) if self.against else {"op": OPS, "layer": LAYERS, "step": (STEP,)}[self.what]
+    def _known(self) -> Mapping[str, type[FeedForward] | None]:
+        """Ops or layers by name, with the class of a layer."""
+        return dict.fromkeys(OPS) if self.what == "op" else families() | dict(self.layers)
+
+    def names(self) -> dict[str, type[FeedForward] | None]:
+        """What is measured by the name that tables give it, with the class of a layer."""
+        known = self._known()
+        if self.against:
+            return {COMPARED: known[STEP_LAYER]}
+        if self.what == "step":
+            chosen = self.only or (STEP_LAYER,)
+            return {STEP if name == STEP_LAYER else f"{STEP} with {name}": known[name] for name in chosen}
+        usual = [name for name, layer in known.items() if layer is None or layer.benchmark.by_default]
+        return {name: known[name] for name in self.only or usual}
 
     def competitors(self) -> list[list[Case]]:
         """The cases, those of a problem together."""
         defaults = {"top_k": (16,)} | (QUICK if self.quick else AGAINST if self.against else GRID[self.what])
-        sizes = {name: getattr(self, name) or values for name, values in defaults.items()}
-        # A step of the reference holds [tokens, h, k, d]: only where asked for.
+        # A step of the reference holds [tokens, h, k, d], so it is measured only if it is asked for.
         usual = ("xla",) if self.what == "step" or self.against else ("reference", "xla")
         implementations = (*(self.implementation or usual), *([PYTORCH, PYTORCH_KEEPING] if self.against else ()))
-        found = list(
-            cases(
-                self.what,
-                self.only or self.names,
-                implementations,
-                **sizes,
-                dtype=self.dtype,
-                table_dtype=self.table_dtype,
-            )
-        )
+        found = []
+        for name, layer in self.names().items():
+            own = () if layer is None or self.quick else layer.benchmark.num_experts
+            usual_sizes = defaults | ({"num_experts": own} if own else {})
+            sizes = {size: getattr(self, size) or values for size, values in usual_sizes.items()}
+            types = {"dtype": self.dtype, "table_dtype": self.table_dtype}
+            found += cases(self.what, name, layer, implementations, **sizes, **types)
         if not found:
             raise InputError("nothing is left to measure: top_k is more than num_experts in all combinations")
         return found
 
 
-def _check_one(flag: str, value: str, choices: Sequence[str]) -> None:
+def _check_one(argument: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise InputError(f"{flag} {value} is not one of {', '.join(choices)}")
+        raise InputError(f"{argument}={value} is not one of {', '.join(choices)}", argument=argument)
 
 
 def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-    """Measures; the result is what the JSON file has. ``on_row`` sees each row as soon as it is there.
+    """Measures; the result is what the JSON file holds. ``on_row`` is called with each row as it is measured.
 
     Raises:
-        InputError: if a competitor's output differs, or none can take a size.
+        InputError: if a competitor's output differs, or nothing can be measured.
     """
     start = time.monotonic()
-    # In bytes of the type that the products are in; small where the run is.
+    # Small arrays for a small run.
     size = {"megabytes": 32, "width": 512} if options.quick else {}
     machine = measure_machine(options.dtype, **size)
     rows: list[dict[str, Any]] = []
@@ -153,7 +167,7 @@ def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda r
     device = jax.devices()[0]
     return {
         "schema": SCHEMA,
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(options) | {"layers": sorted(options.layers)},
         "machine": {
             "device": device.device_kind,
             "platform": device.platform,
@@ -168,11 +182,11 @@ def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda r
     }
 
 
-Measured = dict[Case, tuple[Times, Mapping[str, Floor], dict[str, int | None]]]
+Measured = dict[Case, tuple[Times, Mapping[str, Floor | None], dict[str, int | None]]]
 
 
 def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
-    """In this process, in turn; what can't take the sizes is left out, with the reason."""
+    """Measures competitors in this process, in turn. Leaves out those that can't take the sizes, with the reason."""
     programs, notes = {}, []
     for case in competitors:
         try:
@@ -184,7 +198,7 @@ def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list
 
 
 def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
-    """In a process each, in turn, which tells the memory of each process; leaves out what ``_together`` does."""
+    """Measures competitors in a process each, in turn, and so the memory of each; leaves out as ``_together`` does."""
     workers: dict[str, Worker] = {}
     notes = []
     with contextlib.ExitStack() as stack:
@@ -213,18 +227,22 @@ def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[st
 def _row(
     case: Case,
     times: Times,
-    floors: Mapping[str, Floor],
+    floors: Mapping[str, Floor | None],
     memory: Mapping[str, int | None],
     machine: Machine,
     first: Times | None,
 ) -> dict[str, Any]:
-    """A row of the table and of the JSON file; times in seconds, memory in bytes."""
-    least = {order: floor.seconds(*machine) for order, floor in floors.items()}
+    """A row of the table and of the JSON file: times in seconds, memory in bytes, None for what is unknown."""
+    known = {order: floor for order, floor in floors.items() if floor is not None}
+    least = {order: floor.seconds(*machine) for order, floor in known.items()}
+    unknown = dict.fromkeys(floors)
     return {
-        **dataclasses.asdict(case),
+        **case.described(),
+        "sizes": case.sizes,
         **times._asdict(),
-        "floor": {order: dataclasses.asdict(floor) | {"seconds": least[order]} for order, floor in floors.items()},
-        "fraction_of_floor": {order: seconds / times.median for order, seconds in least.items()},
+        "floor": unknown
+        | {order: dataclasses.asdict(floor) | {"seconds": least[order]} for order, floor in known.items()},
+        "fraction_of_floor": unknown | {order: seconds / times.median for order, seconds in least.items()},
         "faster_than_first": None if first is None else first.median / times.median,
         **{"extra_memory": None, "process_peak": None},
         **memory,

@@ -1,4 +1,4 @@
-"""The compiled program of a case, its arguments made up."""
+"""The compiled program of a case, with arguments that are made up."""
 
 import functools
 from collections.abc import Callable
@@ -10,19 +10,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from peer_jax.bench.cases import BOTH, COMPARED, Case, floors
+from peer_jax.bench.cases import BOTH, COMPARED, STEP_OTHERS, Case, build_layer, floors, layer_factory
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense
+from peer_jax.layers import families
 from peer_jax.ops import expert_mix, mosaic_gpu, product_key_top_k, value_bag
 from peer_jax.ops.floor import Floor, training_step
 
 
 class Program(NamedTuple):
-    """``call`` runs it; ``results`` are y and the gradient of x, where it is to be compared."""
+    """``call`` runs it; ``results`` returns y and gradients, for a program that is compared with another."""
 
     call: Callable[[], Any]
-    floors: dict[str, Floor]
-    memory: int | None  # bytes of outputs and temporary arrays, as the compiler has it
+    floors: dict[str, Floor | None]  # by order; None if unknown
+    memory: int | None  # bytes of outputs and temporary arrays, according to the compiler
     results: Callable[[], dict[str, np.ndarray]] | None = None
 
 
@@ -60,11 +60,11 @@ def program(case: Case) -> Program:
 
 
 def _check_is_taken(case: Case) -> None:
-    """An InputError if the op would fall back to another implementation: its time would bear the wrong name."""
+    """An InputError if the op would fall back to another implementation, whose time would bear the wrong name."""
     if case.implementation != "mosaic_gpu":
         return
     if case.name == "product_key_top_k":
-        raise InputError("product_key_top_k has no such kernel")
+        raise InputError("product_key_top_k has no kernel of that kind")
     x = jax.ShapeDtypeStruct((case.tokens, case.d_model), case.dtype)
     table = jax.ShapeDtypeStruct((case.num_experts, case.d_model), case.table_dtype)
     if reason := mosaic_gpu.why_not(x, table, case.heads * case.top_k, jax.default_backend()):
@@ -72,7 +72,7 @@ def _check_is_taken(case: Case) -> None:
 
 
 def compiled_memory(compiled: Any) -> int | None:
-    """Bytes beside the arguments, if the backend tells."""
+    """Bytes of a program beside its arguments; None if the backend doesn't tell."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
@@ -92,7 +92,7 @@ def _op(case: Case) -> tuple[Function, Any, Any]:
     if case.name == "product_key_top_k":
         variables = (normal(t, h, case.d_key), normal(2, round(N**0.5), case.d_key // 2))
         return lambda arrays, _: product_key_top_k(*arrays, k, **how), variables, ()
-    # As data: of constant indices XLA would fold the sort at compile time.
+    # An argument of the program: XLA would sort constant indices at compile time.
     indices = jax.random.randint(next(keys), (t, h, k), 0, N)
     gates = jax.nn.softmax(normal(t, h, k))
     if case.name == "value_bag":
@@ -113,22 +113,7 @@ def _op(case: Case) -> tuple[Function, Any, Any]:
 def _layer(case: Case) -> tuple[Function, Any, Any]:
     t, d = case.tokens, case.d_model
     x = jax.random.normal(jax.random.key(2), (1, t, d), case.dtype)
-    if case.name == "Dense":
-        layer = Dense(d, dtype=case.dtype, param_dtype=case.table_dtype, rngs=nnx.Rngs(0))
-    else:
-        make = functools.partial(
-            PKM if case.name == "PKM" else PEER,
-            d,
-            case.num_experts,
-            num_heads=case.heads,
-            top_k=case.top_k,
-            d_key=case.d_key,
-            implementation=case.implementation,
-            dtype=case.dtype,
-            param_dtype=case.table_dtype,
-            rngs=nnx.Rngs(0),
-        )
-        layer = make(query_norm=None, share_sub_keys=False) if case.name == COMPARED else make()
+    layer = build_layer(case)
     graph, params, others = nnx.split(layer, nnx.Param, ...)
     if case.name == COMPARED:
         given = compared_weights(case)
@@ -148,7 +133,7 @@ def _layer(case: Case) -> tuple[Function, Any, Any]:
 
 
 def compared_weights(case: Case) -> dict[str, np.ndarray]:
-    """Weights and input that both sides of a comparison take; the same in every process. Float32."""
+    """Float32 weights and input for both sides of a comparison, the same in every process."""
     rng = np.random.default_rng(0)
     n, c = round(case.num_experts**0.5), case.d_key // 2
     d, N, h = case.d_model, case.num_experts, case.heads
@@ -169,24 +154,15 @@ BLOCKS, SEQUENCE, VOCABULARY = 8, 256, 259
 
 
 def _step(case: Case) -> Program:
-    """A step of AdamW on a transformer of 8 blocks, PEER in the middle one, in rows of 256 bytes at most."""
+    """A step of AdamW on rows of up to 256 bytes; the case's layer is in the middle one of a transformer's 8 blocks."""
     from peer_jax.models import Transformer
     from peer_jax.training.flops import training_flops
     from peer_jax.training.optimizer import AdamW
     from peer_jax.training.step import Trainer
 
-    peer = functools.partial(
-        PEER,
-        num_experts=case.num_experts,
-        num_heads=case.heads,
-        top_k=case.top_k,
-        d_key=case.d_key,
-        implementation=case.implementation,
-    )
     length = min(SEQUENCE, case.tokens)
-    build = functools.partial(
-        Transformer, VOCABULARY, case.d_model, BLOCKS, 4, ffw=Dense, sparse_ffw=peer, dtype=case.dtype
-    )
+    layers = {"ffw": families()[STEP_OTHERS], "sparse_ffw": layer_factory(case)}
+    build = functools.partial(Transformer, VOCABULARY, case.d_model, BLOCKS, 4, **layers, dtype=case.dtype)
     trainer = Trainer(build, AdamW(learning_rate=1e-3))
     state = trainer.init(0)
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (case.tokens // length, length)).astype(np.int32)
@@ -203,5 +179,5 @@ def _step(case: Case) -> Program:
     least = training_step(
         trainer.abstract_model.num_params(), training_flops(trainer.abstract_model, tokens.size, length)
     )
-    # Its outputs are the state's own arrays, which it was given to write in.
+    # The outputs need no memory: they are written into the arrays of the state.
     return Program(call, {"token": least, "expert": least}, None if memory is None else int(memory.temp_size_in_bytes))

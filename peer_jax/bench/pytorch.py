@@ -1,6 +1,6 @@
 """PEER-pytorch with our weights: the same function, for `--against pytorch`.
 
-The package is https://github.com/lucidrains/PEER-pytorch. It has no query norm and always a set of sub-keys a head.
+The package is https://github.com/lucidrains/PEER-pytorch. It has no query norm, and each head has its own sub-keys.
 """
 
 import functools
@@ -13,17 +13,20 @@ from peer_jax.bench.cases import BOTH, PYTORCH, PYTORCH_KEEPING, Case, floors
 from peer_jax.bench.programs import Program, compared_weights
 from peer_jax.errors import InputError
 
-# Float32 sums of up to some hundred products in another order; a token whose k-th and next score are that close may
-# get another expert on either side.
+# Both sides sum up to some hundred float32 products, in different orders. If the k-th and the next score of a token are
+# closer than their rounding errors, the two sides may choose different experts.
 TOLERANCE = 1e-4
-MAY_DIFFER = 0.002
+MAY_DIFFER = 0.002  # share of the tokens
 
 
 def check_installed() -> None:
-    """An InputError that says how to install it, if it is missing."""
+    """An InputError that says how to install what is missing."""
     for name in ("torch", "PEER_pytorch"):
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"--against pytorch needs {name}, which is not installed: uv pip install -e '.[bench]'")
+            raise InputError(
+                f"a comparison against pytorch needs {name}, which is not installed: uv pip install -e '.[bench]'",
+                argument="against",
+            )
 
 
 def program(case: Case) -> Program:
@@ -38,7 +41,7 @@ def program(case: Case) -> Program:
         heads=h,
         num_experts=case.num_experts,
         num_experts_per_head=case.top_k,
-        # As jax.nn.gelu has it.
+        # The form that jax.nn.gelu has.
         activation=functools.partial(torch.nn.GELU, approximate="tanh"),
         dim_key=c,
         non_competing_scores=False,
@@ -75,14 +78,14 @@ def program(case: Case) -> Program:
 
 
 def _cotangent(case: Case) -> np.ndarray:
-    """The one that ``programs.program`` takes."""
+    """The cotangent that ``programs.program`` takes."""
     import jax
 
     return np.asarray(jax.random.normal(jax.random.key(1), (1, case.tokens, case.d_model)))
 
 
 def check_agreement(case: Case, results: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """An InputError unless the others' outputs and gradients are PyTorch's, but for rounding."""
+    """An InputError unless all outputs and gradients equal PyTorch's, but for rounding."""
     theirs = results[PYTORCH if PYTORCH in results else PYTORCH_KEEPING]
     for implementation, ours in results.items():
         for name, value in ours.items():
@@ -90,5 +93,6 @@ def check_agreement(case: Case, results: Mapping[str, Mapping[str, np.ndarray]])
             if (share := float(np.mean(error > TOLERANCE))) > MAY_DIFFER:
                 raise InputError(
                     f"{name} of {case.name} differs from PEER-pytorch's in {share:.1%} of the tokens with "
-                    f"implementation={implementation!r}: don't compare times of what computes something else"
+                    f"implementation={implementation!r}: times of programs that compute different things can't be "
+                    "compared"
                 )

@@ -1,4 +1,4 @@
-"""Tables, a JSON file and a figure a table."""
+"""Tables of what was measured, a JSON file, and a figure per table."""
 
 import itertools
 import json
@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peer_jax.bench.cases import Case
 from peer_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -20,15 +19,14 @@ MIB = 2**20
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of each table: one for an op, a layer or the step, and a direction."""
+    """Titles and rows of the tables: one table per op, layer or step, and direction."""
     for (name, direction), own in itertools.groupby(rows, key=lambda row: (row["name"], row["direction"])):
         yield f"{name}, {direction}", list(own)
 
 
 def sizes(row: Row) -> str:
     """T=2048 d=256 N=512^2 h=8 k=16"""
-    case = Case(**{field: row[field] for field in Case.__dataclass_fields__})
-    return " ".join(f"{symbol}={value}" for symbol, value in case.sizes.items())
+    return " ".join(f"{symbol}={value}" for symbol, value in row["sizes"].items())
 
 
 def seconds(value: float) -> str:
@@ -44,16 +42,18 @@ def _memory(row: Row) -> str:
     return "" if value is None else f"{value / MIB:.0f} MiB"
 
 
-def _percent(value: float) -> str:
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def line(row: Row) -> str:
-    """A row as it is measured."""
+    """The line that is printed when a row has been measured."""
     return f"{row['name']}, {row['direction']}, {sizes(row)}, {row['implementation']}: {seconds(row['median'])}"
 
 
-# An implementation always looks the same; colours of the reports', told apart by the colour-blind.
+# An implementation looks the same in all figures; the colour-blind can tell these colours apart, too.
 LOOKS = {
     "reference": ("#000000", "o"),
     "xla": ("#d55e00", "s"),
@@ -65,7 +65,7 @@ COLUMNS = ("sizes", "implementation", "median", "quartiles", "ratio", "floor, to
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """What the table of these rows shows."""
+    """The text of a table's cells."""
     return [
         (
             sizes(row),
@@ -81,13 +81,13 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def heading(result: dict[str, Any]) -> str:
-    """What was measured of the machine, and what the columns mean."""
+    """What the machine was measured to do, and what the columns mean."""
     machine = result["machine"]
     return (
         f"{machine['device']} ({machine['platform']}, {machine['cores']} cores): "
         f"{machine['bandwidth'] / 1e9:.1f} GB/s and {machine['flops_per_second'] / 1e9:.0f} GFLOP/s measured. "
-        "ratio: times as fast as the first of the same sizes. floor: share of the time that the least bytes and FLOPs "
-        "need at these rates."
+        "ratio: times as fast as the first row of the same sizes. floor: share of the measured time that the fewest "
+        "bytes and FLOPs need at these rates; - if unknown."
     )
 
 
@@ -109,21 +109,23 @@ def show(result: dict[str, Any]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder that ``write`` fills: before measuring, so that nothing is measured in vain.
+    """Makes the folder that ``write`` fills. Call it before measuring, so that nothing is measured in vain.
 
     Raises:
-        InputError: if it can't be made or written to.
+        InputError: if the folder can't be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--out {folder} can't be written to ({error.strerror}): name another folder") from error
+        raise InputError(
+            f"{folder} can't be written to ({error.strerror}): name another folder", argument="out"
+        ) from error
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """``folder`` gets WHAT.json and a PNG a table, if matplotlib is there; the files written."""
+    """Writes WHAT.json and, if matplotlib is installed, a PNG per table into ``folder``; returns the files' paths."""
     make_folder(folder)
     options = result["options"]
     stem = options["what"] + (f"-{options['against']}" if options["against"] else "")
@@ -141,7 +143,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _figure(title: str, rows: Sequence[Row]):
-    """Seconds of each implementation, with their quartiles and both floors, a line a size; or against N."""
+    """Seconds of each implementation with quartiles and floors: a line per size or, for steps, a curve against N."""
     from matplotlib.lines import Line2D
 
     from peer_jax.analysis.style import QUIET, Style, figure, house_style, legend, log_axis
@@ -167,18 +169,22 @@ def _figure(title: str, rows: Sequence[Row]):
         least = {label: row["floor"] for label, row in zip(map(sizes, rows), rows, strict=True)}
         values = [row["median"] for row in rows]
         for order, marker in (("token", "|"), ("expert", "1"))[: 1 if against_n else 2]:
-            floors = [least[label][order]["seconds"] for label in labels]
+            known = [label for label in labels if least[label][order] is not None]
+            if not known:
+                continue
+            floors = [least[label][order]["seconds"] for label in known]
             values += floors
             if against_n:
-                axes.plot([row["num_experts"] for row in rows], floors, ":", color=QUIET)
+                counts = {sizes(row): row["num_experts"] for row in rows}
+                axes.plot([counts[label] for label in known], floors, ":", color=QUIET)
                 keys.append(Line2D([], [], ls=":", color=QUIET, label="floor"))
             else:
-                axes.plot(floors, range(len(labels)), marker, ms=10, color=QUIET)
+                axes.plot(floors, [labels.index(label) for label in known], marker, ms=10, color=QUIET)
                 keys.append(Line2D([], [], ls="", marker=marker, ms=10, color=QUIET, label=f"floor, {order} order"))
         if against_n:
             counts = sorted({row["num_experts"] for row in rows})
             log_axis(axes.xaxis, counts[0], counts[-1])
-            axes.set_xticks(counts, [f"{math.isqrt(n)}²" for n in counts])
+            axes.set_xticks(counts, [f"{math.isqrt(n)}²" if math.isqrt(n) ** 2 == n else str(n) for n in counts])
             axes.set_xlabel("experts N")
             axes.set_ylabel("seconds per step")
             log_axis(axes.yaxis, min(values), max(values), write=lambda value: f"{value:g}")

@@ -1,10 +1,12 @@
-"""A case in a process of its own, which measures when it is told to: for memory, and for libraries that don't mix.
+"""A process that measures one case when it is told to: its memory is the case's, and libraries don't mix.
 
-The parent writes lines to its standard input: the case, then "sample" for each sample. It answers in lines of JSON.
+The parent writes lines to the standard input of the process: the case, then "sample" for each sample. The process
+answers in lines of JSON.
 """
 
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import re
@@ -15,17 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from peer_jax.allocator import keep_freed_memory, return_freed_memory
 from peer_jax.bench.cases import PYTORCH, PYTORCH_KEEPING, Case
 from peer_jax.errors import InputError
 from peer_jax.ops.floor import Floor
+from peer_jax.startup import keep_freed_memory, return_freed_memory
 
 
 class Worker:
-    """Handle of such a process, to be closed. ``answer`` is what it said of the case."""
+    """Handle of such a process, to be closed; ``answer`` is what the process found out about the case."""
 
     def __init__(self, case: Case, results: Path) -> None:
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # A layer is imported from where this process imports it.
+        places = os.pathsep.join(place or os.getcwd() for place in sys.path)
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": places}
         self.case, self.results_file = case, results
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from peer_jax.bench.worker import main; main()", str(results)],
@@ -35,11 +39,11 @@ class Worker:
             env=environment,
         )
         try:
-            self.answer = self._ask(json.dumps(dataclasses.asdict(case)))
+            self.answer = self._ask(json.dumps(_sent(case)))
         except BaseException:
             self.close()
             raise
-        self.floors = {order: Floor(**floor) for order, floor in self.answer["floors"].items()}
+        self.floors = {order: floor and Floor(**floor) for order, floor in self.answer["floors"].items()}
 
     def _ask(self, line: str) -> Any:
         assert self.process.stdin is not None
@@ -62,11 +66,11 @@ class Worker:
         return found
 
     def sample(self) -> float:
-        """Seconds of a call."""
+        """Seconds per call."""
         return self._ask("sample")
 
     def results(self) -> dict[str, np.ndarray]:
-        """What the program computed, if it is to be compared."""
+        """The results of a program that is compared with another; nothing for other programs."""
         return dict(np.load(self.results_file)) if self.results_file.exists() else {}
 
     def close(self) -> None:
@@ -75,8 +79,32 @@ class Worker:
         self.process.communicate()
 
 
+def _sent(case: Case) -> dict[str, Any]:
+    """The case as plain values, with the module and the name of its layer's class."""
+    layer = case.layer
+    return case.described() | {"layer": None if layer is None else [layer.__module__, layer.__qualname__]}
+
+
+def _received(sent: dict[str, Any]) -> Case:
+    """The case that ``_sent`` made plain.
+
+    Raises:
+        InputError: if another process can't import the class.
+    """
+    if sent["layer"] is not None:
+        module, name = sent["layer"]
+        try:
+            sent["layer"] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise InputError(
+                f"{name} of {module} can't be imported by the process that measures it: define the class at the top "
+                "of a module"
+            ) from None
+    return Case(**sent)
+
+
 def resident(what: str) -> int | None:
-    """Bytes of the process: "VmRSS" now, "VmHWM" at the peak since it was reset; None where Linux doesn't tell."""
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the peak since the last reset; None if the system doesn't tell."""
     try:
         found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -85,11 +113,11 @@ def resident(what: str) -> int | None:
 
 
 def peak_of(call: Any) -> tuple[int | None, int | None]:
-    """Bytes that the process grows by during a call, at its peak; and its size at that peak."""
+    """By how many bytes the process grows during a call, at the peak, and the size of the process then."""
     gc.collect()
     return_freed_memory()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
     except OSError:
         return None, None
     before = resident("VmRSS")
@@ -99,15 +127,15 @@ def peak_of(call: Any) -> tuple[int | None, int | None]:
 
 
 def main() -> None:
-    """The process."""
+    """What the process runs."""
     pipe, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-    os.dup2(2, 1)  # whatever else is printed does not meet the answers
+    os.dup2(2, 1)  # whatever else is printed does not mix with the answers
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=pipe, flush=True)
 
-    case = Case(**json.loads(sys.stdin.readline()))
-    if case.implementation != PYTORCH:
+    sent = json.loads(sys.stdin.readline())
+    if sent["implementation"] != PYTORCH:
         keep_freed_memory()
     import jax
 
@@ -115,6 +143,7 @@ def main() -> None:
     from peer_jax.bench.timing import sampler
 
     try:
+        case = _received(sent)
         program = (pytorch if case.implementation in (PYTORCH, PYTORCH_KEEPING) else programs).program(case)
     except InputError as error:
         answer({"refused": str(error)})
@@ -123,7 +152,7 @@ def main() -> None:
         np.savez(sys.argv[1], **program.results())
     sample = sampler(program.call)
     extra, peak = peak_of(lambda: jax.block_until_ready(program.call()))
-    floors = {order: dataclasses.asdict(floor) for order, floor in program.floors.items()}
+    floors = {order: floor and dataclasses.asdict(floor) for order, floor in program.floors.items()}
     answer({"floors": floors, "memory": program.memory, "extra_memory": extra, "process_peak": peak})
     for _ in sys.stdin:
         answer(sample())

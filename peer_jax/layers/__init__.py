@@ -4,21 +4,34 @@ import importlib
 import inspect
 import pkgutil
 
+from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.dense import Dense
-from peer_jax.layers.interface import Aux, FeedForward, Routing
+from peer_jax.layers.interface import Aux, Benchmark, FeedForward, Routing
 from peer_jax.layers.moe import MoE
 from peer_jax.layers.peer import PEER
 from peer_jax.layers.pkm import PKM
 
-__all__ = ["PEER", "PKM", "Aux", "Dense", "FeedForward", "MoE", "Routing", "families"]
+__all__ = [
+    "PEER",
+    "PKM",
+    "Aux",
+    "Benchmark",
+    "Dense",
+    "DeviceLoad",
+    "FeedForward",
+    "LayerCosts",
+    "MoE",
+    "Routing",
+    "families",
+]
 
 
 def families() -> dict[str, type[FeedForward]]:
-    """The layer classes in the modules of this package that can be called, by name."""
+    """The layer classes of this package by name: every class in one of its modules that defines ``__call__``."""
     found = {}
-    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
-        for name, value in vars(importlib.import_module(info.name)).items():
-            is_layer = inspect.isclass(value) and issubclass(value, FeedForward) and value.__module__ == info.name
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            is_layer = inspect.isclass(value) and issubclass(value, FeedForward) and value.__module__ == module.name
             if is_layer and value.__call__ is not FeedForward.__call__:
                 found[name] = value
     return found

@@ -5,7 +5,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.interface import ACTIVATIONS, GATED_ACTIVATIONS, Aux, FeedForward, check_choice, check_positive
+from peer_jax.ops import floor
+from peer_jax.ops.floor import Floor
 
 
 class Dense(FeedForward):
@@ -15,13 +18,16 @@ class Dense(FeedForward):
 
     Args:
         d_model: width of input and output.
-        d_ff: hidden width, 4 * d_model where None.
-        activation: "gelu", "relu" or "silu"; "swiglu" or "geglu" are gated and have half as many parameters more.
-        dtype: of the computation, that of ``x`` where None.
-        param_dtype: of the parameters.
-        kernel_init: of all kernels.
-        rngs: for the parameters.
+        d_ff: hidden width; 4 * d_model if None.
+        activation: "gelu", "relu" or "silu"; or "swiglu" or "geglu", which are gated and have 1.5 times as many
+            parameters.
+        dtype: type of the computation; the type of ``x`` if None.
+        param_dtype: type of the parameters.
+        kernel_init: initialiser of all kernels.
+        rngs: random numbers for the parameters.
     """
+
+    variant_option = "activation"
 
     def __init__(
         self,
@@ -51,7 +57,8 @@ class Dense(FeedForward):
             )
 
         self.activation = activation
-        self.is_baseline = activation == "gelu"
+        self.variant = None if activation == "gelu" else activation
+        self.is_baseline = activation == "gelu" and d_ff == 4 * d_model
         self.up = linear(d_model, d_ff, "embed", "hidden")
         self.gate = linear(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
         self.down = linear(d_ff, d_model, "hidden", "embed")
@@ -65,5 +72,24 @@ class Dense(FeedForward):
             hidden = GATED_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         return self.down(hidden), Aux(jnp.zeros(()), {})
 
+    def options(self) -> dict[str, object]:
+        d_ff = self.up.out_features
+        return super().options() | ({} if d_ff == 4 * self.up.in_features else {"d_ff": d_ff})
+
     def flops_per_token(self, seq_len: int) -> float:
         return 2 * self.num_params()
+
+    def costs(self, load: DeviceLoad) -> LayerCosts:
+        """Kept are the inputs and the output of the activation, d_ff each. Worked with are two gradients of d_ff."""
+        hidden = load.size * load.tokens * self.up.out_features
+        return LayerCosts(kept=(2 if self.gate is None else 3) * hidden, working=2 * hidden)
+
+    def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
+        products = (
+            floor.linear_passes(
+                tokens, linear.in_features, linear.out_features, backward=backward, size=size, weight_size=weight_size
+            )
+            for linear in (self.up, self.gate, self.down)
+            if linear is not None
+        )
+        return sum(products, Floor(0, 0))

@@ -1,14 +1,18 @@
 """What every feed-forward layer has in common."""
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.fields import IDENTITY, kind_of
+from peer_jax.layers.costs import DeviceLoad, LayerCosts
+from peer_jax.ops.floor import Floor
 
 
 class Aux(NamedTuple):
@@ -22,7 +26,7 @@ class Aux(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The experts of each token and their weights. A weight of zero is an expert that isn't used."""
+    """The experts of each token and their weights. An expert whose weight is zero is not used."""
 
     indices: Int[Array, "b s h k"]
     gates: Float[Array, "b s h k"]
@@ -36,14 +40,38 @@ class Table(nnx.Param):
 TABLE_AXES = ("rows", "columns")
 
 
+class Benchmark(NamedTuple):
+    """How ``peer-jax bench layer`` measures the layers of a class.
+
+    Attributes:
+        by_default: whether the class is measured when no layer is named.
+        ignored: sizes that the constructor takes and the time doesn't depend on.
+        num_experts: numbers of experts to measure when none is given; those of a fine-grained layer where empty.
+    """
+
+    by_default: bool = True
+    ignored: tuple[str, ...] = ()
+    num_experts: tuple[int, ...] = ()
+
+
 class FeedForward(nnx.Module):
     """A layer that takes a transformer's feed-forward slot.
 
-    ``is_causal`` is False where a token's output can depend on later tokens. ``mixes_tokens`` is True where, at
-    evaluation, it depends on other tokens at all: such a layer can't be run a token at a time with a cache.
-    ``variant`` tells apart what reports should not confuse.
+    A subclass defines ``__init__(d_model, *, dtype, param_dtype, rngs)``, with what other arguments it likes,
+    ``__call__`` and ``flops_per_token``. Everything else has a default; where the default is "unknown", plans and
+    benchmarks say so.
 
     Modules start in training mode; ``.eval()`` and ``.train()`` switch.
+
+    Attributes:
+        is_causal: False if the output of a token can depend on later tokens.
+        mixes_tokens: True if, at evaluation, the output of a token depends on other tokens at all. Such a layer can't
+            generate token by token with a cache.
+        is_baseline: True for the layer that others are compared with by default, the plain dense one.
+        num_experts: number of experts; a layer that routes must set it.
+        variant: a word for the most important option, which labels show without the option's name.
+        variant_option: the name of that option.
+        benchmark: how the class is benchmarked.
     """
 
     is_causal: bool = True
@@ -51,6 +79,8 @@ class FeedForward(nnx.Module):
     is_baseline: bool = False
     num_experts: int | None = None
     variant: str | None = None
+    variant_option: ClassVar[str | None] = None
+    benchmark: ClassVar[Benchmark] = Benchmark()
 
     @property
     def name(self) -> str:
@@ -59,25 +89,50 @@ class FeedForward(nnx.Module):
 
     @property
     def label(self) -> str:
-        """What reports call a model with this layer: its name, and the options that differ from the defaults."""
-        return self.name if self.variant is None else f"{self.name} ({self.variant})"
+        """What reports call a model with this layer: its name, variant, and options that differ from the defaults."""
+        told = [] if self.variant is None else [self.variant]
+        options = {name: value for name, value in self.options().items() if name != self.variant_option}
+        told += [f"{name}={value!r}" for name, value in sorted(options.items())]
+        return f"{self.name} ({', '.join(told)})" if told else self.name
 
     def options(self) -> dict[str, object]:
-        """Options of the constructor that differ from their defaults, by name."""
-        return {}
+        """Options of the constructor that differ from their defaults, by name.
+
+        An option is an argument whose default is a string, a number, a bool or None, and whose value the layer keeps
+        as an attribute of the same name. Types, initialisers and arguments annotated ``Placed`` or ``Bookkeeping`` are
+        not options. A layer that keeps an option in another form overrides this method.
+        """
+        found = {}
+        for name, argument in constructor_arguments(type(self)).items():
+            if kind_of(argument.annotation) is IDENTITY and not name.endswith("dtype") and _is_plain(argument.default):
+                value = getattr(self, name, argument.default)
+                if _is_plain(value) and value != argument.default:
+                    found[name] = value
+        return found
 
     @property
     def routes(self) -> bool:
         """Whether the layer routes tokens to experts, and so has ``route`` and ``num_experts``."""
-        return hasattr(self, "route")
+        return type(self).route is not FeedForward.route
 
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> tuple[Array, Aux]:
         """Output and auxiliary loss. ``mask`` is True for real tokens; others touch neither statistics nor losses."""
         raise NotImplementedError
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward FLOPs a token in a sequence of ``seq_len`` tokens; a multiply-add counts 2."""
+    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+        """The experts of each token, without side effects; only of a layer that routes."""
         raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs per token in a sequence of ``seq_len`` tokens; a multiply-add counts 2.
+
+        Raises:
+            InputError: if the class doesn't define it.
+        """
+        raise InputError(
+            f"{self.name} can't be compared by FLOPs: define flops_per_token(self, seq_len), the forward FLOPs per "
+            "token, in that class"
+        )
 
     def num_params(self) -> int:
         """All parameters of the layer."""
@@ -86,6 +141,45 @@ class FeedForward(nnx.Module):
     def num_active_params(self) -> int:
         """The parameters that one token uses."""
         return self.num_params()
+
+    def costs(self, load: DeviceLoad) -> LayerCosts | None:
+        """What the layer keeps, works with, reads and exchanges under ``load``; None if that is unknown.
+
+        Raises:
+            InputError: if the layer's costs depend on the tokens, so that nothing can be planned.
+        """
+        return None
+
+    def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor | None:
+        """The least bytes and FLOPs of a forward pass, or of a forward and a backward pass; None if unknown.
+
+        Args:
+            tokens: tokens of a call.
+            order: "token" or "expert", see ``peer_jax.ops.floor``.
+            backward: include the backward pass.
+            size: bytes of an element of the computation.
+            weight_size: bytes of an element of the parameters.
+        """
+        return None
+
+
+def constructor_arguments(layer: type) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a class's constructor by name, with those that it hands on to its base class by ``**``."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in layer.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        arguments = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        for argument in arguments:
+            if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+                found.setdefault(argument.name, argument)
+        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+            break
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)  # a bool is an int
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}

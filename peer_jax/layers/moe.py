@@ -4,7 +4,7 @@ Sources: expert choice, Zhou et al. 2022 (arXiv:2202.09368); token choice with b
 arXiv:2101.03961) and Lepikhin et al. 2020 (GShard, arXiv:2006.16668); router z-loss, Zoph et al. 2022 (ST-MoE,
 arXiv:2202.08906).
 
-b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens an expert takes of a sequence
+b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens that an expert takes from a sequence
 f  d_ff      k  top-k        m  rows given to an expert
 """
 
@@ -19,16 +19,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
 from peer_jax.layers.interface import (
     ACTIVATIONS,
     GATED_ACTIVATIONS,
     Aux,
+    Benchmark,
     FeedForward,
     Routing,
     check_choice,
     check_positive,
 )
 from peer_jax.ops import sharded
+from peer_jax.ops.traffic import Collectives
 from peer_jax.sharding import EXPERT, constrain, on_each_device
 
 ROUTINGS = ("expert_choice", "token_choice")
@@ -41,31 +44,37 @@ class MoE(FeedForward):
     probability, weighted by that probability. It compares tokens with later ones, so it sees the future:
     ``is_causal`` is False.
 
-    *Token choice*: each token takes its ``top_k`` experts; their probabilities are renormalised where top_k > 1.
-    With a capacity, C = ceil(seq * top_k * capacity_factor / E) places an expert and sequence are filled in the order
-    of the tokens and later ones are dropped, which keeps it causal; with ``capacity_factor=None`` none is dropped.
+    *Token choice*: each token takes its ``top_k`` experts; if top_k > 1, their probabilities are renormalised. With a
+    capacity, an expert has C = ceil(seq * top_k * capacity_factor / E) places per sequence. They are filled in the
+    order of the tokens and later tokens are dropped, which keeps the layer causal. With ``capacity_factor=None`` no
+    token is dropped.
 
-    Parameters: ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
+    The parameters are ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
 
     Args:
         d_model: width of input and output.
         num_experts: E.
-        d_ff: hidden width of an expert, 4 * d_model where None.
+        d_ff: hidden width of an expert; 4 * d_model if None.
         routing: "expert_choice" or "token_choice".
-        top_k: experts a token, for token choice.
-        capacity_factor: places, relative to those needed if all experts were equally popular; None: no limit.
+        top_k: experts per token, for token choice.
+        capacity_factor: places per expert, relative to the places needed if all experts were equally popular; None for
+            no limit.
         activation: as in ``Dense``.
-        balance_loss_weight: of E * sum_e f_e p_e, token choice only.
-        z_loss_weight: of the mean squared logsumexp of the router's logits, token choice only.
-        router_noise: standard deviation of Gaussian noise on the logits, times 1 / E, in training.
-        dtype: of the computation, that of ``x`` where None; the router is float32 always.
-        param_dtype: of the parameters.
+        balance_loss_weight: weight of the loss E * sum_e f_e p_e, for token choice.
+        z_loss_weight: weight of the mean squared logsumexp of the router's logits, for token choice.
+        router_noise: Gaussian noise of this standard deviation, divided by E, is added to the logits in training.
+        dtype: type of the computation; the type of ``x`` if None. The router is always float32.
+        param_dtype: type of the parameters.
         kernel_init, router_init: initialisers.
-        rngs: for the parameters, and ``router`` for the noise.
+        rngs: random numbers for the parameters; the stream ``router`` is for the noise.
 
     Raises:
         InputError: if sizes or options don't fit.
     """
+
+    variant_option = "routing"
+    # The numbers of experts that fine-grained layers are measured at would take hundreds of gigabytes here.
+    benchmark = Benchmark(by_default=False, ignored=("top_k",), num_experts=(16, 64))
 
     def __init__(
         self,
@@ -140,7 +149,7 @@ class MoE(FeedForward):
     def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
         """Experts and combine weights of each token, without noise.
 
-        Expert choice: h = 1 and k = E, every expert, with weight zero where it did not choose the token.
+        For expert choice h = 1 and k = E: every expert is listed, with weight zero if it did not choose the token.
         """
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         logits = self._logits(x)
@@ -158,7 +167,7 @@ class MoE(FeedForward):
         return self.router(x.astype(jnp.float32))
 
     def _capacity(self, seq_len: int) -> int:
-        """Places a sequence and expert."""
+        """Places per sequence and expert."""
         if self.capacity_factor is None:
             return seq_len
         choices = self.top_k if self.routing == "token_choice" else 1
@@ -180,7 +189,10 @@ class MoE(FeedForward):
         return product(hidden, down.astype(rows.dtype))
 
     def _by_capacity(self, rows: Float[Array, "b E C d"]) -> Float[Array, "b E C d"]:
-        """Every expert's MLP on its C rows of each sequence, where the expert is: an all-to-all there, and one back."""
+        """Applies every expert's MLP to its C rows of each sequence.
+
+        On a mesh an all-to-all brings the rows to the devices of their experts, and another one brings outputs back.
+        """
         y = self._mlp(_capacity_product, constrain(rows, "group", "experts"), *self._kernels())
         return constrain(constrain(y, "group", "experts"), "batch")
 
@@ -217,8 +229,8 @@ class MoE(FeedForward):
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
         chosen = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32) * mask[..., None, None].astype(jnp.int32)
         b, s, k, e = chosen.shape
-        # Token-major: all choices of a token queue before those of the next one, or later tokens could push out
-        # earlier ones' second choices.
+        # All choices of a token queue before any choice of the next token. In another order later tokens could push out
+        # the second choices of earlier ones.
         queue = jnp.cumsum(chosen.reshape(b, s * k, e), axis=1).reshape(b, s, k, e)
         place = jnp.sum(chosen * queue, axis=-1) - 1
         kept = (place >= 0) & (place < self._capacity(s))
@@ -247,7 +259,7 @@ class MoE(FeedForward):
     def _within_capacity(
         self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
     ) -> Float[Array, "b s k d"]:
-        """Outputs of the chosen experts; those of dropped choices are left to a weight of zero."""
+        """Outputs of the chosen experts; outputs of dropped choices are arbitrary, as their weights are zero."""
         b, s, k = experts.shape
         e, capacity = self.num_experts, self._capacity(s)
         slot = jnp.where(place < 0, e * capacity, experts * capacity + place)
@@ -263,8 +275,8 @@ class MoE(FeedForward):
     ) -> Float[Array, "b s k d"]:
         """Outputs of the chosen experts, by ragged products over the choices sorted by expert.
 
-        Where experts are split over devices, each has all tokens of these devices come, works on the choices of its
-        own experts, and sends the outputs back.
+        If experts are split over devices, every device gathers the tokens of all these devices, computes the choices
+        of its own experts, and sends the outputs back.
         """
 
         def of_device(kernels: list[Array], x: Array, experts: Array) -> Array:
@@ -273,7 +285,7 @@ class MoE(FeedForward):
                 x, experts = sharded.gather(x), sharded.gather(experts)
             here = kernels[0].shape[0]
             own = experts.reshape(-1) - (here * jax.lax.axis_index(EXPERT) if split else 0)
-            own = jnp.where((own >= 0) & (own < here), own, here)  # those of others come last
+            own = jnp.where((own >= 0) & (own < here), own, here)  # choices of other devices' experts come last
             order = jnp.argsort(own, stable=True)
             sizes = jnp.bincount(own, length=here)
             rows = x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]
@@ -284,13 +296,19 @@ class MoE(FeedForward):
         specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
         return on_each_device(of_device, specs, sharded.TOKENS)(self._kernels(), x, experts)
 
+    def options(self) -> dict[str, object]:
+        _, d_model, d_ff = self.up.shape
+        return super().options() | ({} if d_ff == 4 * d_model else {"d_ff": d_ff})
+
     def flops_per_token(self, seq_len: int) -> float:
         router = 2 * math.prod(self.router.kernel.shape)
+        return router + self._places_per_token(seq_len) * 2 * self._expert_params()
+
+    def _places_per_token(self, seq_len: int) -> float:
+        """Places of all experts that are computed, divided by the number of tokens."""
         if self.capacity_factor is None:
-            experts_per_token = self.top_k
-        else:
-            experts_per_token = self.num_experts * self._capacity(seq_len) / seq_len
-        return router + experts_per_token * 2 * self._expert_params()
+            return self.top_k
+        return self.num_experts * self._capacity(seq_len) / seq_len
 
     def num_active_params(self) -> int:
         experts_per_token = (
@@ -302,9 +320,29 @@ class MoE(FeedForward):
         kernels = (self.up, self.gate, self.down)
         return sum(math.prod(kernel.shape[1:]) for kernel in kernels if kernel is not None)
 
+    def costs(self, load: DeviceLoad) -> LayerCosts:
+        """Kept are the router's logits and probabilities, and per place the input and output of the expert, and the
+        inputs and the output of its activation. Per place, two gradients of d_ff and two of d_model are worked with.
+        Tokens go to the experts and back once in each direction, and once more with remat.
+        """
+        if self.capacity_factor is None and load.expert * load.copies > 1:
+            raise InputError("MoE.capacity_factor=None can't be planned on several devices: give a number")
+        _, d_model, d_ff = self.up.shape
+        places = load.size * load.tokens * self._places_per_token(load.seq_len)
+        router = 2 * FLOAT * self.num_experts * load.tokens
+        trips = 6 if load.remat else 4
+        return LayerCosts(
+            kept=router + places * ((2 if self.gate is None else 3) * d_ff + 2 * d_model),
+            working=2 * places * (d_ff + d_model),
+            exchanged=Collectives(all_to_all=trips * places * d_model),
+        )
+
 
 def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}"], Int[Array, "b i {k}"]]:
-    """Along the last axis; on many devices, of each one's own sequences: GSPMD would gather all of them to select."""
+    """The k largest along the last axis.
+
+    On a mesh every device selects among its own sequences; GSPMD would gather all sequences first.
+    """
     return sharded.by_tokens(lambda scores: tuple(jax.lax.top_k(scores, k)), (), (scores,))
 
 

@@ -8,32 +8,35 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from peer_jax.fields import Placed
+from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
 from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table, check_choice
 from peer_jax.layers.retrieval import ProductKeyRetrieval
-from peer_jax.ops import expert_mix
+from peer_jax.ops import expert_mix, floor, traffic
+from peer_jax.ops.floor import Floor
 
 
 class PEER(ProductKeyRetrieval):
     """y = sum over heads and top-k of g_i act(u_i . x) v_i, over experts retrieved by product keys.
 
-    The defaults of the paper, but for ``num_experts``, which it sets to 1024**2. Its parameters are ``query_proj``,
+    The defaults are the paper's; ``num_experts``, 1024**2 in the paper, has none. The parameters are ``query_proj``,
     ``query_norm``, ``sub_keys``, ``down`` [N, d_model] (rows u_i) and ``up`` [N, d_model] (rows v_i).
 
     Args:
         d_model: width of input and output.
         num_experts: N, a square.
-        num_heads: h, independent queries; all share the experts.
-        top_k: k, experts retrieved a head.
-        d_key: width of a query; half of it meets each sub-key.
-        share_sub_keys: one set of sub-keys for all heads, or a set a head.
+        num_heads: h, independent queries; all heads share the experts.
+        top_k: k, experts retrieved per head.
+        d_key: width of a query; a sub-key is compared with one half of it.
+        share_sub_keys: whether all heads share one set of sub-keys; each head has its own set otherwise.
         query_norm: "batch", "layer" (over each head's query) or None.
-        activation: of an expert: "gelu", "relu" or "silu".
+        activation: activation of an expert: "gelu", "relu" or "silu".
         score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
-        implementation: of the ops, see ``peer_jax.ops``.
-        dtype: of the computation, that of ``x`` where None; the router is float32 always.
-        param_dtype: of the parameters.
+        implementation: implementation of the ops, see ``peer_jax.ops``.
+        dtype: type of the computation; the type of ``x`` if None. The router is always float32.
+        param_dtype: type of the parameters.
         query_init, down_init, up_init: initialisers.
-        rngs: for the parameters.
+        rngs: random numbers for the parameters.
 
     Raises:
         InputError: if sizes don't fit.
@@ -51,7 +54,7 @@ class PEER(ProductKeyRetrieval):
         query_norm: str | None = "batch",
         activation: str = "gelu",
         score_activation: str = "softmax",
-        implementation: str | None = None,
+        implementation: Placed[str | None] = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         query_init: Initializer = nnx.initializers.xavier_uniform(),
@@ -98,3 +101,15 @@ class PEER(ProductKeyRetrieval):
 
     def num_active_params(self) -> int:
         return self.num_params() - 2 * self._idle_experts() * self.d_model
+
+    def costs(self, load: DeviceLoad) -> LayerCosts:
+        tables = self.down, self.up
+        return self._costs(load, tables, traffic.expert_mix_memory, traffic.expert_mix_step, gate_size=FLOAT)
+
+    def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
+        sizes = tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, order
+        least = self._retrieval_floor(tokens, backward=backward, size=size, weight_size=weight_size)
+        least += floor.expert_mix(*sizes, size=size, row_size=weight_size)
+        if backward:
+            least += floor.expert_mix_backward(*sizes, size=size, row_size=weight_size)
+        return least

@@ -8,16 +8,19 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from peer_jax.fields import Placed
+from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.interface import TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
-from peer_jax.ops import value_bag
+from peer_jax.ops import floor, traffic, value_bag
+from peer_jax.ops.floor import Floor
 
 
 class PKM(ProductKeyRetrieval):
     """y = sum over heads and top-k of g_i v_i, over values retrieved by product keys.
 
-    Its parameters are ``query_proj``, ``query_norm``, ``sub_keys`` and ``values`` [N, d_model]. Arguments as for
-    ``PEER``; ``top_k`` is 32, as the PEER paper has it for its baseline.
+    The parameters are ``query_proj``, ``query_norm``, ``sub_keys`` and ``values`` [N, d_model]. The arguments are
+    those of ``PEER``; ``top_k`` is 32 by default, as in the PEER paper's baseline.
 
     Raises:
         InputError: if sizes don't fit.
@@ -34,7 +37,7 @@ class PKM(ProductKeyRetrieval):
         share_sub_keys: bool = True,
         query_norm: str | None = "batch",
         score_activation: str = "softmax",
-        implementation: str | None = None,
+        implementation: Placed[str | None] = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         query_init: Initializer = nnx.initializers.xavier_uniform(),
@@ -72,3 +75,15 @@ class PKM(ProductKeyRetrieval):
 
     def num_active_params(self) -> int:
         return self.num_params() - self._idle_experts() * self.d_model
+
+    def costs(self, load: DeviceLoad) -> LayerCosts:
+        """As for ``PEER``, but the gates take the type of the computation."""
+        return self._costs(load, (self.values,), traffic.value_bag_memory, traffic.value_bag_step, gate_size=load.size)
+
+    def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
+        sizes = tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, order
+        least = self._retrieval_floor(tokens, backward=backward, size=size, weight_size=weight_size)
+        least += floor.value_bag(*sizes, size=size, row_size=weight_size)
+        if backward:
+            least += floor.value_bag_backward(*sizes, size=size, row_size=weight_size)
+        return least

@@ -6,6 +6,7 @@ b  batch     s  sequence     d  d_model     h  heads     k  top-k     n  sub-key
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,20 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import Aux, FeedForward, Routing, check_choice, check_positive
-from peer_jax.ops import check_implementation, product_key_top_k
+from peer_jax.fields import Placed
+from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
+from peer_jax.layers.interface import Aux, FeedForward, Routing, Table, check_choice, check_positive
+from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
+from peer_jax.ops.floor import Floor
 
 QUERY_NORMS = ("batch", "layer", None)
 SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
 
 
 class ProductKeyRetrieval(FeedForward):
-    """The retrieval half of PKM and PEER; a subclass owns the rows that are retrieved.
+    """The retrieval half of PKM and PEER; a subclass owns the tables whose rows are retrieved.
 
-    Query batch-norm takes its statistics over the real tokens of the batch in training, and running ones in
+    Query batch-norm uses statistics over the real tokens of the batch in training, and running statistics in
     evaluation. Scores, norm and gates are float32.
     """
 
@@ -39,7 +43,7 @@ class ProductKeyRetrieval(FeedForward):
         share_sub_keys: bool,
         query_norm: str | None,
         score_activation: str,
-        implementation: str | None,
+        implementation: Placed[str | None],
         dtype: Dtype | None,
         param_dtype: Dtype,
         query_init: Initializer,
@@ -61,7 +65,7 @@ class ProductKeyRetrieval(FeedForward):
 
         self.d_model, self.num_experts = d_model, num_experts
         self.num_heads, self.top_k, self.d_key = num_heads, top_k, d_key
-        self.score_activation = score_activation
+        self.share_sub_keys, self.score_activation = share_sub_keys, score_activation
         self.implementation = implementation
         self.dtype = dtype
         self.query_proj = nnx.Linear(
@@ -111,26 +115,73 @@ class ProductKeyRetrieval(FeedForward):
         return Routing(indices, SCORE_ACTIVATIONS[self.score_activation](scores))
 
     def _aux(self, routing: Routing, mask: Bool[Array, "b s"] | None) -> Aux:
-        """No loss; the mean of the largest gate of a head, which nears 1 where softmax picks a single expert."""
+        """No loss. The metric is the largest gate of a head, averaged over heads and tokens: it is near 1 if softmax
+        picks a single expert.
+        """
         top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
         mask = jnp.ones(top.shape, bool) if mask is None else mask
         mean = jnp.sum(top, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
         return Aux(jnp.zeros(()), {"top_gate": mean})
 
+    def options(self) -> dict[str, object]:
+        return super().options() | ({"query_norm": "layer"} if isinstance(self.query_norm, nnx.LayerNorm) else {})
+
     def _retrieval_flops(self) -> int:
-        """Query projection, and the scores of both halves."""
+        """FLOPs per token of the query projection and of the scores of both halves."""
         n = self.sub_keys.shape[-2]
         return 2 * self.num_heads * self.d_key * (self.d_model + n)
 
     def _idle_experts(self) -> int:
-        """Experts that a token doesn't use."""
+        """The number of experts that a token doesn't use."""
         return max(0, self.num_experts - self.num_heads * self.top_k)
+
+    def _costs(
+        self,
+        load: DeviceLoad,
+        tables: Sequence[Table],
+        memory: Callable[..., traffic.Memory],
+        step: Callable[..., traffic.Collectives],
+        gate_size: int,
+    ) -> LayerCosts:
+        """Costs of a layer that looks ``tables`` up by an op whose ``memory`` and collectives of a ``step`` are given.
+
+        Kept are the queries before and after their norm; per pair of token and expert its score, gate and index; and
+        what the op keeps. Worked with are the scores of the retrieval or, if that is more, what the op works with.
+        """
+        t, h, r, N = load.tokens, self.num_heads, self.num_heads * self.top_k, self.num_experts
+        sizes = t, r, self.d_model, N, load.expert, load.copies, load.tables
+        types = {"size": load.size, "gate_size": gate_size}
+        held = memory(*sizes, load.budget, **types)
+        scores = 3 * min(load.budget, FLOAT * t * h * math.isqrt(N))
+        # A device works on 1/E of the pairs of E t tokens if tables are split by rows, and on 1/E of each row if they
+        # are split by columns; the forward and the backward pass read a row per pair.
+        pairs = 2 * floor.rows_read("token", N, t * r)
+        return LayerCosts(
+            kept=t * (2 * FLOAT * h * self.d_key + 3 * FLOAT * r) + held.kept,
+            working=max(scores, held.gathered - held.kept + held.chunks),
+            rows_read=pairs * self.d_model * sum(table.get_value().dtype.itemsize for table in tables),
+            exchanged=step(*sizes, **types, remat=load.remat),
+        )
+
+    def _retrieval_floor(self, tokens: int, *, backward: bool, size: int, weight_size: int) -> Floor:
+        """Floor of the query projection and of the top-k, which is the same in both orders."""
+        h, n, k, d_key = self.num_heads, self.sub_keys.shape[-2], self.top_k, self.d_key
+        key_sets = 1 if self.share_sub_keys else h
+        # Queries are float32 whatever the type of the computation; sub-keys have the type of the parameters.
+        narrower = Floor((weight_size - FLOAT) * key_sets * n * d_key, 0)
+        least = floor.linear_passes(
+            tokens, self.d_model, h * d_key, backward=backward, size=size, weight_size=weight_size
+        )
+        least += floor.product_key_top_k(tokens, h, n, d_key, k, key_sets=key_sets) + narrower
+        if backward:  # moves the sub-keys and their gradients
+            least += floor.product_key_top_k_backward(tokens, h, n, d_key, k, key_sets=key_sets) + narrower + narrower
+        return least
 
 
 def _batch_norm(
     norm: nnx.BatchNorm, queries: Float[Array, "b s q"], mask: Bool[Array, "b s"] | None
 ) -> Float[Array, "b s q"]:
-    """Batch-norm over the real tokens; a batch that has none leaves the running statistics as they are."""
+    """Batch-norm over the real tokens; a batch without real tokens leaves the running statistics as they are."""
     if mask is None:
         return norm(queries)
     some = jnp.any(mask)

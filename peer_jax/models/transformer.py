@@ -1,10 +1,11 @@
 """Decoder-only transformer whose feed-forward layers come from outside.
 
-b  batch     s  sequence     d  d_model     V  vocabulary
+b  batch     s  sequence     S  keys     d  d_model     V  vocabulary
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.fields import Gives
+from peer_jax.fields import Gives, Placed
 from peer_jax.layers.interface import Aux, FeedForward, Routing, check_positive
 from peer_jax.models.attention import Attention, KVCache
 from peer_jax.sharding import constrain
@@ -34,7 +35,7 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
     """Blocks that carry the sparse layer: "middle" (as in the paper), "all", "every n" (n-1, 2n-1, ...), or a list.
 
     Raises:
-        InputError: if a block doesn't exist, or the words aren't these.
+        InputError: if a block doesn't exist, or ``blocks`` is another word.
     """
     if blocks == "middle":
         return (num_blocks // 2,)
@@ -55,22 +56,20 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
     return tuple(blocks)
 
 
+class BlockOutput(NamedTuple):
+    """What a block returns beside the residual stream; ``cache`` and ``routing`` only if they were asked for."""
+
+    aux: Aux
+    cache: KVCache | None
+    routing: Routing | None
+
+
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward layer, each added to the residual stream."""
 
     def __init__(self, attention: Attention, ffw: FeedForward, d_model: int, norm: Callable[[int], nnx.RMSNorm]):
         self.attention_norm, self.attention = norm(d_model), attention
         self.ffw_norm, self.ffw = norm(d_model), ffw
-
-    def attend(
-        self,
-        x: Float[Array, "b s d"],
-        positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s S"],
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b s d"], KVCache | None]:
-        y, cache = self.attention(self.attention_norm(x), positions, mask, cache)
-        return x + y, cache
 
     def __call__(
         self,
@@ -79,10 +78,18 @@ class Block(nnx.Module):
         mask: Bool[Array, "b s S"],
         real: Bool[Array, "b s"] | None,
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b s d"], Aux, KVCache | None]:
-        x, cache = self.attend(x, positions, mask, cache)
-        y, aux = self.ffw(self.ffw_norm(x), real)
-        return x + y, aux, cache
+        route: bool = False,
+    ) -> tuple[Float[Array, "b s d"], BlockOutput]:
+        """The residual stream after the block; with ``route`` also the routing, if the feed-forward layer routes."""
+        y, cache = self.attention(self.attention_norm(x), positions, mask, cache)
+        x = x + y
+        normed = self.ffw_norm(x)
+        routing = self.ffw.route(normed, real) if route and self.ffw.routes else None
+        y, aux = self.ffw(normed, real)
+        return x + y, BlockOutput(aux, cache, routing)
+
+
+ROUTE = 6  # position of the argument ``route`` of ``Block.__call__``
 
 
 class Transformer(nnx.Module):
@@ -94,18 +101,18 @@ class Transformer(nnx.Module):
         num_blocks: blocks of attention and a feed-forward layer.
         num_heads: attention heads.
         ffw: makes a block's feed-forward layer: ``ffw(d_model, dtype=, param_dtype=, rngs=)``.
-        sparse_ffw: makes those of ``sparse_blocks``; None: every block has ``ffw``.
+        sparse_ffw: makes the feed-forward layers of ``sparse_blocks`` instead; None for ``ffw`` in every block.
         sparse_blocks: "middle", "all", "every n" or a list of blocks.
         tie_embeddings: use the embedding table for the logits too.
         remat: recompute blocks in the backward pass instead of keeping their activations.
         rope_theta: base of the rotary frequencies.
-        dtype: of the computation; logits are float32 always.
-        param_dtype: of the parameters.
-        embed_init: of the embedding table.
-        rngs: for the parameters.
+        dtype: type of the computation; logits are always float32.
+        param_dtype: type of the parameters.
+        embed_init: initialiser of the embedding table.
+        rngs: random numbers for the parameters.
 
     Raises:
-        InputError: if sizes don't fit.
+        InputError: if sizes don't fit, or a layer that routes doesn't say how many experts it has.
     """
 
     def __init__(
@@ -119,7 +126,7 @@ class Transformer(nnx.Module):
         sparse_ffw: FeedForwardFactory | None = None,
         sparse_blocks: str | Sequence[int] = "middle",
         tie_embeddings: bool = False,
-        remat: bool = False,
+        remat: Placed[bool] = False,
         rope_theta: float = 10_000.0,
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
@@ -132,7 +139,7 @@ class Transformer(nnx.Module):
             try:
                 jnp.dtype(value)
             except TypeError:
-                raise InputError(f"{name}={value!r} is no type: try float32 or bfloat16") from None
+                raise InputError(f"{name}={value!r} is not a type: try float32 or bfloat16") from None
         sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
@@ -142,7 +149,10 @@ class Transformer(nnx.Module):
         def block(index: int) -> Block:
             attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
             make = sparse_ffw if index in sparse else ffw
-            return Block(attention, make(d_model=d_model, **types), d_model, norm)
+            layer = make(d_model=d_model, **types)
+            if layer.routes and layer.num_experts is None:
+                raise InputError(f"{layer.name} defines route: set self.num_experts in its constructor too")
+            return Block(attention, layer, d_model, norm)
 
         self.d_model, self.num_heads, self.vocab_size = d_model, num_heads, vocab_size
         self.sparse_blocks = sparse
@@ -161,7 +171,7 @@ class Transformer(nnx.Module):
 
     @property
     def method(self) -> FeedForward:
-        """The feed-forward layer that the model is named by: that of its first sparse block, or else of its first."""
+        """The layer that the model is named by: that of the first sparse block or, without any, of the first block."""
         return self.blocks[self.sparse_blocks[0] if self.sparse_blocks else 0].ffw
 
     @property
@@ -171,7 +181,7 @@ class Transformer(nnx.Module):
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether a feed-forward layer makes tokens depend on one another, so that a cache can't stand for them."""
+        """Whether a feed-forward layer makes tokens depend on one another, so that a cache can't be used."""
         return any(block.ffw.mixes_tokens for block in self.blocks)
 
     def __call__(
@@ -179,53 +189,61 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b s V"], Aux]:
         """Logits of the next token at every position, and the auxiliary losses summed over blocks.
 
-        ``segment_ids`` number the documents packed into a row, 0 for padding; tokens attend within their own. Metrics
-        are named ``block_<i>/<metric>``.
+        ``segment_ids`` number the documents packed into a row, 0 for padding; a token attends to its own document
+        only. Metrics are named ``block_<i>/<metric>``.
         """
-        positions, mask, real = _layout(tokens, segment_ids)
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = self._embed(tokens)
+        run = nnx.remat(Block.__call__, static_argnums=ROUTE) if self.remat else Block.__call__
+        x, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
         loss, metrics = jnp.zeros(()), {}
-        for index, block in enumerate(self.blocks):
-            x, aux, _ = run(block, x, positions, mask, real)
-            x = constrain(x, "batch")
+        for index, (aux, *_) in enumerate(outputs):
             loss += aux.loss
             metrics |= {f"block_{index}/{name}": value for name, value in aux.metrics.items()}
         return self._logits(x), Aux(loss, metrics)
 
     def route(self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None) -> dict[int, Routing]:
-        """The routing of every block that has one, by block; call it in evaluation mode."""
-        positions, mask, real = _layout(tokens, segment_ids)
-        x = self._embed(tokens)
-        routings = {}
-        for index, block in enumerate(self.blocks):
-            if hasattr(block.ffw, "route"):
-                attended, _ = block.attend(x, positions, mask)
-                routings[index] = block.ffw.route(block.ffw_norm(attended), real)
-            x, _, _ = block(x, positions, mask, real)
-        return routings
+        """The routing of every block whose layer routes, by the block's index; call it in evaluation mode."""
+        run = functools.partial(Block.__call__, route=True)
+        _, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
+        return {index: output.routing for index, output in enumerate(outputs) if output.routing is not None}
 
     def init_cache(self, batch: int, max_len: int) -> list[KVCache]:
-        """Empty caches for ``batch`` sequences of up to ``max_len`` tokens, one a block."""
+        """Empty caches for ``batch`` sequences of up to ``max_len`` tokens, one per block."""
         shape = (batch, max_len, self.num_heads, self.d_model // self.num_heads)
         zeros = jnp.zeros(shape, self.dtype)
         return [KVCache(zeros, zeros, jnp.zeros((), jnp.int32)) for _ in self.blocks]
 
     def decode(self, tokens: Int[Array, "b s"], cache: list[KVCache]) -> tuple[Float[Array, "b s V"], list[KVCache]]:
-        """Logits of tokens that continue what is in the cache, and the cache with them in it."""
+        """Logits of tokens that continue the cached ones, and the cache extended by these tokens."""
         b, s = tokens.shape
         positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
         size = cache[0].key.shape[1]
         mask = jnp.broadcast_to(jnp.arange(size)[None, None] <= positions[..., None], (b, s, size))
-        x = self.embed(tokens)
-        longer = []
-        for block, block_cache in zip(self.blocks, cache, strict=True):
-            x, _, block_cache = block(x, positions, mask, None, block_cache)
-            longer.append(block_cache)
-        return self._logits(x), longer
+        x, outputs = self._through_blocks(self.embed(tokens), positions, mask, None, cache)
+        return self._logits(x), [output.cache for output in outputs]
+
+    def _through_blocks(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        mask: Bool[Array, "b s S"],
+        real: Bool[Array, "b s"] | None,
+        caches: Sequence[KVCache] | None = None,
+        *,
+        run: Callable[..., tuple[Array, BlockOutput]] = Block.__call__,
+    ) -> tuple[Float[Array, "b s d"], list[BlockOutput]]:
+        """The residual stream after all blocks, and what else each block returns; ``run`` calls a block."""
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            if caches is None:
+                x, output = run(block, x, positions, mask, real)
+                x = constrain(x, "batch")
+            else:
+                x, output = run(block, x, positions, mask, real, caches[index])
+            outputs.append(output)
+        return x, outputs
 
     def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        """Embeddings; of a table that is split, each device looks its tokens up in the whole."""
+        """Embeddings. A table that is split over devices is gathered, and each device looks its own tokens up."""
         table = constrain(self.embed.embedding[...].astype(self.embed.dtype))
         return constrain(jnp.take(table, tokens, axis=0), "batch")
 
@@ -235,18 +253,22 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
     def flops_by_part(self, seq_len: int) -> dict[str, float]:
-        """Forward FLOPs a token by part: attention, feed-forward layers by class, logits. Lookups of embeddings, norms,
-        activations and softmax are not counted; a multiply-add counts 2.
+        """Forward FLOPs per token by part: attention, feed-forward layers by class, logits.
+
+        A multiply-add counts 2. Lookups of embeddings, norms, activations and softmax are not counted.
+
+        Raises:
+            InputError: if the class of a layer doesn't define ``flops_per_token``.
         """
         parts = {"attention": 0.0, "logits": 2.0 * self.d_model * self.vocab_size}
         for block in self.blocks:
             parts["attention"] += block.attention.flops_per_token(seq_len)
-            name = type(block.ffw).__name__
+            name = block.ffw.name
             parts[name] = parts.get(name, 0.0) + block.ffw.flops_per_token(seq_len)
         return parts
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward FLOPs a token in sequences of ``seq_len``."""
+        """Forward FLOPs per token in sequences of ``seq_len`` tokens."""
         return sum(self.flops_by_part(seq_len).values())
 
     def num_params(self) -> int:
@@ -254,7 +276,7 @@ class Transformer(nnx.Module):
         return sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses; of the embeddings all are counted."""
+        """Parameters that one token uses; all embeddings are counted."""
         idle = sum(block.ffw.num_params() - block.ffw.num_active_params() for block in self.blocks)
         return self.num_params() - idle
 
@@ -262,7 +284,7 @@ class Transformer(nnx.Module):
 def _layout(
     tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None
 ) -> tuple[Int[Array, "b s"], Bool[Array, "b s S"], Bool[Array, "b s"] | None]:
-    """Positions within each document, who attends to whom, and which tokens are real."""
+    """Positions within each document, which tokens attend to which, and which tokens are real."""
     b, s = tokens.shape
     index = jnp.broadcast_to(jnp.arange(s), (b, s))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((s, s), bool)), (b, s, s))

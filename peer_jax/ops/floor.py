@@ -102,6 +102,12 @@ def linear_backward(t: int, d_in: int, d_out: int, *, size: int = 4, weight_size
     return Floor(size * t * (2 * d_in + d_out) + 2 * weight_size * d_in * d_out, 4.0 * t * d_in * d_out)
 
 
+def linear_passes(t: int, d_in: int, d_out: int, *, backward: bool, size: int, weight_size: int) -> Floor:
+    """Forward of a matrix product and, if asked for, its backward pass too."""
+    least = linear(t, d_in, d_out, size=size, weight_size=weight_size)
+    return least + linear_backward(t, d_in, d_out, size=size, weight_size=weight_size) if backward else least
+
+
 def training_step(num_params: int, flops: float) -> Floor:
     """AdamW on float32: gradients written and read; parameters and both moments read and written. FLOPs as trained."""
     return Floor(8.0 * 4 * num_params, flops)

@@ -12,19 +12,21 @@ GIB = 2**30
 
 
 def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) -> None:
-    """Memory, exchanges, memory traffic and floor of a step, each a table, and what they come to in a sentence.
+    """Memory, exchanges, memory traffic and least time of a step, each in a table, and sentences that conclude.
 
     Args:
-        plan: of the run.
-        name, device: what it runs on.
-        step_tokens: tokens of a step, of all devices.
-        devices: how many there are.
+        plan: the plan of a run.
+        name, device: the device that the run is planned for.
+        step_tokens: tokens per step, on all devices together.
+        devices: the number of devices, which may be more than the mesh has.
     """
     console = Console(highlight=False, soft_wrap=True)
     used = math.prod(plan.mesh.values())
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     left_out = f" of {devices}" if used < devices else ""
-    console.print(f"{used}{left_out} {name}: {mesh}; tables by {plan.tables}; {step_tokens:,} tokens a step")
+    console.print(f"{used}{left_out} {name}: {mesh}; tables by {plan.tables}; {step_tokens:,} tokens per step")
+    layers = " and ".join(plan.unknown)
+    unknown = dict.fromkeys(plan.unknown, "unknown")  # a row of every table that lacks what such a layer needs
 
     memory = plan.memory
     parts = {
@@ -35,12 +37,11 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
         "working arrays": memory.fullest.working + memory.other,
         "total": memory.total,
     }
-    _print(console, "memory a device", "GiB", {part: f"{size / GIB:.2f}" for part, size in parts.items()})
+    _print(console, "memory per device", "GiB", unknown | {part: f"{size / GIB:.2f}" for part, size in parts.items()})
     share = memory.total / device.memory
-    console.print(
-        f"{'Fits' if share <= 1 else 'DOES NOT FIT'}: {share:.0%} of {device.memory / GIB:.1f} GiB, "
-        f"most in {memory.fullest.name}."
-    )
+    verdict = "DOES NOT FIT" if share > 1 else "May fit" if unknown else "Fits"
+    least = "at least " if unknown else ""
+    console.print(f"{verdict}: {least}{share:.0%} of {device.memory / GIB:.1f} GiB, most in {memory.fullest.name}.")
     if share > 1:
         console.print(
             "Try a larger expert axis, Transformer.remat=True, a smaller Run.batch_size or a higher Run.accumulation, "
@@ -48,9 +49,9 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
         )
 
     step = plan.step
-    for what, by_cause in (("received from others, a step", step.interconnect), ("to and from memory", step.memory)):
+    for what, by_cause in (("received per step", step.interconnect), ("to and from memory", step.memory)):
         sizes = {cause: size for cause, size in by_cause.items() if size} | {"total": sum(by_cause.values())}
-        _print(console, what, "GiB", {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()})
+        _print(console, what, "GiB", unknown | {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()})
 
     seconds = step.seconds(device, plan.mesh)
     limit = max(seconds, key=seconds.__getitem__)
@@ -59,6 +60,11 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
         f"A step takes {1e3 * seconds[limit]:.3g} ms at least, limited by {limit}: "
         f"{step_tokens / seconds[limit]:,.0f} tokens/s at most."
     )
+    if unknown:
+        console.print(
+            f"What {layers} keeps in memory and exchanges with other devices is unknown and not counted, so whether "
+            "this fits is unknown, too: a layer says it by a method costs(load), see peer_jax/layers/interface.py."
+        )
 
 
 def _print(console: Console, what: str, unit: str, rows: dict[str, str]) -> None:
