@@ -5,6 +5,7 @@ computed. What counts in a forward pass: ``Transformer.flops_by_part``.
 """
 
 import math
+import re
 
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
@@ -32,3 +33,8 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
             f"raise it, or lower batch_size={batch_size}"
         )
     return round(budget / step)
+
+
+def short(number: float) -> str:
+    """Writes FLOPs without needless zeros: 3e11 for 300000000000.0, 1.5e12 for 1500000000000.0."""
+    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{number:g}") if number >= 1e6 else f"{number:g}"
