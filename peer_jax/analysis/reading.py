@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from peer_jax.analysis.isoflop import Analysis, Comparison, Curve
+from peer_jax.analysis.pooling import SWEEP
 from peer_jax.training.flops import short
 
 NOT_CAUSAL = "not causal"
+_TOLD_BY = {SWEEP: "the configs of their sweeps"}
 
 
 def si(number: float | None) -> str:
@@ -151,9 +153,9 @@ def _measured(curves: Sequence[Curve], analysis: Analysis) -> list[str]:
         ]
     (rows, low), (others, next_low) = ranked[0].best(), ranked[1].best()
     sentences = [
-        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {ranked[0].series}'s "
-        f"{loss(low)} nats per token (size {rows[0].size}, {count(len(rows), 'run')}), the next {ranked[1].series}'s "
-        f"{loss(next_low)} (size {others[0].size}, {count(len(others), 'run')})."
+        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {loss(low)} nats per token "
+        f"by {ranked[0].series} (size {rows[0].size}, {count(len(rows), 'run')}), the next lowest {loss(next_low)} by "
+        f"{ranked[1].series} (size {others[0].size}, {count(len(others), 'run')})."
     ]
     noise = next((noise for noise in analysis.noise if noise.budget == curves[0].budget), None)
     if noise is None:
@@ -228,7 +230,7 @@ def cautions(analysis: Analysis) -> list[str]:
             "The intervals are 95% bootstrap intervals of the parabola. They do not include how well the learning "
             "rates of each method were tuned."
         )
-    if told := sorted({name for row in analysis.rows for name in row.found}):
+    if told := sorted({_TOLD_BY.get(name, name) for row in analysis.rows for name in row.found}):
         found.append(
             f"Some runs of one method differ in {joined(told)}, which no sweep varied: they are series of their own, "
             "because a point is a mean over seeds alone."

@@ -178,7 +178,8 @@ def _alt(analysis: Analysis) -> str:
         for curve in analysis.shown()
         if curve.has_minimum
     ]
-    return "Validation loss against active parameters. " + (f"Minima: {'; '.join(found)}." if found else "There are no minima.")
+    minima = f"Minima: {'; '.join(found)}." if found else "There are no minima."
+    return f"Validation loss against active parameters. {minima}"
 
 
 def tuning(rows: Sequence[Row]) -> tuple[list[Tuning], list[str]]:
