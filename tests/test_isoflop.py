@@ -15,10 +15,11 @@ SIZES = (1e4, 3e4, 1e5, 3e5, 1e6)
 
 
 def row(method="Dense", *, loss, active=1e5, budget=1e12, seed=0, settings=None, corpus="text", **fields):
-    """A run; FLOPs a token are 6 N."""
+    """A run; training FLOPs per token are 6 N."""
     tokens = round(budget / (6 * active))
     values = {
         **{"run": f"{method}-{active:g}-{budget:g}-{seed}", "directory": Path("runs/x"), "method": method},
+        **{"is_baseline": method == "Dense"},
         **{"is_causal": method != "MoE", "size": f"N{active:g}", "budget": budget, "seed": seed},
         **{"settings": settings or {}, "loss": float(loss), "perplexity": 1.0, "bits_per_byte": 1.0},
         **{"training_flops": 6.0 * active * tokens, "tokens": tokens, "steps": 1000, "epochs": 0.5},
@@ -74,7 +75,7 @@ def test_a_minimum_outside_the_sizes_is_no_result(at):
     assert analysis.laws[0].params is None
     assert analysis.laws[0].reason == "no budget has a minimum among the sizes tried, and a power law needs 2"
     assert tables.minima(analysis).rows[0][-1] == "extrapolation: outside the sizes tried"
-    assert any("an extrapolation, which is not counted as a result" in s for s in sentences(analysis))
+    assert any("an extrapolation and is not counted as a result" in s for s in sentences(analysis))
 
 
 def sentences(analysis):
@@ -145,12 +146,14 @@ def test_compute_saved_against_dense():
 @pytest.mark.parametrize(
     ("dense", "reason", "saving_reason"),
     [
-        ([], "no dense run at this budget", "dense has a minimum among the sizes tried at no budget"),
-        (parabola(minimum=2, at=1e8), "dense's minimum lies outside the sizes tried", "at no budget"),
-        (parabola(minimum=2, at=1e5, sizes=SIZES[:2]), "dense's runs have no parabola: 2 sizes", "at no budget"),
+        ([], "no method is a baseline", "no method is a baseline"),
+        (parabola(minimum=2, at=1e5, corpus="other"), "no run of Dense on this text", "no run of Dense on this text"),
+        (parabola(minimum=2, at=1e5, budget=1e13), "no run of Dense at this budget", "at only one budget"),
+        (parabola(minimum=2, at=1e8), "the minimum of Dense lies outside the sizes tried", "at no budget"),
+        (parabola(minimum=2, at=1e5, sizes=SIZES[:2]), "the runs of Dense have no parabola: 2 sizes", "at no budget"),
         (parabola(minimum=2, at=1e5), "", "at only one budget, and a comparison needs 2"),
     ],
-    ids=["none", "outside", "no parabola", "one budget"],
+    ids=["none", "other text", "other budget", "outside", "no parabola", "one budget"],
 )
 def test_what_cannot_be_compared_says_why(dense, reason, saving_reason):
     analysis = analyse([*parabola("PEER", minimum=1.9, at=1e5), *dense], resamples=0)
@@ -168,14 +171,14 @@ def test_overlapping_intervals_show_no_order(gap, overlap):
     analysis = analyse(rows, resamples=200)
     assert analysis.comparisons[0].overlap is overlap
     said = " ".join(sentences(analysis))
-    assert ("so an order among them is not shown" in said) is overlap
-    assert ("with intervals apart" in said) is not overlap
+    assert ("so the runs do not show an order among them" in said) is overlap
+    assert ("with intervals that do not overlap" in said) is not overlap
 
 
 def test_with_one_seed_the_reading_says_what_the_intervals_hold():
     one = analyse(parabola(minimum=2.0, at=1e5, noise=0.01), resamples=100)
     two = analyse(parabola(minimum=2.0, at=1e5, noise=0.01, seeds=(0, 1)), resamples=100)
-    words = "have one seed. There the intervals hold how far the points lie from a parabola"
+    words = "have one seed. There the intervals show how far the points lie from a parabola"
     assert words in " ".join(sentences(one))
     assert words not in " ".join(sentences(two))
 
@@ -214,6 +217,153 @@ def test_dense_with_the_same_settings_is_the_baseline():
     assert [found.difference for found in analyse(rows, resamples=0).comparisons] == pytest.approx([-0.1, -0.5])
 
 
+def two_dense(**fields):
+    """Two methods of one class, neither of them called by its name."""
+    return [
+        *parabola("gelu", minimum=2.0, at=1e5, layer="Dense", is_baseline=True, **fields),
+        *parabola("swiglu", minimum=1.9, at=1e5, layer="Dense", options={"activation": "swiglu"}, **fields),
+    ]
+
+
+def test_methods_of_one_class_are_series_of_their_own():
+    rows = two_dense()
+    rows += parabola("peer", minimum=1.8, at=1e5, layer="PEER")
+    rows += parabola("peer_layer_norm", minimum=1.7, at=1e5, layer="PEER", options={"query_norm": "layer"})
+    analysis = analyse(rows, resamples=0)
+    losses = {"gelu": 2.0, "peer": 1.8, "peer_layer_norm": 1.7, "swiglu": 1.9}
+    assert {curve.series: curve.fit.loss for curve in analysis.curves} == pytest.approx(losses)
+    assert {cells[1] for cells in tables.minima(analysis).rows} == losses.keys()
+    assert {cells[1] for cells in tables.comparisons(analysis).rows} == losses.keys() - {"gelu"}
+    assert sentences(analysis)[0].startswith("peer_layer_norm has the lowest fitted minimum")
+
+
+@pytest.mark.parametrize(("named", "against"), [(None, "gelu"), ("swiglu", "swiglu")])
+def test_the_baseline_is_what_the_sweep_names_or_else_the_layer_that_says_so(named, against):
+    analysis = analyse(two_dense(baseline=named), resamples=0)
+    (found,) = analysis.comparisons
+    assert analysis.baselines == (against,)
+    assert found.baseline == against
+    assert found.difference == pytest.approx(-0.1 if against == "gelu" else 0.1)
+    assert tables.comparisons(analysis).rows[0][2] == against
+
+
+def test_sweeps_with_baselines_of_their_own_keep_them():
+    first = two_dense(baseline="swiglu", directory=Path("a/x"))
+    second = [
+        *parabola("dense", minimum=2.0, at=1e5, is_baseline=True, directory=Path("b/x")),
+        *parabola("peer", minimum=1.5, at=1e5, directory=Path("b/x"), baseline="dense"),
+    ]
+    found = {c.series: (c.baseline, c.difference) for c in analyse([*first, *second], resamples=0).comparisons}
+    assert found["gelu"] == ("swiglu", pytest.approx(0.1))
+    assert found["peer"] == ("dense", pytest.approx(-0.5))
+
+
+def test_of_several_baselines_the_one_of_the_same_directory_is_taken_or_none():
+    rows = [
+        *parabola("dense", minimum=2.0, at=1e5, is_baseline=True, directory=Path("a/x")),
+        *parabola("Dense", minimum=2.2, at=1e5, is_baseline=True, directory=Path("b/x")),
+    ]
+    (found,) = analyse([*rows, *parabola("peer", minimum=1.9, at=1e5, directory=Path("b/y"))], resamples=0).comparisons
+    assert (found.baseline, found.difference) == ("Dense", pytest.approx(-0.3))
+    (found,) = analyse([*rows, *parabola("peer", minimum=1.9, at=1e5, directory=Path("c/y"))], resamples=0).comparisons
+    assert found.difference is None
+    assert found.reason == "several series could be the baseline: dense; Dense"
+
+
+RATE, DTYPE = "AdamW.learning_rate", "Transformer.dtype"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "series"),
+    [
+        (RATE, ("0.012", "0.0001"), ["PEER, learning_rate=0.0001", "PEER, learning_rate=0.012"]),
+        (DTYPE, ("%float32", "%bfloat16"), ["PEER, dtype=%bfloat16", "PEER, dtype=%float32"]),
+    ],
+    ids=["rates", "types"],
+)
+def test_lone_runs_that_differ_in_more_than_their_seed_are_no_point(name, values, series):
+    rows = [
+        row("PEER", loss=loss, config={name: value, "Run.seed": str(seed), "AdamW.b1": "0.9"}, seed=seed)
+        for value, loss in zip(values, (1.0, 3.0), strict=True)
+        for seed in (0, 1)
+    ]
+    analysis = analyse(rows, resamples=0)
+    assert sorted(curve.series for curve in analysis.curves) == series
+    assert sorted(curve.best()[1] for curve in analysis.curves) == [1.0, 3.0]
+    assert all(len(curve.rows) == 2 for curve in analysis.curves)
+    assert len(analysis.shown()) == 2  # no sweep varied it, so nothing else stands for the method
+    said = " ".join(sentences(analysis))
+    assert f"differ in {name}, which no sweep varied: they are series of their own" in said
+    assert "have the method, size, budget, settings and seed" not in said
+
+
+def sweep_of_rates(directory, rate, *, minimum, seeds=(0, 1), **fields):
+    """Rates fall with the width, as those of a sweep do."""
+    rows = parabola("peer", minimum=minimum, at=1e5, seeds=seeds, directory=Path(directory) / "run", **fields)
+    return [
+        dataclasses.replace(
+            r,
+            is_sweep=True,
+            config={RATE: repr(rate * r.params_active**-0.5), "Run.seed": str(r.seed), "PEER.num_heads": str(r.steps)},
+        )
+        for r in rows
+    ]
+
+
+def test_rates_that_follow_the_size_split_no_curve():
+    rows = [*sweep_of_rates("runs/a", 0.01, minimum=2.0), *sweep_of_rates("runs/a", 0.01, minimum=1.9, budget=1e13)]
+    analysis = analyse(rows, resamples=0)
+    assert [curve.series for curve in analysis.curves] == ["peer", "peer"]
+    assert all(curve.seeds == 2 for curve in analysis.curves)
+    assert all(row.settings == {} for row in analysis.rows)
+    assert list(analysis.rows) == rows
+
+
+def test_sweeps_with_other_rates_are_series_named_by_their_directory():
+    first = sweep_of_rates("runs/a", 0.01, minimum=2.0)
+    second = sweep_of_rates("runs/b", 0.02, minimum=1.8)
+    dense = parabola(minimum=2.1, at=1e5, is_sweep=True, config={RATE: "0.01"}, directory=Path("runs/a/run"))
+    analysis = analyse([*first, *second, *dense], resamples=0)
+    losses = {"peer, sweep=runs/a": 2.0, "peer, sweep=runs/b": 1.8, "Dense": 2.1}
+    assert {curve.series: curve.fit.loss for curve in analysis.curves} == pytest.approx(losses)
+    assert [found.difference for found in analysis.comparisons] == pytest.approx([-0.1, -0.3])
+    assert len(analysis.shown()) == 3
+    # The same rates: one series, with the seeds of both.
+    again = sweep_of_rates("runs/c", 0.01, minimum=2.0, seeds=(2, 3))
+    (curve,) = analyse([*first, *again], resamples=0).curves
+    assert (curve.series, curve.seeds) == ("peer", 4)
+
+
+def test_a_directory_that_is_not_uniform_in_itself_is_told_apart_by_its_arguments():
+    rows = [
+        row("peer", loss=1.0, seed=seed, is_sweep=True, directory=Path(f"runs/{place}/x"), config={RATE: rate})
+        for place, seed, rate in (("a", 0, "0.1"), ("a", 1, "0.2"), ("b", 2, "0.2"))
+    ]
+    found = {curve.series: curve.seeds for curve in analyse(rows, resamples=0).curves}
+    assert found == {"peer, learning_rate=0.1": 1, "peer, learning_rate=0.2": 2}
+
+
+def test_copies_and_runs_of_earlier_versions_are_pooled():
+    config = {RATE: "0.1"}
+    copies = [row("PEER", loss=1.0, directory=Path(place), config=config) for place in ("a/x", "b/x")]
+    earlier = row("PEER", loss=1.0, directory=Path("c/x"), seed=1)  # it does not say its config
+    analysis = analyse([*copies, earlier], resamples=0)
+    assert [curve.series for curve in analysis.curves] == ["PEER"]
+    assert "1 run has the method, size, budget, settings and seed of another run" in " ".join(sentences(analysis))
+
+
+def test_settings_of_one_last_name_are_told_by_their_whole_names():
+    found = row("PEER", loss=1.0, settings={"PEER.dtype": 1, "Transformer.dtype": 2, "PEER.top_k": 4})
+    assert found.series == "PEER, PEER.dtype=1, Transformer.dtype=2, top_k=4"
+
+
+def test_sizes_of_equal_parameters_are_points_of_their_own():
+    """Such as two numbers of experts, of which a token uses as many."""
+    rows = [row("peer", loss=loss, size=size) for size, loss in (("n64", 1.0), ("n128", 2.0))]
+    (curve,) = analyse(rows, resamples=0).curves
+    assert [(x, [r.loss for r in own]) for x, own in curve.points("params_active")] == [(1e5, [2.0]), (1e5, [1.0])]
+
+
 def test_texts_are_kept_apart():
     analysis = analyse(
         [*parabola(minimum=2.0, at=1e5), *parabola("PEER", minimum=1.0, at=1e5, corpus="other")], resamples=0
@@ -249,6 +399,6 @@ def test_an_order_within_the_noise_of_seeds_is_said_to_be_that():
     rows = [row(loss=2.0 + 0.1 * seed, seed=seed) for seed in (0, 1)]
     rows += [row("PEER", loss=2.01 + 0.1 * seed, seed=seed) for seed in (0, 1)]
     said = sentences(analyse(rows, resamples=0))
-    assert said[1].startswith("That is within what seeds differ by (standard deviation 0.07")
+    assert said[1].startswith("This difference is within the noise of seeds (standard deviation over seeds 0.07")
     far = sentences(analyse([*rows[:2], *(dataclasses.replace(r, loss=r.loss + 1) for r in rows[2:])], resamples=0))
-    assert not any("within what seeds differ by" in sentence for sentence in far)
+    assert not any("within the noise of seeds" in sentence for sentence in far)

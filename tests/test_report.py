@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree
 import zlib
 
@@ -18,7 +19,7 @@ import pytest
 from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style
 from peer_jax.analysis.isoflop import analyse
 from peer_jax.errors import InputError
-from peer_jax.training import workdir as workdirs
+from peer_jax.run_directory import SCHEMA, RunDirectory, SweepDirectory
 
 SEQ_LEN, BLOCKS, VOCABULARY = 256, 4, 258
 GAINS = {"Dense": 0.0, "MoE (token choice)": 0.03, "MoE (expert choice)": 0.05, "PEER": 0.12, "PKM": 0.10}
@@ -69,8 +70,13 @@ def write_run(
     loss=None,
     lines=True,
     corpus="python",
+    label=None,
+    **said,
 ):
-    """A finished run: result.json and metrics.jsonl, with point.json where it has settings (None: no sweep)."""
+    """A finished run: result.json and metrics.jsonl, with point.json where it has settings (None: no sweep).
+
+    ``label`` is what the sweep calls the method, ``said`` what only results of this version say.
+    """
     shape = Shape.of(method, d, experts)
     flops = sum(shape.parts.values())
     steps = max(1, round(budget / (3 * flops * 4 * SEQ_LEN)))
@@ -83,7 +89,7 @@ def write_run(
     if method != "Dense":
         own["experts"] = {"block_1": {"usage": float(0.9 - 0.02 * math.log2(experts)), "unevenness": 0.2 * math.log(d)}}
     result = {
-        "schema": workdirs.SCHEMA,
+        "schema": SCHEMA,
         "machine": {"platform": "cpu", "device": "cpu", "devices": 1},
         "versions": {},
         **{"method": method, "is_causal": method != "MoE (expert choice)", "d_model": d, "num_blocks": BLOCKS},
@@ -98,11 +104,12 @@ def write_run(
         },
         **{"epochs": tokens / 1.1e7, "corpus": {"name": corpus, "cache": f"{corpus}-{SEQ_LEN}"}},
         "evaluations": {corpus: own},
+        **said,
     }
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
     if settings is not None:
-        point = {"method": method, "size": f"d{d}", "budget": budget, "seed": seed, "settings": settings}
+        point = {"method": label or method, "size": f"d{d}", "budget": budget, "seed": seed, "settings": settings}
         (folder / "point.json").write_text(json.dumps(point))
     if lines:
         every = max(1, steps // 200)
@@ -254,10 +261,10 @@ def test_the_page_says_what_there_is_to_say(everything):
         "MoE (expert choice), not causal",
         "Rates were tried at d32, 3e11 FLOPs, one seed.",
         "AdamW.learning_rate is multiplied by (d_model / 64)^-0.5",
-        "The sweep says nothing of how its rates were chosen.",
-        "nothing is known about tuning",
+        "The sweep does not say how its rates were chosen.",
+        "runs belong to no sweep that says how rates were chosen",
         "has the lowest fitted minimum of the causal methods",
-        "Seeds differ by a standard deviation of",
+        "The standard deviation over seeds is",
         "a in N_opt ~ C^a",
         "L(N, D) = E + A / N^alpha + B / D^beta",
         "h=8, k=8",  # settings that were paired
@@ -304,7 +311,7 @@ def test_of_one_run(tmp_path):
     assert "1 finished run from" in text
     assert "There is one causal series, PEER" in text
     assert "1 size" in text
-    assert "there is no sweep.json beside them" in text
+    assert "The runs belong to no sweep that says how rates were chosen." in text
     assert "No run has failed" in text
 
 
@@ -316,8 +323,8 @@ def test_of_one_size_and_seed_no_order_is_claimed(tmp_path):
     assert "5 methods" in text
     assert "at 3e11 training FLOPs" in text
     assert "No causal method has a minimum among the sizes tried. The lowest loss measured is" in text
-    assert "With one seed a point, whether that order is more than noise is not known." in text
-    assert "the run directories have no metrics.jsonl" in text
+    assert "Each point has one seed, so it is not known whether that order is more than noise." in text
+    assert "the run directories hold no metrics" in text
 
 
 def test_of_merged_directories(tmp_path):
@@ -327,8 +334,8 @@ def test_of_merged_directories(tmp_path):
     folders = [tmp_path / name for name in ("a", "b", "copies")]
     text = Page(write_report(folders, tmp_path / "out", resamples=0)).text
     assert "9 finished runs" in text
-    assert "Against dense budget series" in text
-    assert "3 runs have the method, size, budget, settings and seed of another" in text
+    assert "Against the baseline budget series baseline" in text
+    assert "3 runs have the method, size, budget, settings and seed of another run" in text
     assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
     again = Page(write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
     assert "6 finished runs" in again  # a directory given twice is read once
@@ -341,7 +348,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path):
     text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
     assert "The runs are on 2 different texts (python and wiki)" in text
     assert "PEER, on wiki" in text
-    assert "Against Dense" not in text
+    assert "Against the minimum of Dense" not in text
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path):
@@ -373,7 +380,7 @@ def test_names_are_text_and_no_markup(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     write_run(tmp_path / "run", "Dense", 32, 3e11, lines=False)
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match=r"taken can't be written to .*: choose another folder"):
+    with pytest.raises(InputError, match=r"taken.* can't be made .*: choose another"):
         write_report([tmp_path / "run"], tmp_path / "taken")
     with pytest.raises(InputError, match="holds no finished run"):
         write_report([tmp_path / "nothing"], tmp_path / "out")
@@ -399,11 +406,12 @@ def test_where_there_is_nothing_to_draw_there_is_no_figure(tmp_path):
     write_run(tmp_path / "run", "Dense", 32, 3e11, lines=False)
     rows = results.read([tmp_path])
     analysis = analyse(rows, resamples=0)
-    assert figures.isoflop(analysis, "params_active") is None
-    assert figures.optimum(analysis) is None
-    assert figures.training(curves.read(analysis.curves)) is None
-    assert figures.usage(rows) is None
-    assert figures.flops(rows) is not None
+    looks = style.looks(analysis)
+    assert figures.isoflop(analysis, "params_active", looks) is None
+    assert figures.optimum(analysis, looks) is None
+    assert figures.training(curves.read(analysis.curves), looks) is None
+    assert figures.usage(rows, looks) is None
+    assert figures.flops(rows, looks) is not None
 
 
 def test_training_curves_are_smoothed_and_skip_the_start(tmp_path):
@@ -418,7 +426,7 @@ def test_training_curves_are_smoothed_and_skip_the_start(tmp_path):
 
 KINDS = [
     ("number", {"NUM_EXPERTS": (1024, 4096)}, {}, "line", "number of experts N"),
-    ("grid", {"PEER.top_k": (4, 8), "PEER.num_heads": (1, 2, 4)}, {}, "heat map", "heads h and retrieved a head, k"),
+    ("grid", {"PEER.top_k": (4, 8), "PEER.num_heads": (1, 2, 4)}, {}, "heat map", "heads h and retrieved per head, k"),
     ("paired", {"PEER.num_heads": (1, 2), "PEER.top_k": (16, 8)}, {"zipped": True}, "dots", "heads h and retrieved"),
     ("norm", {"PEER.query_norm": ("batch", None)}, {}, "dots", "query norm"),
     ("three", {"A.x": (1, 2), "A.y": (1, 2), "A.z": (1, 2)}, {}, "dots", "A.x and A.y and A.z"),
@@ -433,7 +441,11 @@ def test_an_ablation_gets_the_figure_that_suits_it(tmp_path, name, axes, how, ki
     assert found.kind == kind
     assert found.title.startswith(title)
     assert sum(len(own) for panel in found.panels for own in panel.losses["PEER"].values()) == 2 * len(found.values)
-    assert ablation_figures.ablation(found) is not None
+    assert ablation_figures.ablation(found, looks_of(tmp_path)) is not None
+
+
+def looks_of(root):
+    return style.looks(analyse(results.read([root]), resamples=0))
 
 
 def test_a_method_without_the_varied_option_is_a_level(tmp_path):
@@ -443,7 +455,8 @@ def test_a_method_without_the_varied_option_is_a_level(tmp_path):
     (found,) = ablations.find(results.read([tmp_path]))
     assert found.kind == "line"
     assert found.panels[0].losses["Dense"] == {(ablations.UNUSED,): [2.125]}
-    levels = [line for line in ablation_figures.ablation(found).axes[0].lines if set(line.get_ydata()) == {2.125}]
+    drawn = ablation_figures.ablation(found, looks_of(tmp_path))
+    levels = [line for line in drawn.axes[0].lines if set(line.get_ydata()) == {2.125}]
     assert len(levels) == 1
 
 
@@ -452,13 +465,41 @@ def test_a_sweep_that_varies_nothing_is_no_ablation(tmp_path):
     assert ablations.find(results.read([tmp_path])) == []
 
 
-def test_a_method_always_looks_the_same():
-    alone = style.styles([("PEER", True)])["PEER"]
-    among = style.styles([("PEER, k=8", True), ("Dense", True), ("MoE (expert choice)", False), ("PEER", True)])
-    assert among["PEER"] == alone
-    assert len({(look.colour, look.marker) for look in among.values()}) == 4
-    assert among["MoE (expert choice)"].label == "MoE (expert choice), not causal"
-    assert among["MoE (expert choice)"].line != "-"
+def test_looks_follow_from_the_series_and_the_baseline():
+    series = [("dense", True), ("dense_swiglu", True), ("moe", False), ("peer", True), ("peer, k=8", True)]
+    looks = style.styles(series, baseline=["dense_swiglu"])
+    assert (looks["dense_swiglu"].colour, looks["dense_swiglu"].marker) == ("#000000", "o")
+    assert len({(look.colour, look.marker) for look in looks.values()}) == 5
+    assert looks["moe"].label == "moe, not causal"
+    assert [look.line == "-" for look in looks.values()] == [True, True, False, True, True]
+    many = style.styles([(f"method_{number}", True) for number in range(30)])
+    assert len({(look.colour, look.marker, str(look.line)) for look in many.values()}) == 30
+
+
+def test_names_too_long_for_a_legend_stay_apart():
+    names = [f"peer, sweep=/a/directory/with/a/very/long/name/{last}" for last in "ab"]
+    assert [look.label for look in style.styles([(name, True) for name in names]).values()] == names
+    assert len(style.styles([(names[0], True)])[names[0]].label) < len(names[0])
+
+
+def test_all_figures_of_a_report_draw_a_method_alike(everything):
+    """Also methods that only some of them show."""
+    analysis = analyse(results.read([everything / "runs"]), resamples=0)
+    looks = style.looks(analysis)
+    assert looks["Dense"].colour == "#000000"
+    trained = figures.training(curves.read(figures.in_picture(analysis)), looks)
+    used = figures.usage(analysis.rows, looks)
+    losses = figures.isoflop(analysis, "params_active", looks)
+    for found in ablations.find(analysis.rows):
+        if found.kind == "line":
+            assert {line.get_color() for line in ablation_figures.ablation(found, looks).axes[0].lines} <= {
+                looks[name].colour for name in GAINS
+            }
+    for made, known in ((trained, GAINS), (used, GAINS.keys() - {"Dense"}), (losses, GAINS)):
+        keys = {key.get_label(): key.get_color() for key in made.legends[0].legend_handles if hasattr(key, "get_color")}
+        for name in known:
+            label = name + (", not causal" if name == "MoE (expert choice)" else "")
+            assert keys[label] == looks[name].colour
 
 
 def test_many_series_are_too_many_for_a_figure(tmp_path):
@@ -466,7 +507,7 @@ def test_many_series_are_too_many_for_a_figure(tmp_path):
     write_ablation(tmp_path / "k", axes, seeds=(0,), widths=(16, 32, 64))
     write_headline(tmp_path / "plain", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PEER",), lines=False)
     text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
-    assert "The figures leave out, the tables have: PEER, top_k=1; PEER, top_k=2" in text
+    assert "These series are in the tables, but not in the figures: PEER, top_k=1; PEER, top_k=2" in text
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.8e4, 2.3e5), (1e4, 1.1e4), (1e5, 1e9), (3.0, 5.0), (2e11, 3.2e12)])
@@ -482,3 +523,134 @@ def test_ticks_are_few_round_and_inside(low, high):
 )
 def test_numbers_are_short(number, text):
     assert reading.si(number) == text
+
+
+# What a report reads
+
+
+def of_class(root, name, label, loss, *, seed=0, d=32, **said):
+    """A run of a sweep that calls its methods as it likes."""
+    said = {"layer": name, "options": {}, "is_baseline": False} | said
+    write_run(root / f"{label}-d{d}-seed{seed}", name, d, 3e11, settings={}, label=label, loss=loss, seed=seed, **said)
+
+
+def test_the_label_of_the_sweep_is_the_method_and_the_class_a_column(tmp_path):
+    runs = tmp_path / "runs"
+    for d in (16, 32, 64):
+        of_class(runs, "PEER", "peer", 1.5, d=d)
+        of_class(runs, "PEER", "peer_layer_norm", 2.5, d=d, options={"query_norm": "layer"})
+        of_class(runs, "Dense", "gelu", 2.0, d=d, is_baseline=True)
+        of_class(runs, "Dense", "swiglu", 2.25, d=d, options={"activation": "swiglu"})
+    write_run(runs / "lone", "Dense", 32, 3e11)  # of an earlier version, outside the sweep
+    text = Page(write_report([runs], tmp_path / "out", resamples=0)).text
+    assert "5 methods (Dense; gelu; peer; peer_layer_norm; swiglu)" in text
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = {(row["method"], row["size"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 13
+    assert rows["peer", "d32"]["loss"] == "1.5"
+    assert rows["peer_layer_norm", "d32"]["layer"] == "PEER"
+    assert json.loads(rows["peer_layer_norm", "d32"]["options"]) == {"query_norm": "layer"}
+    assert [rows["Dense", "d32"][name] for name in ("layer", "options")] == ["", ""]
+    assert not {"config", "found", "directory", "baseline"} & rows["peer", "d32"].keys()
+
+
+@pytest.mark.parametrize("baseline", [None, "swiglu"])
+def test_the_page_names_the_baseline(tmp_path, baseline):
+    """Which is the one that the sweep names, else the layer that calls itself one, whatever their names."""
+    for d, loss in ((16, 2.2), (32, 2.0), (64, 2.1)):
+        for label, better, is_baseline in (("gelu", 0.0, True), ("swiglu", 0.1, False), ("peer", 0.2, False)):
+            of_class(tmp_path / "runs", "Any", label, loss - better, d=d, is_baseline=is_baseline)
+    runs = [path.name for path in (tmp_path / "runs").iterdir()]
+    SweepDirectory(tmp_path / "runs").keep_sweep({"baseline": baseline, "tuning": ""}, runs)
+    analysis = analyse(results.read([tmp_path / "runs"]), resamples=0)
+    text = Page(report.write_report(analysis, [tmp_path / "runs"], tmp_path / "out")).text
+    expected = baseline or "gelu"
+    assert f"Against {expected} Differences in loss" in text
+    assert {found.series: found.difference for found in analysis.comparisons} == pytest.approx(
+        {"swiglu": -0.1, "peer": -0.2} if baseline is None else {"gelu": 0.1, "peer": -0.1}
+    )
+    assert style.looks(analysis)[expected].colour == "#000000"
+    assert style.looks(analysis)["peer"].colour != "#000000"
+
+
+def test_runs_of_other_rates_are_not_one_point(tmp_path):
+    """Two runs given by hand, in a directory and in two, and two sweeps that are reported together."""
+    for name, loss in (("0.012", 1.5), ("0.0001", 2.5)):
+        config = {"AdamW.learning_rate": name, "Run.seed": "0"}
+        write_run(tmp_path / "lone" / name, "PEER", 32, 3e11, loss=loss, config=config)
+        write_run(tmp_path / name / "run", "PEER", 32, 3e11, loss=loss, config=config)
+        for d in (16, 32):
+            said = {"config": config | {"AdamW.learning_rate": str(float(name) / d)}}
+            of_class(tmp_path / f"sweep-{name}", "PEER", "peer", loss, d=d, **said)
+    for folders in (["lone"], ["0.012", "0.0001"]):
+        directories = [tmp_path / folder for folder in folders]
+        out = tmp_path / "out" / folders[0]
+        text = Page(write_report(directories, out, resamples=0)).text
+        assert (
+            "The lowest loss measured is 1.5000 nats per token by PEER, learning_rate=0.012 (size d32, 1 run)" in text
+        )
+        assert "the next lowest 2.5000 by PEER, learning_rate=0.0001 (size d32, 1 run)" in text
+        with (out / "results.csv").open() as file:
+            rows = {row["AdamW.learning_rate"]: row["loss"] for row in csv.DictReader(file)}
+        assert rows == {"0.012": "1.5", "0.0001": "2.5"}
+    (found,) = ablations.find(analyse(results.read([tmp_path / "lone"]), resamples=0).rows)
+    assert (found.title, found.values) == ("learning rate", ((0.0001,), (0.012,)))
+    merged = [tmp_path / "sweep-0.012", tmp_path / "sweep-0.0001"]
+    found = {curve.series: curve.best()[1] for curve in analyse(results.read(merged), resamples=0).curves}
+    assert found == {f"peer, sweep={merged[0]}": 1.5, f"peer, sweep={merged[1]}": 2.5}
+    (curve,) = analyse(results.read(merged[:1]), resamples=0).curves  # alone, its rates follow the width
+    assert (curve.series, len(curve.points("params_active"))) == ("peer", 2)
+
+
+def test_each_sweep_of_a_directory_tells_the_tuning_of_its_own_runs(tmp_path):
+    root = tmp_path / "runs"
+    for name in ("first", "second", "both", "lone"):
+        write_run(root / name, "PEER", 32, 3e11, settings={}, lines=False)
+    directory = SweepDirectory(root)
+    directory.keep_sweep({"tuning": "Rates were tried by day.", "methods": {"peer": {"A.b": 1}}}, ["first", "both"])
+    directory.keep_sweep({"tuning": "Rates were tried by night.", "methods": ["peer"]}, ["second", "both", "unmade"])
+    told, untold = report.tuning(results.read([root]))
+    assert {(sweep.text, sweep.runs) for sweep in told} == {
+        ("Rates were tried by day.", 2),
+        ("Rates were tried by night.", 2),
+    }
+    assert untold == ["lone"]
+    text = Page(write_report([root], tmp_path / "out", resamples=0)).text
+    assert "Rates were tried by day." in text
+    assert "Rates were tried by night." in text
+    assert "1 of the runs belong to no sweep" in text
+
+
+listed = []
+sys.addaudithook(lambda event, given: listed.append(str(given[0])) if event in ("os.listdir", "os.scandir") else None)
+
+
+def test_nothing_inside_of_a_run_is_walked(tmp_path):
+    root = tmp_path / "runs"
+    for number in range(1000):
+        folder = root / f"run{number}"
+        (folder / "checkpoints" / "5" / "run").mkdir(parents=True)
+        (folder / "config.gin").write_text("")
+    write_run(root / "finished", "PEER", 32, 3e11, lines=False)
+    shutil.copytree(root / "finished", root / "run7" / "checkpoints" / "5" / "run", dirs_exist_ok=True)
+    listed.clear()
+    rows = results.read([root])
+    assert [row.run for row in rows] == ["finished"]
+    assert report.failures([root]).rows == []
+    assert listed
+    assert set(listed) <= {str(root)}
+
+
+def test_a_row_is_read_without_the_others(tmp_path):
+    write_ablation(tmp_path, {"PEER.top_k": (4, 8)}, seeds=(0,))
+    rows = results.read([tmp_path])
+    assert [results.row(RunDirectory(row.directory), tmp_path) for row in rows] == rows
+    alone = results.row(RunDirectory(rows[0].directory), rows[0].directory)
+    assert alone.run == rows[0].directory.name
+    results.write_csv(rows[:1], tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        (written,) = csv.DictReader(file)
+    assert (written["run"], float(written["loss"]), written["PEER.top_k"]) == (rows[0].run, rows[0].loss, "4")
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(InputError, match="not written by this version"):
+        results.row(RunDirectory(tmp_path / "unfinished"), tmp_path)

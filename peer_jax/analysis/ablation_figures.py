@@ -1,4 +1,4 @@
-"""Figures of ablations: a line, a heat map or dots, as ``ablations`` has chosen."""
+"""Figures of ablations: lines, heat maps or dots, whichever ``ablations`` has chosen."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,18 +8,18 @@ from matplotlib.ticker import MaxNLocator
 
 from peer_jax.analysis.ablations import UNUSED, Ablation, Panel, readable, value_text
 from peer_jax.analysis.reading import budget
-from peer_jax.analysis.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, styles, value_axis
+from peer_jax.analysis.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, value_axis
 
 LOSS = "validation loss [nats/token]"
 
 
 @house_style()
-def ablation(found: Ablation) -> Figure | None:
-    """Loss against what was varied; panels by budget and size, and by method for heat maps."""
+def ablation(found: Ablation, looks: dict[str, Style]) -> Figure | None:
+    """Loss against what was varied, a panel for each budget and size; heat maps have a panel for each method too."""
     if not any(np.isfinite(loss) for panel in found.panels for loss in _losses(panel)):
         return None
-    methods = list(dict.fromkeys(method for panel in found.panels for method in panel.losses))
-    looks = styles([(method, method not in found.not_causal) for method in sorted(methods)])
+    methods = {method for panel in found.panels for method in panel.losses}
+    looks = {method: look for method, look in looks.items() if method in methods}
     if found.kind == "heat map":
         return _heat_maps(found, looks)
     panels = [panel for panel in found.panels if np.isfinite(_losses(panel)).any()]
@@ -52,7 +52,7 @@ def _line(axes: Axes, found: Ablation, panel: Panel, looks: dict[str, Style]) ->
         look = looks[method]
         known = [(float(v[0]), own) for v in found.values if v[0] != UNUSED and (own := losses.get(v))]
         xs, means = [x for x, _ in known], [float(np.mean(own)) for _, own in known]
-        if level := losses.get((UNUSED,)):  # what to compare with
+        if level := losses.get((UNUSED,)):  # a level to compare the others with
             axes.axhline(np.mean(level), ls=look.line, color=look.colour, lw=1.1, alpha=0.8)
         for x, own in known:
             if len(own) > 1:
@@ -80,20 +80,20 @@ def _dots(axes: Axes, found: Ablation, panel: Panel, looks: dict[str, Style]) ->
 
 
 def _heat_maps(found: Ablation, looks: dict[str, Style]) -> Figure | None:
-    """Rows are the first binding, columns the second; the lowest cell has a frame."""
+    """Heat maps with the first binding as rows and the second as columns; a frame marks the lowest cell."""
     heads, columns_of = (sorted({v[i] for v in found.values if UNUSED not in v}) for i in range(2))
     grids = []
     for panel in found.panels:
         for method in (method for method in looks if method in panel.losses):
             means = {values: float(np.mean(own)) for values, own in panel.losses[method].items()}
             grid = np.array([[means.get((a, b), np.nan) for b in columns_of] for a in heads])
-            # One cell is no map: a method that the bindings say nothing to was run once.
+            # A method that does not use the bindings was run once, and one cell is no map.
             if np.isfinite(grid).sum() > 1:
                 grids.append((f"{looks[method].label}\n{brief(panel.size, 24)}, {budget(panel.budget)} FLOPs", grid))
     if not grids:
         return None
     values = np.concatenate([grid[np.isfinite(grid)] for _, grid in grids])
-    # One that has gone wild would leave the others in one colour.
+    # The colours end at a quantile: a single very high loss would leave all others in one colour.
     limits = float(values.min()), float(np.quantile(values, 0.9))
     columns = min(len(grids), 2 if len(columns_of) > 4 else 3)
     rows = -(-len(grids) // columns)

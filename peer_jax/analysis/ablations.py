@@ -1,4 +1,4 @@
-"""Ablations: what a sweep varied beside method, size, budget and seed, and in which picture it is best seen."""
+"""Ablations: what a sweep varied beside method, size, budget and seed, and which kind of figure shows it best."""
 
 import dataclasses
 import math
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from peer_jax.analysis.pooling import SWEEP
 from peer_jax.analysis.results import Row
 
-# A word for an axis, and a letter for labels that name several.
+# A name for an axis, and a short name for labels that hold several.
 NAMES = {
     "num_heads": ("heads h", "h"),
     "RETRIEVAL_HEADS": ("heads h", "h"),
-    "top_k": ("retrieved a head, k", "k"),
+    "top_k": ("retrieved per head, k", "k"),
     "num_experts": ("number of experts N", "N"),
     "NUM_EXPERTS": ("number of experts N", "N"),
     "MOE_EXPERTS": ("number of coarse experts", "experts"),
@@ -25,13 +26,13 @@ NAMES = {
     "learning_rate": ("learning rate", "rate"),
     "table_learning_rate": ("learning rate of the tables", "table rate"),
     "TABLE_RATE": ("learning rate of the tables", "table rate"),
-    "UP_STDDEV": ("standard deviation of up at the start", "up std"),
+    "UP_STDDEV": ("initial standard deviation of the up table", "up std"),
     "batch_size": ("batch size", "batch"),
     "weight_decay": ("weight decay", "decay"),
 }
 
 UNUSED = "-"
-"""Stands for the value of a binding that says nothing to a run, such as PEER's top-k to a dense model."""
+"""Stands for the value of a binding that a run does not use, such as the top-k of a retrieval in a dense model."""
 
 Kind = Literal["line", "heat map", "dots"]
 Values = tuple[Any, ...]
@@ -39,7 +40,7 @@ Values = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """The runs of one size at one budget: losses by method and by the values of what was varied."""
+    """The losses of the runs of one size at one budget, by method and by the values of what was varied."""
 
     budget: float
     size: str
@@ -51,13 +52,15 @@ class Ablation:
     """What one sweep directory varied.
 
     Attributes:
-        varied: the bindings with more than one value; heads before top-k, so that they head the rows.
+        text: the name of the text, where several are analysed together.
+        varied: the bindings with more than one value; heads before top-k, so that heads become the rows of a heat map.
         values: the combinations that were run, in order.
-        panels: by budget and size.
-        not_causal: methods that see later tokens.
+        panels: one for each budget and size.
+        not_causal: the methods that see later tokens.
     """
 
     directory: Path
+    text: str
     varied: tuple[str, ...]
     values: tuple[Values, ...]
     kind: Kind
@@ -66,31 +69,31 @@ class Ablation:
 
     @property
     def title(self) -> str:
-        """What was varied, in words."""
+        """The names of what was varied."""
         return " and ".join(readable(name) for name in self.varied)
 
     def label(self, values: Values) -> str:
-        """A combination in words: just the value where one binding varies."""
+        """The name of a combination: only the value where one binding varies."""
         if len(self.varied) == 1:
             return value_text(values[0])
         return ", ".join(f"{letter(n)}={value_text(v)}" for n, v in zip(self.varied, values, strict=True))
 
 
 def find(rows: Sequence[Row]) -> list[Ablation]:
-    """One a sweep directory that varied something."""
-    by_directory = defaultdict(list)
+    """The ablations of the rows, one for each sweep directory (and text) that varied something."""
+    groups = defaultdict(list)
     for row in rows:
-        by_directory[row.directory.parent].append(row)
-    found = (_ablation(directory, own) for directory, own in sorted(by_directory.items()))
+        groups[row.directory.parent, row.text].append(row)
+    found = (_ablation(directory, text, own) for (directory, text), own in sorted(groups.items()))
     return [ablation for ablation in found if ablation is not None]
 
 
-def _ablation(directory: Path, rows: Sequence[Row]) -> Ablation | None:
+def _ablation(directory: Path, text: str, rows: Sequence[Row]) -> Ablation | None:
     seen = defaultdict(dict)
     for row in rows:
         for name, value in row.settings.items():
             seen[name][repr(value)] = value
-    varied = [name for name, values in seen.items() if len(values) > 1]
+    varied = [name for name, values in seen.items() if len(values) > 1 or _is_optional(name, rows)]
     if not varied:
         return None
     varied.sort(key=lambda name: (letter(name) == "k", letter(name) != "h"))
@@ -104,7 +107,7 @@ def _ablation(directory: Path, rows: Sequence[Row]) -> Ablation | None:
         kind = "line"
     elif len(varied) == 2 and len(numeric) == 2:
         cells = math.prod(len({values[i] for values in combinations}) for i in range(2))
-        # Values that were paired one to one lie on a diagonal, and a picture of mostly nothing says little.
+        # Values that were paired one to one lie on a diagonal, and a heat map that is mostly empty says little.
         kind = "heat map" if len(combinations) > cells / 2 else "dots"
 
     panels = {}
@@ -113,12 +116,19 @@ def _ablation(directory: Path, rows: Sequence[Row]) -> Ablation | None:
         panel.losses.setdefault(row.method, {}).setdefault(_key(row, varied), []).append(row.loss)
     return Ablation(
         directory=directory,
+        text=text,
         varied=tuple(varied),
         values=tuple(combinations),
         kind=kind,
         panels=tuple(panels.values()),
         not_causal=frozenset(row.method for row in rows if not row.is_causal),
     )
+
+
+def _is_optional(name: str, rows: Sequence[Row]) -> bool:
+    """Whether some runs of a method have a setting and others have not."""
+    having = {row.method for row in rows if name in row.settings}
+    return name != SWEEP and any(name not in row.settings for row in rows if row.method in having)
 
 
 def _key(row: Row, varied: Sequence[str]) -> Values:
@@ -131,22 +141,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _rank(value: Any) -> float:
-    """Where a number stands; a run that has none comes first."""
+    """The place of a value in an order; a run without the value comes first."""
     return float(value) if _is_number(value) else -math.inf
 
 
 def readable(binding: str) -> str:
-    """The name of an axis."""
+    """The name of a binding on an axis."""
     return NAMES.get(binding, NAMES.get(binding.split(".")[-1], (binding, binding)))[0]
 
 
 def letter(binding: str) -> str:
-    """The short name in a label."""
+    """The short name of a binding in a label."""
     return NAMES.get(binding, NAMES.get(binding.split(".")[-1], ("", binding.split(".")[-1])))[1]
 
 
 def value_text(value: Any) -> str:
-    """A value as people write it."""
+    """Writes a value as people do."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):

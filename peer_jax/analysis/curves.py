@@ -1,7 +1,6 @@
-"""Training curves, read from the runs' own ``metrics.jsonl``."""
+"""Training curves, read from the metrics of the runs."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 
@@ -10,17 +9,20 @@ from jaxtyping import Float
 
 from peer_jax.analysis.isoflop import Curve
 from peer_jax.analysis.results import Row
+from peer_jax.run_directory import RunDirectory
 
-METRICS = "metrics.jsonl"
-# The first steps fall so far that the rest of the curve would be flat.
+# The share of the first steps that are left out. They fall so far that the rest of the curve would look flat.
 SKIPPED = 0.05
-# Share of the run that one smoothed point is the mean of.
+# The share of the run that one smoothed point is the mean of.
 WINDOW = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The smoothed training loss of a run against FLOPs. ``is_best``: the first seed of its series' best size."""
+    """The smoothed training loss of a run against FLOPs.
+
+    ``is_best`` marks the first seed of the best size of its series.
+    """
 
     row: Row
     flops: Float[np.ndarray, " n"]
@@ -33,21 +35,17 @@ class Training:
 
 
 def read(curves: Sequence[Curve]) -> list[Training]:
-    """Of all runs of the curves whose metrics are there."""
+    """Reads the training curves of all runs of ``curves`` that have metrics."""
     found = []
     for curve in curves:
         best, _ = curve.best() or ([], 0.0)
-        # Of several seeds one stands for all: they differ by noise.
+        # One seed stands for all: they differ by noise.
         found += [_training(row, is_best=row in best[:1]) for row in curve.rows]
     return [training for training in found if training is not None]
 
 
 def _training(row: Row, *, is_best: bool) -> Training | None:
-    try:
-        lines = (row.directory / METRICS).read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    points = dict(_losses(lines))
+    points = dict(_losses(RunDirectory(row.directory)))
     if len(points) < 3:
         return None
     steps = np.array(sorted(points), np.float64)
@@ -56,19 +54,16 @@ def _training(row: Row, *, is_best: bool) -> Training | None:
     return Training(row, steps[kept] / row.steps * row.training_flops, losses[kept], is_best)
 
 
-def _losses(lines: Sequence[str]) -> Iterator[tuple[int, float]]:
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            step, loss = entry["step"], entry["loss"]
-        except (ValueError, TypeError, KeyError):  # validation has lines of its own, and a kill may cut the last
-            continue
+def _losses(run: RunDirectory) -> Iterator[tuple[int, float]]:
+    """The training losses by step. Lines of validation have no training loss and are left out."""
+    for entry in run.read_metrics():
+        step, loss = entry.get("step"), entry.get("loss")
         if isinstance(step, int) and isinstance(loss, float) and math.isfinite(loss):
             yield step, loss
 
 
 def _smooth(steps: np.ndarray, losses: np.ndarray, width: float) -> np.ndarray:
-    """Means over the points within half a width on either side, fewer at the ends."""
+    """The means over the points within half a width on either side; at the ends there are fewer points."""
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     low = np.searchsorted(steps, steps - width / 2, side="left")
     high = np.searchsorted(steps, steps + width / 2, side="right")

@@ -1,10 +1,15 @@
-"""The figures of a report. Each function returns a Figure, or None where there is nothing to draw."""
+"""The figures of a report. Each function returns a Figure, or None where there is nothing to draw.
 
+``looks`` are the styles of ``style.looks``, by the names of families, series and methods.
+"""
+
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -14,7 +19,7 @@ from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, named, si
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.style import (
-    METHODS,
+    PALETTE,
     QUIET,
     WIDTH,
     Style,
@@ -25,25 +30,24 @@ from peer_jax.analysis.style import (
     log_axis,
     loss_limits,
     perplexity_axis,
-    styles,
     value_axis,
 )
 
 SIZES = dict(zip(MEASURES, ("active parameters", "parameters", "training tokens"), strict=True))
-# A minimum further out than this is only in the table.
+# A minimum further outside the sizes tried than this factor is only in the table.
 NEARBY = 1.6
 LOSS = "validation loss [nats/token]"
-# A picture of more series than this is a thicket: then it shows the methods as they are.
+# A picture of more series than this is unreadable. It then leaves out the settings that sweeps varied.
 MOST_SERIES = 8
 
 
 @house_style()
-def isoflop(analysis: Analysis, measure: str) -> Figure | None:
-    """Loss against size on a panel a budget: runs, parabolas and their minima."""
+def isoflop(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Figure | None:
+    """Loss against size, one panel per budget: runs, parabolas and their minima."""
     curves = in_picture(analysis)
     if not curves or all(len(curve.points(measure)) < 2 for curve in curves):
         return None
-    looks = styles([(curve.series, curve.is_causal) for curve in curves])
+    looks = _only(looks, {curve.series for curve in curves})
     budgets = sorted({curve.budget for curve in curves})
     columns = min(2, len(budgets))
     rows = -(-len(budgets) // columns)
@@ -69,14 +73,19 @@ def isoflop(analysis: Analysis, measure: str) -> Figure | None:
 
 
 def in_picture(analysis: Analysis) -> list[Curve]:
-    """What the figures show: all series if they are few enough, else the methods as they are."""
+    """The curves that the figures show: all if they are few enough, else those that no sweep varied."""
     shown = analysis.shown()
     if len({curve.series for curve in shown}) <= MOST_SERIES:
         return shown
-    return [curve for curve in shown if not curve.settings] or shown
+    return [curve for curve in shown if not curve.varied] or shown
 
 
-def _isoflop_panel(axes: Axes, curves: Sequence[Curve], measure: str, looks: dict[str, Style]) -> None:
+def _only(looks: Mapping[str, Style], names: Collection[str]) -> dict[str, Style]:
+    """The styles of some names, in the order of all."""
+    return {name: look for name, look in looks.items() if name in names}
+
+
+def _isoflop_panel(axes: Axes, curves: Sequence[Curve], measure: str, looks: Mapping[str, Style]) -> None:
     sizes, losses = [], []
     for curve in curves:
         look, points = looks[curve.series], curve.points(measure)
@@ -89,7 +98,7 @@ def _isoflop_panel(axes: Axes, curves: Sequence[Curve], measure: str, looks: dic
                     [x] * len(rows), [r.loss for r in rows], look.marker, color=look.colour, ms=3.2, alpha=0.55, mew=0
                 )
         fit = curve.fits.get(measure)
-        # Without a parabola the points are joined, so that it is seen which belong together.
+        # Without a parabola the points are joined, to show which belong together.
         line = ":" if fit is None else ""
         axes.plot(xs, means, look.marker, ls=line, lw=1, color=look.colour, ms=6.5, mec="white", mew=0.8, zorder=3)
         if fit is None:
@@ -115,13 +124,13 @@ def _isoflop_panel(axes: Axes, curves: Sequence[Curve], measure: str, looks: dic
 
 
 @house_style()
-def optimum(analysis: Analysis) -> Figure | None:
-    """N_opt, D_opt and the loss there against compute."""
+def optimum(analysis: Analysis, looks: Mapping[str, Style]) -> Figure | None:
+    """N_opt, D_opt and the loss at the minimum against compute."""
     laws = {law.series: law for law in analysis.laws if law.params is not None}
     curves = [curve for curve in analysis.curves if curve.series in laws and curve.has_minimum]
     if not curves:
         return None
-    looks = styles([(curve.series, curve.is_causal) for curve in curves])
+    looks = _only(looks, laws.keys() & {curve.series for curve in curves})
     made, panels = figure(1, 3, height=4.3, width=WIDTH * 1.05)
     titles = ("N_opt: active parameters", "D_opt: tokens", "loss at the minimum [nats/token]")
     computes = [curve.compute for curve in curves]
@@ -156,11 +165,11 @@ def _optima(curves: Sequence[Curve]) -> tuple[list[float], list[float], list[flo
 
 
 @house_style()
-def training(curves: Sequence[Training]) -> Figure | None:
-    """Smoothed training loss against FLOPs on a panel a budget; thick: the best size of each series."""
+def training(curves: Sequence[Training], looks: Mapping[str, Style]) -> Figure | None:
+    """Smoothed training loss against FLOPs, one panel per budget. The best size of each series has a thick line."""
     if not curves:
         return None
-    looks = styles([(curve.row.series, curve.row.is_causal) for curve in curves])
+    looks = _only(looks, {curve.row.series for curve in curves})
     budgets = sorted({curve.row.budget for curve in curves})
     columns = min(2, len(budgets))
     rows = -(-len(budgets) // columns)
@@ -173,7 +182,7 @@ def training(curves: Sequence[Training]) -> Figure | None:
             how = {"lw": 2.0, "zorder": 3} if curve.is_best else {"lw": 0.7, "alpha": 0.35, "zorder": 2}
             axes.plot(curve.flops, curve.losses, ls=look.line, color=look.colour, **how)
         log_axis(axes.xaxis, min(c.flops[0] for c in own), max(c.flops[-1] for c in own), write=budget, most=6)
-        # Sizes far from the best may leave at the top, or all that is of interest would be at the bottom.
+        # Sizes far from the best may leave the panel at its top: otherwise all that matters would lie at its bottom.
         top = max(c.losses[0] for c in [c for c in own if c.is_best] or own)
         bottom = min(float(c.losses.min()) for c in own)
         loss_limits(axes, [bottom, top + 0.15 * (top - bottom)])
@@ -187,17 +196,17 @@ def training(curves: Sequence[Training]) -> Figure | None:
 
 
 @house_style()
-def usage(rows: Sequence[Row]) -> Figure | None:
-    """The share of experts used, and how unevenly: against active parameters, and against N where that was varied."""
+def usage(rows: Sequence[Row], looks: Mapping[str, Style]) -> Figure | None:
+    """Usage and unevenness of experts, against active parameters, and against N where N was varied."""
     rows = [row for row in rows if row.usage is not None and row.unevenness is not None]
     if not rows:
         return None
-    sizes = [row for row in rows if not row.settings] or rows
+    sizes = [row for row in rows if not row.varied] or rows
     numbers = defaultdict(set)
     for row in rows:
         numbers[_place(row)].add(row.num_experts)
     varied = [row for row in rows if row.num_experts and len(numbers[_place(row)]) > 1]
-    looks = styles(sorted({(row.method, row.is_causal) for row in (*sizes, *varied)}))
+    looks = _only(looks, {row.family for row in (*sizes, *varied)})
     budgets = sorted({row.budget for row in (*sizes, *varied)})
     made, panels = figure(2 if varied else 1, 2, height=3.7)
     _usage_panels(panels[:2], sizes, "params_active", looks, budgets)
@@ -213,29 +222,29 @@ def usage(rows: Sequence[Row]) -> Figure | None:
 
 
 def _place(row: Row) -> tuple:
-    """What runs that differ in the number of experts share."""
-    return row.directory.parent, row.method, row.size, row.budget
+    """What runs share that differ in the number of experts."""
+    return row.directory.parent, row.family, row.size, row.budget
 
 
 def _paleness(value: float, budgets: Sequence[float]) -> float:
-    """Budgets go from pale to full, so that it is seen what grows with them."""
+    """The opacity of a budget. Larger budgets are less pale, which shows what grows with them."""
     return 0.4 + 0.6 * (budgets.index(value) + 1) / len(budgets)
 
 
 def _usage_panels(
-    panels: Sequence[Axes], rows: Sequence[Row], x: str, looks: dict[str, Style], budgets: Sequence[float]
+    panels: Sequence[Axes], rows: Sequence[Row], x: str, looks: Mapping[str, Style], budgets: Sequence[float]
 ) -> None:
-    """Means over seeds, joined within a method and budget (and size, against the number of experts)."""
+    """Draws means over seeds, joined within a method and budget. Against the number of experts, sizes are apart too."""
     lines = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        lines[row.method, row.budget, row.size if x == "num_experts" else ""][getattr(row, x)].append(row)
+        lines[row.family, row.budget, row.size if x == "num_experts" else ""][getattr(row, x)].append(row)
     titles = {"usage": "usage: share of experts", "unevenness": "unevenness [nats]"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for (method, value, _), points in lines.items():
+        for (family, value, _), points in lines.items():
             xs = sorted(points)
             means = [float(np.mean([getattr(row, name) for row in points[x]])) for x in xs]
-            how = {"color": looks[method].colour, "ls": looks[method].line, "alpha": _paleness(value, budgets)}
-            axes.plot(xs, means, looks[method].marker, **how, lw=1.2, ms=6.5, mec="white", mew=0.6)
+            how = {"color": looks[family].colour, "ls": looks[family].line, "alpha": _paleness(value, budgets)}
+            axes.plot(xs, means, looks[family].marker, **how, lw=1.2, ms=6.5, mec="white", mew=0.6)
         values = [getattr(row, x) for row in rows]
         if x == "num_experts":
             value_axis(axes.xaxis, values)
@@ -247,35 +256,31 @@ def _usage_panels(
 
 
 PARTS = {"attention": ("#bdbdbd", ""), "logits": ("#e3e3e3", "..")}
+HATCHES = ("", "///", "\\\\\\", "xxx", "++", "oo")
 MOST_BARS = 36
 
 
 @house_style()
-def flops(rows: Sequence[Row]) -> Figure | None:
-    """Where the forward FLOPs of a token go, for each method and size."""
+def flops(rows: Sequence[Row], looks: Mapping[str, Style]) -> Figure | None:
+    """The parts of the forward FLOPs per token, for each method and size."""
     rows = models(rows)[:MOST_BARS]
     if not rows:
         return None
-    parts = list(dict.fromkeys(part for row in rows for part in row.flops_by_part))
+    parts = _part_looks(rows, looks)
     made, (axes,) = figure(1, 1, height=1.5 + 0.3 * len(rows), width=8.6)
-    hatches = iter(("", "///", "\\\\\\", "xxx", "++", "oo") * 3)
-    looks = {}
-    for part in parts:
-        known = next((colour for method, (colour, _) in METHODS.items() if method.startswith(part)), "#56b4e9")
-        looks[part] = PARTS.get(part) or (known, next(hatches))
     heights, height, last = [], 0.0, None
     for row in rows:
-        height += 0.0 if last is None else 1.0 if row.method == last else 1.6  # room between methods
+        height += 0.0 if last is None else 1.0 if row.family == last else 1.6  # room between methods
         heights.append(height)
-        last = row.method
+        last = row.family
     for y, row in zip(heights, rows, strict=True):
         left = 0.0
         for part, value in row.flops_by_part.items():
-            colour, hatch = looks[part]
+            colour, hatch = parts[part]
             share = 100 * value / row.flops_per_token
             axes.barh(y, share, left=left, height=0.8, color=colour, hatch=hatch, edgecolor="white", lw=0.8)
             if share >= 7:
-                dark = colour in ("#000000", "#0072b2", "#d55e00", "#009e73")
+                dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.5
                 axes.text(
                     *(left + share / 2, y, f"{share:.0f}%"),
                     **{"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "#222222"},
@@ -283,22 +288,39 @@ def flops(rows: Sequence[Row]) -> Figure | None:
                 )
             left += share
         axes.text(101, y, f"{si(row.flops_per_token)}", va="center", fontsize=9)
-    axes.text(101, -1.0, "FLOPs a token", va="center", fontsize=9, color=QUIET)
+    axes.text(101, -1.0, "FLOPs per token", va="center", fontsize=9, color=QUIET)
     axes.set_yticks(heights, [f"{brief(named(row.series, row.is_causal))}, {brief(row.size, 16)}" for row in rows])
     axes.set_ylim(heights[-1] + 0.7, -0.7)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the forward FLOPs of a token [%]")
+    axes.set_xlabel("share of the forward FLOPs per token [%]")
     axes.tick_params(axis="y", length=0)
     axes.grid(False)
     axes.spines["left"].set_visible(False)
-    keys = [Patch(facecolor=looks[p][0], hatch=looks[p][1], edgecolor="white", label=p) for p in parts]
+    keys = [Patch(facecolor=fill, hatch=hatch, edgecolor="white", label=part) for part, (fill, hatch) in parts.items()]
     legend(made, keys)
     return made
 
 
+def _part_looks(rows: Sequence[Row], looks: Mapping[str, Style]) -> dict[str, tuple[str, str]]:
+    """The fill and the hatch of each part: a layer has the colour of the first method that is named by it."""
+    parts = dict.fromkeys(part for row in rows for part in row.flops_by_part)
+    hatches, free = itertools.cycle(HATCHES), iter(colour for colour, _ in reversed(PALETTE))
+    found = {}
+    for part in parts:
+        own = (looks[row.family].colour for row in rows if _is_layer(row, part))
+        found[part] = PARTS.get(part) or (next(own, None) or next(free, QUIET), next(hatches))
+    return found
+
+
+def _is_layer(row: Row, part: str) -> bool:
+    """Whether a part is the layer that a method is named by. Results of earlier versions don't name their layer."""
+    return row.method.lower().startswith(part.lower()) if row.layer is None else row.layer == part
+
+
 def models(rows: Sequence[Row]) -> list[Row]:
-    """A row for each model that differs in its FLOPs; those of sweeps over settings only if there are no others."""
-    plain_rows = [row for row in rows if not row.settings] or list(rows)
+    """One row for each model that differs in its FLOPs. Models whose settings a sweep varied are left out, if there are
+    others."""
+    plain_rows = [row for row in rows if not row.varied] or list(rows)
     found = {}
     for row in sorted(plain_rows, key=lambda r: (r.series, r.flops_per_token)):
         found.setdefault((row.series, row.size, tuple(sorted(row.flops_by_part.items()))), row)

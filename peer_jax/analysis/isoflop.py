@@ -1,4 +1,4 @@
-"""IsoFLOP analysis (Hoffmann et al. 2022, approach 2): rows in, minima, laws and comparisons with dense out.
+"""IsoFLOP analysis (Hoffmann et al. 2022, approach 2): from rows to minima, power laws and comparisons with a baseline.
 
 N active parameters, D tokens, C training FLOPs spent, L final validation loss in nats per token.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,36 +23,44 @@ from peer_jax.analysis.fit import (
     fit_parabola,
     fit_power_law,
 )
+from peer_jax.analysis.pooling import tell_apart
 from peer_jax.analysis.results import Row
 
 MEASURES = ("params_active", "params_total", "tokens")
-BASELINE = "Dense"
-# Runs end within half a step of their budget. Without a sweep's point.json that is all there is to know it by.
+# Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.
 SAME_BUDGET = 0.02
-# A resample of a surface takes some hundred times as long as one of a parabola.
+# A resample of a surface takes about a hundred times as long as a resample of a parabola.
 SURFACE_SHARE = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A series at a budget: its runs, and loss as a parabola in the logarithm of each measure of size.
+    """The runs of a series at a budget, and their loss as a parabola in the logarithm of each measure of size.
 
     Attributes:
-        series: method and settings, with the text it was trained on where the report has several.
+        series: method and settings, with the text where the report has several.
+        settings: what tells the series from others of its method.
+        varied: those of the settings that a sweep varied.
+        baselines: labels of the methods that the series may be compared with.
         compute: C, mean over the runs.
-        rows: those with a finite loss.
-        diverged: number of those without.
-        fits: by measure; one that could not be made is in ``reasons``.
+        rows: the runs with a finite loss.
+        directories: the folders that hold the runs.
+        diverged: number of runs without a finite loss.
+        fits: parabolas by measure.
+        reasons: why there is no parabola, by measure.
     """
 
     series: str
     method: str
     is_causal: bool
     settings: dict[str, Any]
+    varied: dict[str, Any]
+    baselines: frozenset[str]
     text: str
     budget: float
     compute: float
     rows: tuple[Row, ...]
+    directories: frozenset[Path]
     diverged: int
     fits: dict[str, Parabola]
     reasons: dict[str, str]
@@ -63,33 +72,33 @@ class Curve:
 
     @property
     def has_minimum(self) -> bool:
-        """Whether there is a fitted minimum among the sizes tried. Outside them it is an extrapolation, no result."""
+        """Whether there is a fitted minimum among the sizes tried. A minimum outside them is an extrapolation."""
         return self.fit is not None and not self.fit.is_extrapolation
 
     @property
     def seeds(self) -> int:
-        """Seeds at the size that has the fewest."""
+        """The number of seeds at the size that has the fewest."""
         return min((len({row.seed for row in rows}) for _, rows in self.points("params_active")), default=0)
 
     def points(self, measure: str) -> list[tuple[float, list[Row]]]:
-        """The runs at each size, by rising size."""
+        """The measure and the runs of each size, by rising measure. The runs of a size differ in their seeds alone."""
         groups = defaultdict(list)
         for row in self.rows:
-            groups[float(getattr(row, measure))].append(row)
-        return sorted(groups.items())
+            groups[float(getattr(row, measure)), row.size].append(row)
+        return [(value, rows) for (value, _), rows in sorted(groups.items(), key=lambda group: group[0])]
 
     def best(self) -> tuple[list[Row], float] | None:
-        """The runs of the size with the lowest mean loss, and that loss, as measured."""
+        """The runs of the size with the lowest measured mean loss, and that loss."""
         means = [(mean_loss(rows), rows) for _, rows in self.points("params_active")]
         loss, rows = min(means, key=lambda pair: pair[0], default=(math.nan, []))
         return (rows, loss) if rows else None
 
     @property
     def tokens_at_minimum(self) -> float | None:
-        """D at the minimum in active parameters: ln D between the neighbouring sizes' is linear in ln N.
+        """D at the minimum in active parameters: ln D is interpolated linearly in ln N between the sizes tried.
 
-        Interpolated, not the minimum of the parabola in tokens, so that N and D are of one model; and not C / 6N,
-        because attention, logits and routers make FLOPs a token anything but 6N at small sizes.
+        It is not the minimum of the parabola in tokens, so that N and D belong to one model. It is not C / 6N either,
+        because attention, logits and routers make the FLOPs per token differ from 6N at small sizes.
         """
         if not self.has_minimum:
             return None
@@ -100,7 +109,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Laws:
-    """N_opt and D_opt of a series as power laws of C, from the budgets whose minima are results."""
+    """N_opt and D_opt of a series as power laws of C, fitted to the budgets that have a minimum among the sizes."""
 
     series: str
     is_causal: bool
@@ -122,18 +131,19 @@ class Surface:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A series against dense at a budget, each at its minimum.
+    """A series against its baseline at a budget, each at its minimum.
 
     Attributes:
-        difference: loss less dense's, below 0 where the series is better; None if one has no minimum.
+        baseline: the series that is the baseline; None if there is none, and ``reason`` says why.
+        difference: loss minus the baseline's loss, below 0 where the series is better; None if one has no minimum.
         overlap: whether the two intervals of the minimum loss overlap; None if one is not known.
         reason: why there is no difference.
-        saving: compute that dense needs for the same loss, in units of the series'.
-        saving_reason: why there is none.
+        saving: compute that the baseline needs for the same loss, in units of the series' compute.
+        saving_reason: why there is no saving.
     """
 
     series: str
-    baseline: str
+    baseline: str | None
     is_causal: bool
     budget: float
     difference: float | None
@@ -145,7 +155,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-    """How far seeds differ at a budget: the standard deviation pooled over ``groups`` of runs alike but for it."""
+    """The standard deviation over seeds at a budget, pooled over ``groups`` of runs that differ in their seed alone."""
 
     budget: float
     deviation: float
@@ -155,10 +165,18 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """All that is read out of the rows, whose budgets are ``same_budgets``'s here."""
+    """All that is read out of the rows.
+
+    Attributes:
+        rows: with the budgets of ``same_budgets``, and told apart, so that rows of one series differ in size, budget
+            and seed only.
+        texts: names of the texts.
+        baselines: labels of the methods that others are compared with.
+    """
 
     rows: tuple[Row, ...]
     texts: tuple[str, ...]
+    baselines: tuple[str, ...]
     curves: tuple[Curve, ...]
     laws: tuple[Laws, ...]
     surfaces: tuple[Surface, ...]
@@ -167,36 +185,41 @@ class Analysis:
 
     @property
     def budgets(self) -> list[float]:
-        """From the smallest."""
+        """The budgets, from the smallest."""
         return sorted({curve.budget for curve in self.curves})
 
     @property
     def diverged(self) -> int:
-        """Runs without a finite loss."""
+        """The number of runs without a finite loss."""
         return sum(curve.diverged for curve in self.curves)
 
     def shown(self) -> list[Curve]:
-        """The curves that belong into one picture: the methods as they are, and settings tried at several sizes."""
-        return [c for c in self.curves if c.rows and (not c.settings or len(c.points("params_active")) >= 3)]
+        """The curves that belong into one picture: methods without varied settings, and settings tried at 3 sizes."""
+        return [c for c in self.curves if c.rows and (not c.varied or len(c.points("params_active")) >= 3)]
 
 
 def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
-    """Fits and compares. Losses are only compared on the same text.
+    """Fits and compares. Losses are only compared on the same text, and a point is a mean over seeds alone.
 
     Args:
-        rows: finished runs, of any sweeps.
-        resamples: for the intervals of the parabolas; the surfaces get a twentieth; 0 for none.
+        rows: finished runs of any sweeps.
+        resamples: for the intervals of the parabolas; the surfaces get a twentieth of them; 0 for no intervals.
     """
     texts, budgets = _texts(rows), same_budgets(rows)
-    rows = [dataclasses.replace(row, budget=budgets[row.budget]) for row in rows]
+    several = len(texts) > 1
+    rows = tell_apart(
+        [dataclasses.replace(row, budget=budgets[row.budget], text=texts[row.cache] if several else "") for row in rows]
+    )
     curves = tuple(_curves(rows, texts, resamples))
     by_series = defaultdict(list)
     for curve in curves:
         by_series[curve.series].append(curve)
     fitted = {series: own for series, own in by_series.items() if any(curve.fit for curve in own)}
+    methods = {row.method for row in rows}
     return Analysis(
         rows=tuple(rows),
         texts=tuple(sorted(set(texts.values()))),
+        baselines=tuple(sorted({label for curve in curves for label in curve.baselines} & methods)),
         curves=curves,
         laws=tuple(_laws(series, own) for series, own in fitted.items()),
         surfaces=tuple(_surface(series, own, resamples // SURFACE_SHARE) for series, own in fitted.items()),
@@ -206,19 +229,19 @@ def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
 
 
 def mean_loss(rows: Sequence[Row]) -> float:
-    """Over seeds."""
+    """The mean loss over seeds."""
     return float(np.mean([row.loss for row in rows]))
 
 
 def _texts(rows: Sequence[Row]) -> dict[str, str]:
-    """A name for each cache: its corpus, and the cache where two share the corpus."""
+    """A name for each cache: its corpus, and the cache as well where two caches share the corpus."""
     corpora = {row.cache: row.corpus for row in rows}
     shared = {corpus for corpus in corpora.values() if list(corpora.values()).count(corpus) > 1}
     return {cache: f"{corpus} ({cache})" if corpus in shared else corpus for cache, corpus in corpora.items()}
 
 
 def same_budgets(rows: Sequence[Row]) -> dict[float, float]:
-    """What each budget counts as: those nearer than 2% are one, by its roundest name."""
+    """What each budget counts as: budgets within 2% of each other count as one, under the roundest number near them."""
     groups: list[list[float]] = []
     for budget in sorted({row.budget for row in rows}):
         if groups and budget <= groups[-1][0] * (1 + SAME_BUDGET):
@@ -236,10 +259,10 @@ def same_budgets(rows: Sequence[Row]) -> dict[float, float]:
 
 
 def _curves(rows: Sequence[Row], texts: dict[str, str], resamples: int) -> Iterator[Curve]:
+    usual = frozenset(row.method for row in rows if row.is_baseline)
     groups = defaultdict(list)
     for row in rows:
-        suffix = f", on {texts[row.cache]}" if len(texts) > 1 else ""
-        groups[row.budget, row.series + suffix].append(row)
+        groups[row.budget, row.series].append(row)
     for (budget, series), runs in groups.items():
         finite = tuple(row for row in runs if math.isfinite(row.loss))
         fits, reasons = {}, {}
@@ -255,10 +278,13 @@ def _curves(rows: Sequence[Row], texts: dict[str, str], resamples: int) -> Itera
             method=runs[0].method,
             is_causal=all(row.is_causal for row in runs),
             settings=runs[0].settings,
+            varied=runs[0].varied,
+            baselines=frozenset(row.baseline for row in runs if row.baseline is not None) or usual,
             text=texts[runs[0].cache],
             budget=budget,
             compute=float(np.mean([row.training_flops for row in finite or runs])),
             rows=finite,
+            directories=frozenset(row.directory.parent for row in runs),
             diverged=len(runs) - len(finite),
             fits=fits,
             reasons=reasons,
@@ -293,17 +319,17 @@ def _surface(series: str, curves: Sequence[Curve], resamples: int) -> Surface:
 
 def _comparisons(fitted: dict[str, list[Curve]], by_series: dict[str, list[Curve]]) -> Iterator[Comparison]:
     for series, curves in fitted.items():
-        if curves[0].method == BASELINE:
+        if curves[0].method in curves[0].baselines:
             continue
-        dense = _baseline(curves[0], by_series)
+        baseline, none = _baseline(curves[0], by_series)
         for curve in curves:
             if curve.fit is None:
                 continue
-            difference, overlap, reason = _difference(curve, dense)
-            saving, saving_reason = _saving(curve, dense)
+            difference, overlap, reason = (None, None, none) if none else _difference(curve, baseline)
+            saving, saving_reason = (None, none) if none else _saving(curve, baseline)
             yield Comparison(
                 series=series,
-                baseline=dense[0].series if dense else BASELINE,
+                baseline=baseline[0].series if baseline else None,
                 is_causal=curve.is_causal,
                 budget=curve.budget,
                 difference=difference,
@@ -314,42 +340,58 @@ def _comparisons(fitted: dict[str, list[Curve]], by_series: dict[str, list[Curve
             )
 
 
-def _baseline(curve: Curve, by_series: dict[str, list[Curve]]) -> list[Curve]:
-    """Dense on the same text: with the same settings, or with none, or the only one."""
-    dense = [own for own in by_series.values() if own[0].method == BASELINE and own[0].text == curve.text]
-    for settings in (curve.settings, {}):
-        for own in dense:
-            if own[0].settings == settings:
-                return own
-    return dense[0] if len(dense) == 1 else []
+def _baseline(curve: Curve, by_series: dict[str, list[Curve]]) -> tuple[list[Curve], str]:
+    """The curves of the baseline on the same text, or none and the reason.
+
+    Of several candidates, the one with the same settings is taken, else the one with the same settings but for what a
+    sweep varied, else the one that no sweep varied. What is still undecided is decided by a shared directory.
+    """
+    candidates = [own for own in by_series.values() if own[0].method in curve.baselines and own[0].text == curve.text]
+    if not candidates:
+        labels = " or ".join(sorted(curve.baselines))
+        return [], f"no run of {labels} on this text" if labels else "no method is a baseline"
+    told_apart = {name: value for name, value in curve.settings.items() if name not in curve.varied}
+    for settings in (curve.settings, told_apart, {}):
+        same = [own for own in candidates if own[0].settings == settings]
+        if len(same) > 1:
+            same = [own for own in same if any(c.directories & curve.directories for c in own)]
+        if len(same) == 1:
+            return same[0], ""
+    plain = [own for own in candidates if not own[0].varied] or candidates
+    if len(plain) > 1:
+        plain = [own for own in plain if any(c.directories & curve.directories for c in own)] or plain
+    if len(plain) == 1:
+        return plain[0], ""
+    return [], f"several series could be the baseline: {'; '.join(own[0].series for own in plain)}"
 
 
-def _difference(curve: Curve, dense: Sequence[Curve]) -> tuple[float | None, bool | None, str]:
-    own = next((d for d in dense if d.budget == curve.budget), None)
+def _difference(curve: Curve, baseline: Sequence[Curve]) -> tuple[float | None, bool | None, str]:
+    label = baseline[0].series
+    own = next((c for c in baseline if c.budget == curve.budget), None)
     if own is None:
-        return None, None, "no dense run at this budget"
-    for which, name in ((curve, "its"), (own, "dense's")):
+        return None, None, f"no run of {label} at this budget"
+    for which, name in ((curve, curve.series), (own, label)):
         if which.fit is None:
-            return None, None, f"{name} runs have no parabola: {which.reasons['params_active']}"
+            return None, None, f"the runs of {name} have no parabola: {which.reasons['params_active']}"
         if not which.has_minimum:
-            return None, None, f"{name} minimum lies outside the sizes tried"
+            return None, None, f"the minimum of {name} lies outside the sizes tried"
     overlap = None
     if curve.fit.loss_interval and own.fit.loss_interval:
-        (low, high), (dense_low, dense_high) = curve.fit.loss_interval, own.fit.loss_interval
-        overlap = low <= dense_high and dense_low <= high
+        (low, high), (own_low, own_high) = curve.fit.loss_interval, own.fit.loss_interval
+        overlap = low <= own_high and own_low <= high
     return curve.fit.loss - own.fit.loss, overlap, ""
 
 
-def _saving(curve: Curve, dense: Sequence[Curve]) -> tuple[Saving | None, str]:
+def _saving(curve: Curve, baseline: Sequence[Curve]) -> tuple[Saving | None, str]:
     if not curve.has_minimum:
-        return None, "its minimum lies outside the sizes tried"
-    known = [own for own in dense if own.has_minimum]
+        return None, f"the minimum of {curve.series} lies outside the sizes tried"
+    known = [own for own in baseline if own.has_minimum]
     if len(known) < 2:
         number = "no budget" if not known else "only one budget"
-        return None, f"dense has a minimum among the sizes tried at {number}, and a comparison needs 2"
+        return None, f"{baseline[0].series} has a minimum among the sizes tried at {number}, and a comparison needs 2"
     try:
-        baseline = [own.compute for own in known], [own.fit.loss for own in known]
-        return compute_saved(curve.compute, curve.fit.loss, *baseline), ""
+        points = [own.compute for own in known], [own.fit.loss for own in known]
+        return compute_saved(curve.compute, curve.fit.loss, *points), ""
     except NoFit as reason:
         return None, str(reason)
 
@@ -358,7 +400,7 @@ def _noise(curves: Sequence[Curve]) -> Iterator[Noise]:
     by_budget = defaultdict(list)
     for curve in curves:
         for _, rows in curve.points("params_active"):
-            by_seed = {row.seed: row.loss for row in rows}  # of copies of a run one counts
+            by_seed = {row.seed: row.loss for row in rows}  # copies of a run count once
             if len(by_seed) > 1:
                 by_budget[curve.budget].append(list(by_seed.values()))
     for budget, groups in sorted(by_budget.items()):

@@ -1,18 +1,20 @@
-"""What an analysis shows, in sentences made from its numbers: nothing that the evidence doesn't carry."""
+"""What an analysis shows, in sentences made from its numbers. They claim nothing that the evidence does not carry."""
 
 import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from peer_jax.analysis.isoflop import BASELINE, Analysis, Comparison, Curve
-from peer_jax.sweeps.sweep import short as flops
+from peer_jax.analysis.isoflop import Analysis, Comparison, Curve
+from peer_jax.analysis.pooling import SWEEP
+from peer_jax.training.flops import short
 
 NOT_CAUSAL = "not causal"
+_TOLD_BY = {SWEEP: "the configs of their sweeps"}
 
 
 def si(number: float | None) -> str:
-    """12345 as 12.3k."""
+    """Writes a number to three digits with a suffix: 12.3k for 12345."""
     if number is None:
         return "-"
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -23,32 +25,32 @@ def si(number: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Nats per token, to four decimals."""
+    """Writes a loss in nats per token to four decimals."""
     return "-" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
 
 
 def interval(bounds: tuple[float, float] | None, write=si) -> str:
-    """Both ends."""
+    """Writes both ends of an interval."""
     return "-" if bounds is None else f"{write(bounds[0])} to {write(bounds[1])}"
 
 
 def budget(value: float) -> str:
-    """Training FLOPs, to three digits."""
-    return flops(float(f"{value:.3g}"))
+    """Writes training FLOPs to three digits."""
+    return short(float(f"{value:.3g}"))
 
 
 def named(series: str, is_causal: bool) -> str:
-    """A series as it is always named, so that none is taken for causal."""
+    """The name of a series, which says so if the series is not causal."""
     return series if is_causal else f"{series}, {NOT_CAUSAL}"
 
 
 def count(number: int, one: str, many: str | None = None) -> str:
-    """1 run, 2 runs."""
+    """A number with its noun: 1 run, 2 runs."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def joined(words: Sequence[str]) -> str:
-    """a, b and c."""
+    """Joins words in a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
@@ -61,13 +63,17 @@ class Finding:
 
 
 def reading(analysis: Analysis) -> list[Finding]:
-    """What is found at each budget, then what limits it all."""
+    """What is found at each budget, then what limits all findings."""
     found = [Finding(f"At {budget(value)} training FLOPs", _at_budget(analysis, value)) for value in analysis.budgets]
     return [*found, Finding("What limits this", cautions(analysis))]
 
 
 def without(reasons: Iterable[tuple[str, bool, str]]) -> list[str]:
-    """Which series have no result, by reason; from (series, whether it is causal, reason or nothing)."""
+    """One sentence per reason, with the series that have no result for it.
+
+    Args:
+        reasons: series, whether it is causal, and the reason; the reason is empty where there is a result.
+    """
     groups = defaultdict(list)
     for series, is_causal, reason in reasons:
         if reason:
@@ -87,12 +93,12 @@ def _at_budget(analysis: Analysis, value: float) -> list[str]:
         elif causal:
             sentences += _measured(causal, analysis)
         sentences += _left_out(own, by_fit=bool(with_minimum))
-        sentences += _against_dense([c for c in analysis.comparisons if c.budget == value], own)
-    return sentences or ["Only settings were compared, at fewer than 3 sizes: see the ablations."]
+        sentences += _against_baseline([c for c in analysis.comparisons if c.budget == value], own)
+    return sentences or ["Only settings were compared here, at fewer than 3 sizes: see the ablations."]
 
 
 def _minima(ranked: Sequence[Curve]) -> list[str]:
-    """Who has the lowest fitted minimum, and whether that is more than its uncertainty."""
+    """Which series has the lowest fitted minimum, and whether its lead exceeds the uncertainty."""
     first = ranked[0]
     known = f" (95% interval {interval(first.fit.loss_interval, loss)})" if first.fit.loss_interval else ""
     sentences = [
@@ -115,14 +121,17 @@ def _minima(ranked: Sequence[Curve]) -> list[str]:
     if overlapping:
         sentences.append(
             f"The {'interval' if len(overlapping) == 1 else 'intervals'} of {_with_losses(overlapping)} "
-            f"{'overlaps' if len(overlapping) == 1 else 'overlap'} with it, so an order among them is not shown."
+            f"{'overlaps' if len(overlapping) == 1 else 'overlap'} with that of {first.series}, so the runs do not "
+            "show an order among them."
         )
     if apart:
-        sentences.append(f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, with intervals apart.")
+        sentences.append(
+            f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, and the intervals do not overlap."
+        )
     if unknown:
         sentences.append(
-            f"There are no intervals to compare it with {_with_losses(unknown)}, so whether that order is more than "
-            "noise is not known."
+            f"There are no intervals to compare {first.series} with {_with_losses(unknown)}, so it is not known "
+            "whether that order is more than noise."
         )
     return sentences
 
@@ -132,7 +141,7 @@ def _with_losses(curves: Sequence[Curve]) -> str:
 
 
 def _measured(curves: Sequence[Curve], analysis: Analysis) -> list[str]:
-    """Without any minimum: the lowest runs, for what they are worth."""
+    """Where no series has a minimum: the series with the lowest measured losses."""
     ranked = sorted((curve for curve in curves if curve.best()), key=lambda curve: curve.best()[1])
     if not ranked:
         return ["No run of a causal method ended with a finite loss."]
@@ -144,31 +153,33 @@ def _measured(curves: Sequence[Curve], analysis: Analysis) -> list[str]:
         ]
     (rows, low), (others, next_low) = ranked[0].best(), ranked[1].best()
     sentences = [
-        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {ranked[0].series}'s "
-        f"{loss(low)} nats per token (size {rows[0].size}, {count(len(rows), 'run')}), the next {ranked[1].series}'s "
-        f"{loss(next_low)} (size {others[0].size}, {count(len(others), 'run')})."
+        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {loss(low)} nats per token "
+        f"by {ranked[0].series} (size {rows[0].size}, {count(len(rows), 'run')}), the next lowest {loss(next_low)} by "
+        f"{ranked[1].series} (size {others[0].size}, {count(len(others), 'run')})."
     ]
     noise = next((noise for noise in analysis.noise if noise.budget == curves[0].budget), None)
     if noise is None:
-        sentences.append("With one seed a point, whether that order is more than noise is not known.")
+        sentences.append("Each point has one seed, so it is not known whether that order is more than noise.")
     elif next_low - low < 2 * noise.deviation * math.sqrt(1 / len(rows) + 1 / len(others)):
-        sentences.append(f"That is within what seeds differ by (standard deviation {noise.deviation:.4f}).")
+        sentences.append(
+            f"This difference is within the noise of seeds (standard deviation over seeds {noise.deviation:.4f})."
+        )
     return sentences
 
 
 def _left_out(curves: Sequence[Curve], *, by_fit: bool) -> list[str]:
-    """What was not ranked, and why."""
+    """Which series were not ranked, and why."""
     sentences = []
     for curve in (curve for curve in curves if not curve.is_causal and curve.best()):
         value = f"a fitted minimum of {loss(curve.fit.loss)}" if curve.has_minimum else f"{loss(curve.best()[1])}"
         sentences.append(
-            f"{curve.series} reaches {value}, but is not causal: tokens see later ones of their sequence, "
-            "so its loss can't be compared with the others'."
+            f"{curve.series} reaches {value}, but is not causal: tokens see later tokens of their sequence, "
+            "so its loss can't be compared with the losses of the causal methods."
         )
     outside = [curve.series for curve in curves if curve.fit and curve.fit.is_extrapolation]
     if outside:
         sentences.append(
-            f"{_minimum_of(outside)} outside the sizes tried: an extrapolation, which is not counted as a result."
+            f"{_minimum_of(outside)} outside the sizes tried. This is an extrapolation and is not counted as a result."
         )
     reasons = defaultdict(list)
     for curve in curves if by_fit else ():
@@ -185,43 +196,51 @@ def _minimum_of(series: Sequence[str]) -> str:
     return f"The minimum of {series[0]} lies" if len(series) == 1 else f"The minima of {joined(series)} lie"
 
 
-def _against_dense(comparisons: Sequence[Comparison], curves: Sequence[Curve]) -> list[str]:
-    """Which causal methods are apart from dense, and by how much."""
+def _against_baseline(comparisons: Sequence[Comparison], curves: Sequence[Curve]) -> list[str]:
+    """Which causal methods differ from their baseline by more than the intervals, and by how much."""
     own = {curve.series for curve in curves}
-    apart = [
-        f"{found.series} {abs(found.difference):.4f} nats {'lower' if found.difference < 0 else 'higher'}"
-        for found in comparisons
-        if found.series in own and found.is_causal and found.overlap is False
+    apart = defaultdict(list)
+    for found in comparisons:
+        if found.series in own and found.is_causal and found.overlap is False:
+            order = "lower" if found.difference < 0 else "higher"
+            apart[found.baseline].append(f"{found.series} {abs(found.difference):.4f} nats {order}")
+    return [
+        f"Against the minimum of {baseline}, with intervals that do not overlap: {joined(series)}."
+        for baseline, series in apart.items()
     ]
-    return [f"Against {BASELINE}'s minimum, with intervals apart: {joined(apart)}."] if apart else []
 
 
 def cautions(analysis: Analysis) -> list[str]:
-    """What limits all of it."""
+    """What limits all findings."""
     shown, found = analysis.shown(), []
     if len(analysis.texts) > 1:
         found.append(
             f"The runs are on {len(analysis.texts)} different texts ({joined(analysis.texts)}): "
-            "losses are only compared on the same text."
+            "losses are compared only on the same text."
         )
     single = sorted({curve.budget for curve in shown if curve.seeds == 1})
     if single:
         where = "every budget" if single == analysis.budgets else f"{joined([budget(b) for b in single])} FLOPs"
         found.append(
-            f"At {where} some or all sizes have one seed. There the intervals hold how far the points lie from a "
+            f"At {where} some or all sizes have one seed. There the intervals show how far the points lie from a "
             "parabola, which is not how far seeds differ."
         )
     if any(curve.fit and curve.fit.loss_interval for curve in shown):
         found.append(
-            "The intervals are 95% bootstrap intervals of the parabola: they hold nothing of how well the rates of "
-            "each method were tuned."
+            "The intervals are 95% bootstrap intervals of the parabola. They do not include how well the learning "
+            "rates of each method were tuned."
+        )
+    if told := sorted({_TOLD_BY.get(name, name) for row in analysis.rows for name in row.found}):
+        found.append(
+            f"Some runs of one method differ in {joined(told)}, which no sweep varied: they are series of their own, "
+            "because a point is a mean over seeds alone."
         )
     if analysis.noise:
         found.append(
-            "Seeds differ by a standard deviation of "
+            "The standard deviation over seeds is "
             + joined(
                 [
-                    f"{n.deviation:.4f} nats at {budget(n.budget)} FLOPs ({count(n.groups, 'group')})"
+                    f"{n.deviation:.4f} nats at {budget(n.budget)} FLOPs ({count(n.groups, 'group')} of runs)"
                     for n in analysis.noise
                 ]
             )
@@ -240,6 +259,6 @@ def cautions(analysis: Analysis) -> list[str]:
     if copies := len(places) - len(set(places)):
         found.append(
             f"{count(copies, 'run')} {'has' if copies == 1 else 'have'} the method, size, budget, settings and seed of "
-            "another; each counts as a point."
+            "another run. Each counts in the fits."
         )
     return found

@@ -1,9 +1,9 @@
-"""Finished runs as a report: ``report.html``, figures and ``results.csv``; and as tables in the terminal."""
+"""Finished runs as a report, which is a page with figures and a table of rows, and as tables in the terminal."""
 
 import base64
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from peer_jax.analysis import ablations, curves, reading, results, tables
-from peer_jax.analysis.isoflop import Analysis
+from peer_jax.analysis.isoflop import MEASURES, Analysis
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.tables import Table
-from peer_jax.errors import InputError
-from peer_jax.training import workdir as workdirs
+from peer_jax.run_directory import SweepDirectory, find_runs, make_folder, write_whole
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -27,7 +26,7 @@ WHOLE = ("method", "series", "95% interval", "run")
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure in the page: its file's name, what it shows, its SVG as a data URI, its width in inches."""
+    """A figure in the page: the name of its file, what it shows, its SVG as a data URI, and its width in inches."""
 
     name: str
     alt: str
@@ -37,45 +36,53 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What a sweep says of how its rates were chosen."""
+    """What a sweep says of how its rates were chosen.
+
+    Attributes:
+        directory: the directory of the sweep.
+        runs: the number of runs in the report that belong to the sweep.
+        text: how the rates were chosen.
+        rates: the bindings of each method.
+        rules: how rates change with width.
+    """
 
     directory: str
+    runs: int
     text: str
     rates: Table
     rules: list[str]
 
 
 def write_report(analysis: Analysis, directories: Sequence[Path], out: Path) -> Path:
-    """Writes ``results.csv``, ``figures/`` and ``report.html``, one file that needs no other; returns its path.
+    """Writes the table of rows, the figures, and a page that needs no other file. Returns the path of the page.
 
     Args:
         analysis: of the runs in ``directories``.
-        directories: run directories, or folders of them, where failed runs have left their reasons, too.
-        out: is made if it is missing. The same runs give the same bytes.
+        directories: run directories, or folders that hold some; failed runs in them are listed with their reasons.
+        out: the folder of the report, which is made if it is missing. The same runs give the same bytes.
 
     Raises:
         InputError: if ``out`` can't be written to.
     """
-    try:
-        (out / FIGURES).mkdir(parents=True, exist_ok=True)
-        results.write_csv(analysis.rows, out / results.RESULTS)
-        page = _page(analysis, directories, out)
-        workdirs.write_whole(out / REPORT, page)
-    except OSError as error:
-        raise InputError(f"{out} can't be written to ({error.strerror}): choose another folder") from error
+    make_folder(out / FIGURES)
+    results.write_csv(analysis.rows, SweepDirectory(out).results)
+    write_whole(out / REPORT, _page(analysis, directories, out))
     return out / REPORT
 
 
 def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
-    """The page; its figures are written on the way."""
+    """Draws the figures into their files, and returns the page."""
     import jinja2
 
-    from peer_jax.analysis import ablation_figures, figures
+    from peer_jax.analysis import ablation_figures, figures, style
 
-    rows = analysis.rows
+    rows, looks = analysis.rows, style.looks(analysis)
+    told, untold = tuning(rows)
     pictured = figures.in_picture(analysis)
     trained = curves.read(pictured)
     varied = ablations.find(rows)
+    isoflop = {measure: figures.isoflop(analysis, measure, looks) for measure in MEASURES}
+    optimum = figures.optimum(analysis, looks)
 
     def draw(name: str, alt: str, figure: Any) -> Drawing | None:
         return None if figure is None else _draw(out / FIGURES, name, alt, figure)
@@ -93,20 +100,18 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
         summary=_summary(analysis, directories),
         analysis=analysis,
         reading=reading.reading(analysis),
-        isoflop=draw("isoflop_active", _alt(analysis), figures.isoflop(analysis, "params_active")),
-        isoflop_total=draw("isoflop_total", "Loss against all parameters.", figures.isoflop(analysis, "params_total")),
-        isoflop_tokens=draw("isoflop_tokens", "Loss against training tokens.", figures.isoflop(analysis, "tokens")),
-        optimum=draw("optimum", "Compute-optimal size, tokens and loss against FLOPs.", figures.optimum(analysis)),
-        training=draw("training", "Smoothed training loss against FLOPs spent.", figures.training(trained)),
-        usage=draw("usage", "Usage and unevenness of experts.", figures.usage(rows)),
-        flops=draw("flops", "Shares of the forward FLOPs by part of the model.", figures.flops(rows)),
+        isoflop=draw("isoflop_active", _alt(analysis), isoflop["params_active"]),
+        isoflop_total=draw("isoflop_total", "Loss against all parameters.", isoflop["params_total"]),
+        isoflop_tokens=draw("isoflop_tokens", "Loss against training tokens.", isoflop["tokens"]),
+        optimum=draw("optimum", "Compute-optimal size, tokens and loss against FLOPs.", optimum),
+        training=draw("training", "Smoothed training loss against FLOPs spent.", figures.training(trained, looks)),
+        usage=draw("usage", "Usage and unevenness of experts.", figures.usage(rows, looks)),
+        flops=draw("flops", "Shares of the forward FLOPs by part of the model.", figures.flops(rows, looks)),
         ablations=[
-            (
-                found,
-                draw(f"ablation_{number}", f"Validation loss by {found.title}.", ablation_figures.ablation(found)),
-                tables.ablation(found),
+            (found, draw(f"ablation_{number}", f"Validation loss by {found.title}.", drawn), tables.ablation(found))
+            for number, (found, drawn) in enumerate(
+                ((found, ablation_figures.ablation(found, looks)) for found in varied), 1
             )
-            for number, found in enumerate(varied, 1)
         ],
         tables={
             "points": tables.points(analysis),
@@ -121,8 +126,9 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
             "runs": tables.runs(rows),
             "failures": failures(directories),
         },
-        tuning=tuning(rows),
-        untold=[row.run for row in rows if results.read_json(row.directory.parent / results.SWEEP) is None],
+        against=f"Against {analysis.baselines[0]}" if len(analysis.baselines) == 1 else "Against the baseline",
+        tuning=told,
+        untold=untold,
         split=_split(rows),
         left_out=sorted({c.series for c in analysis.shown()} - {c.series for c in pictured}),
         most_bars=figures.MOST_BARS,
@@ -137,7 +143,7 @@ def _draw(folder: Path, name: str, alt: str, figure: Any) -> Drawing:
 
     vector = style.svg(figure)
     for path, content in ((folder / f"{name}.svg", vector), (folder / f"{name}.png", style.png(figure))):
-        path.write_bytes(content)
+        write_whole(path, content)
     return Drawing(name, alt, "data:image/svg+xml;base64," + base64.b64encode(vector).decode(), figure.get_figwidth())
 
 
@@ -155,62 +161,72 @@ def _summary(analysis: Analysis, directories: Sequence[Path]) -> str:
 
 
 def _split(rows: Sequence[Row]) -> str:
-    """How much of the FLOPs each part takes."""
+    """A sentence on the share of the FLOPs that each part takes."""
     shares = defaultdict(list)
     for row in rows:
         for part, value in row.flops_by_part.items():
             shares[part].append(value / row.flops_per_token)
     found = [f"{part} {min(own):.0%} to {max(own):.0%}" for part, own in shares.items()]
-    return f"Of the forward FLOPs of the models that have it: {reading.joined(found)}."
+    return f"Shares of the forward FLOPs, over the models that have the part: {reading.joined(found)}."
 
 
 def _alt(analysis: Analysis) -> str:
-    """The headline figure for who can't see it."""
+    """Describes the first figure to readers who can't see it."""
     found = [
         f"{reading.named(curve.series, curve.is_causal)} {reading.loss(curve.fit.loss)} at "
         f"{reading.si(curve.fit.size)} for {reading.budget(curve.budget)} FLOPs"
         for curve in analysis.shown()
         if curve.has_minimum
     ]
-    return "Validation loss against active parameters. " + (f"Minima: {'; '.join(found)}." if found else "No minima.")
+    minima = f"Minima: {'; '.join(found)}." if found else "There are no minima."
+    return f"Validation loss against active parameters. {minima}"
 
 
-def tuning(rows: Sequence[Row]) -> list[Tuning]:
-    """What the sweeps that the runs belong to say of their rates."""
-    found = []
-    for directory in sorted({row.directory.parent for row in rows}):
-        if (sweep := results.read_json(directory / results.SWEEP)) is None:
-            continue
-        methods = sweep.get("methods") or {}
-        methods = methods if isinstance(methods, dict) else {method: {} for method in methods}
-        names = sorted({name for own in methods.values() for name in own})
-        cells = [[method, *(str(own.get(name, "-")) for name in names)] for method, own in methods.items()]
-        rules = [
-            f"{name} is multiplied by (d_model / {sweep.get('rates_at')})^{exponent}"
-            for name, exponent in (sweep.get("rate_exponents") or {}).items()
-        ]
-        found.append(
-            Tuning(
-                str(directory), sweep.get("tuning") or "", Table("Bindings by method", ("method", *names), cells), rules
-            )
-        )
-    return found
+def tuning(rows: Sequence[Row]) -> tuple[list[Tuning], list[str]]:
+    """What the sweeps that the runs belong to say of their rates, and the names of the runs that belong to none."""
+    found, untold = [], []
+    by_directory = defaultdict(list)
+    for row in rows:
+        by_directory[row.directory.parent].append(row)
+    for directory, own in sorted(by_directory.items()):
+        names = {row.directory.name for row in own}
+        told = set()
+        for kept in SweepDirectory(directory).sweeps():
+            if runs := names if kept["runs"] is None else names & set(kept["runs"]):
+                found.append(_tuning(str(directory), len(runs), kept["sweep"]))
+                told |= runs
+        untold += [row.run for row in own if row.directory.name not in told]
+    return found, untold
+
+
+def _tuning(directory: str, runs: int, sweep: Mapping[str, Any]) -> Tuning:
+    methods = sweep.get("methods") or {}
+    methods = methods if isinstance(methods, dict) else {method: {} for method in methods}
+    names = sorted({name for own in methods.values() for name in own})
+    cells = [[method, *(str(own.get(name, "-")) for name in names)] for method, own in methods.items()]
+    rules = [
+        f"{name} is multiplied by (d_model / {sweep.get('rates_at')})^{exponent}"
+        for name, exponent in (sweep.get("rate_exponents") or {}).items()
+    ]
+    rates = Table("Bindings by method", ("method", *names), cells)
+    return Tuning(directory, runs, sweep.get("tuning") or "", rates, rules)
 
 
 def failures(directories: Sequence[Path]) -> Table:
     """The runs that failed and have not been finished since."""
     cells = {}
     for directory in directories:
-        for path in sorted(directory.rglob(results.FAILURE)):
-            if not (path.parent / workdirs.RESULT).exists():
-                reason = (results.read_json(path) or {}).get("reason", "no reason was written")
-                place = path.parent.relative_to(directory)
-                cells[path.parent.resolve()] = [str(place) if place.name else path.parent.name, str(reason)]
+        for run in find_runs(directory):
+            if not run.has_result and (failure := run.read_failure()) is not None:
+                folder = Path(run)
+                place = folder.relative_to(directory)
+                name = str(place) if place.name else folder.name
+                cells[folder.resolve()] = [name, str(failure.get("reason", "no reason was written"))]
     return Table("Runs that failed", ("run", "reason"), list(cells.values()))
 
 
 def table(rows: Sequence[Row]) -> None:
-    """Prints a row a run: losses on its own task, training FLOPs, parameters, speed."""
+    """Prints one line per run: losses on its own task, training FLOPs, parameters and speed."""
     columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
     cells = [
         [
@@ -236,7 +252,7 @@ def minima_table(analysis: Analysis) -> None:
     """Prints the compute-optimal model of each series at each budget, if there is any."""
     shown = tables.minima(analysis)
     if shown.rows:
-        # What a terminal is too narrow for is in the page.
+        # A terminal is too narrow for all columns; the page has them.
         kept = [place for place, column in enumerate(shown.columns) if column not in ("perplexity", "runs", "sizes")]
         columns = tuple(shown.columns[place] for place in kept)
         _print(_console(), Table(shown.title, columns, [[cells[place] for place in kept] for cells in shown.rows]))
@@ -248,18 +264,18 @@ def _print(console: Console, shown: Table) -> None:
         justify = "left" if shown.is_text(place) else "right"
         printed.add_column(column, justify=justify, overflow="fold", no_wrap=column in WHOLE)
     for cells in shown.rows:
-        printed.add_row(*map(Text, cells))  # as they are: names may have brackets
+        printed.add_row(*map(Text, cells))  # not as markup: names may have brackets
     console.print(printed)
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for a table where there is none."""
+    """A console as wide as the terminal, or wide enough for a table where there is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=max(160, console.width))
 
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
-    """Prints a row a task."""
+    """Prints one line per task."""
     columns = ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
     cells = []
     for name, values in evaluations.items():

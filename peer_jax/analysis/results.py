@@ -1,39 +1,59 @@
-"""Finished runs as rows: read from their directories, written as one tidy ``results.csv``."""
+"""Finished runs as rows: read from their directories, written as one tidy table."""
 
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peer_jax.errors import InputError
-from peer_jax.training import workdir as workdirs
+from peer_jax.run_directory import POINT, RESULT, RunDirectory, SweepDirectory, find_runs, write_whole
 
-POINT = "point.json"
-FAILURE = "failure.json"
-SWEEP = "sweep.json"
-RESULTS = "results.csv"
+# A result of an earlier version does not say whether its layer is the baseline. There the baseline has this method.
+EARLIER_BASELINE = "Dense"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finished run.
+    """A finished run. A field whose value is not known is None.
 
-    ``budget`` is what it was given, ``training_flops`` what it spent; ``settings`` are the bindings that its sweep
-    varies beside method, size, budget and seed. Losses are in nats per token, on the validation split of the run's own
-    task; ``other_losses`` by task. ``usage`` and ``unevenness`` are means over the blocks that route. Unknown: None.
+    Attributes:
+        method: the label that the sweep gives the method, or what the layer says of itself where there is no sweep.
+        layer: the name of the layer.
+        options: the options of the layer that differ from their defaults.
+        is_baseline: whether the layer says that others are compared with it.
+        baseline: the label of the method that the sweep names as its baseline.
+        is_sweep: whether the run belongs to a sweep. Its folder is then in the sweep's directory.
+        budget: the training FLOPs that the run was given; ``training_flops`` is what it spent.
+        settings: what the sweep varies beside method, size, budget and seed, and after ``isoflop.analyse`` also the
+            arguments in which runs were found to differ.
+        found: the names of those ``settings`` that no sweep varied.
+        config: the arguments that decide the numbers of the run, as a config writes them.
+        text: the name of the text, where several are analysed together; otherwise empty.
+        loss: nats per token on the validation split of the run's own task.
+        other_losses: losses on further tasks, by task.
+        usage, unevenness: means over the blocks that route.
     """
 
     run: str
     directory: Path
     method: str
+    layer: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_baseline: bool = False
+    baseline: str | None = None
+    is_sweep: bool = False
     is_causal: bool
     size: str
     budget: float
     seed: int
     settings: dict[str, Any]
+    found: tuple[str, ...] = ()
+    config: dict[str, str] = dataclasses.field(default_factory=dict)
+    text: str = ""
     loss: float
     perplexity: float
     bits_per_byte: float
@@ -60,38 +80,76 @@ class Row:
     other_losses: dict[str, float]
 
     @property
+    def varied(self) -> dict[str, Any]:
+        """The settings that the sweep varied."""
+        return {name: value for name, value in self.settings.items() if name not in self.found}
+
+    @property
     def series(self) -> str:
-        """Method and settings: what a curve joins."""
-        settings = ", ".join(f"{name.split('.')[-1]}={value}" for name, value in self.settings.items())
-        return f"{self.method}, {settings}" if settings else self.method
+        """The name of the curve that the run is a point of: method, settings and text."""
+        return self._named(self.settings)
+
+    @property
+    def family(self) -> str:
+        """The series without the settings that the sweep varied."""
+        return self._named({name: value for name, value in self.settings.items() if name in self.found})
+
+    def _named(self, settings: Mapping[str, Any]) -> str:
+        short = [name.split(".")[-1] for name in settings]
+        # PEER.dtype and Transformer.dtype are not both called dtype.
+        names = [last if short.count(last) == 1 else name for name, last in zip(settings, short, strict=True)]
+        values = [f"{name}={value}" for name, value in zip(names, settings.values(), strict=True)]
+        return ", ".join([self.method, *values, *([f"on {self.text}"] if self.text else [])])
+
+
+NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "is_sweep", "found", "config", "text"}
+SEVERAL_COLUMNS = {"settings", "other_losses", "flops_by_part"}
 
 
 def read(directories: Sequence[Path]) -> list[Row]:
-    """The finished runs in the directories and below, by budget, method, size, settings and seed.
+    """Reads the finished runs in the directories and below; sorted by budget, method, size, settings and seed.
 
     Raises:
-        InputError: if a directory holds none, or a result of another version.
+        InputError: if a directory holds no finished run, or a result that this version can't read.
     """
-    rows = {}
+    rows: dict[Path, Row] = {}
+    sweeps: dict[str, list[dict[str, Any]]] = {}
     for directory in directories:
-        paths = sorted(directory.rglob(workdirs.RESULT))
-        if not paths:
-            raise InputError(f"{directory} holds no finished run (no result.json): give another directory")
-        for path in paths:
-            try:
-                rows[path.parent.resolve()] = _row(path.parent, directory)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise InputError(
-                    f"{path} or {POINT} beside it is not of a run of this version: remove them, or report others"
-                ) from error
+        runs = [run for run in find_runs(directory) if run.has_result]
+        if not runs:
+            raise InputError(f"{directory} holds no finished run (no {RESULT}): give another directory")
+        for run in runs:
+            sweep_directory = SweepDirectory(run.path.parent)
+            kept = sweeps.setdefault(str(sweep_directory), sweep_directory.sweeps())
+            sweep = next((own["sweep"] for own in kept if own["runs"] is None or run.name in own["runs"]), None)
+            rows[Path(run).resolve()] = row(run, directory, sweep)
     return sorted(rows.values(), key=lambda r: (r.budget, r.method, r.params_active, str(r.settings), r.seed, r.run))
 
 
-def _row(folder: Path, directory: Path) -> Row:
-    result = workdirs.read_result(folder)
+def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | None = None) -> Row:
+    """Reads one finished run.
+
+    Args:
+        run: the directory of the run.
+        base: the directory that the name of the run is relative to.
+        sweep: what the sweep that the run belongs to says of itself, if anything.
+
+    Raises:
+        InputError: if the run has no result, or one that this version can't read.
+    """
+    try:
+        return _row(run, Path(base), sweep or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{run.path / RESULT} or {POINT} beside it was not written by this version: "
+            "remove them, or report on other directories"
+        ) from error
+
+
+def _row(run: RunDirectory, base: Path, sweep: Mapping[str, Any]) -> Row:
+    result, point = run.read_result(), run.read_point()
     if result is None:
-        raise ValueError("no result of this version")
-    point = read_json(folder / POINT) or {}
+        raise ValueError("there is no result, or only part of one")
     evaluations = result["evaluations"]
     own = evaluations[result["corpus"]["name"]]
     experts = list(own.get("experts", {}).values())
@@ -99,16 +157,24 @@ def _row(folder: Path, directory: Path) -> Row:
     def mean(name: str) -> float | None:
         return sum(block[name] for block in experts) / len(experts) if experts else None
 
+    folder = Path(run)
     copied = [
-        *("method", "is_causal", "seed", "training_flops", "tokens", "steps", "params_total", "params_active"),
-        *("d_model", "num_blocks", "num_experts", "batch_size", "seq_len", "tokens_per_second", "wall_seconds"),
+        *("is_causal", "seed", "training_flops", "tokens", "steps", "params_total", "params_active", "d_model"),
+        *("num_blocks", "num_experts", "batch_size", "seq_len", "tokens_per_second", "wall_seconds"),
     ]
     return Row(
-        run=folder.name if folder.resolve() == directory.resolve() else str(folder.relative_to(directory)),
+        run=folder.name if folder.resolve() == base.resolve() else str(folder.relative_to(base)),
         directory=folder,
+        method=point.get("method", result["method"]),
+        layer=result.get("layer"),
+        options=dict(result.get("options") or {}),
+        is_baseline=bool(result.get("is_baseline", result["method"] == EARLIER_BASELINE)),
+        baseline=sweep.get("baseline"),
+        is_sweep=bool(point),
         size=point.get("size", f"d{result['d_model']}"),
         budget=float(point.get("budget", result["training_flops"])),
         settings=point.get("settings", {}),
+        config=dict(result.get("config") or {}),
         epochs=result.get("epochs"),
         flops_per_token=result["forward_flops_per_token"],
         flops_by_part=result["forward_flops_by_part"],
@@ -123,12 +189,16 @@ def _row(folder: Path, directory: Path) -> Row:
     )
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One row a run; a column for each binding in any row's settings and for each further task."""
+def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Writes one line per run, with a column for each setting, further task and part of the FLOPs that any run has.
+
+    Raises:
+        InputError: if the file can't be written.
+    """
     settings = sorted({name for row in rows for name in row.settings})
     tasks = sorted({task for row in rows for task in row.other_losses})
     parts = sorted({part for row in rows for part in row.flops_by_part})
-    plain = [f.name for f in dataclasses.fields(Row) if f.type not in (dict[str, Any], dict[str, float], Path)]
+    plain = [f.name for f in dataclasses.fields(Row) if f.name not in NOT_IN_TABLE | SEVERAL_COLUMNS]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*plain, *settings, *(f"loss/{t}" for t in tasks), *(f"flops_per_token/{p}" for p in parts)])
@@ -141,18 +211,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
                 *(_cell(row.flops_by_part.get(part, 0.0)) for part in parts),
             ]
         )
-    workdirs.write_whole(path, text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 def _cell(value: Any) -> Any:
-    """What isn't known is empty, and floats keep all their digits."""
-    return "" if value is None else repr(value) if isinstance(value, float) else value
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file says; None if it isn't there or was left half-written."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+    """The text of a value: empty where it is not known, all digits of a float, JSON for a dict."""
+    if value is None or value == {}:
+        return ""
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True, default=str)
+    return repr(value) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The tables of a report, as text in cells: the page and the terminal show the same."""
+"""The tables of a report as text in cells, which the page and the terminal both show."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -12,20 +12,23 @@ from peer_jax.analysis.isoflop import Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, interval, loss, named, si
 from peer_jax.analysis.results import Row
 
-WORDS = {"method", "series", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task"}
+# Columns that hold words, and those that hold whole sentences.
+WORDS = {
+    *("method", "series", "baseline", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task")
+}
 SENTENCES = {"note", "reason", "intervals"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A heading, the columns' names and rows of cells."""
+    """A heading, the names of the columns, and rows of cells."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[list[str]]
 
     def is_text(self, column: int) -> bool:
-        """Whether a column holds words, and is aligned left."""
+        """Whether a column holds words, which are aligned left."""
         return self.columns[column] in WORDS
 
     def wraps(self, column: int) -> bool:
@@ -34,7 +37,7 @@ class Table:
 
 
 def runs(rows: Sequence[Row]) -> Table:
-    """A row a run, all that is known in short."""
+    """One line per run, with what is known of it in short."""
     columns = (
         *("run", "method", "size", "seed", "loss", "bits/byte", "perplexity", "budget", "spent", "off by", "steps"),
         *("tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
@@ -103,7 +106,7 @@ def _note(curve: Curve) -> str:
 
 
 def unfitted(analysis: Analysis) -> Table:
-    """Why the other groups have no parabola."""
+    """The series and budgets that have no parabola, by reason."""
     reasons = defaultdict(list)
     for curve in analysis.curves:
         if curve.fit is None:
@@ -137,7 +140,7 @@ def points(analysis: Analysis) -> Table:
 
 
 def comparisons(analysis: Analysis) -> Table:
-    """Loss and compute against dense, at the minima."""
+    """Loss and compute of each series against its baseline, at the minima."""
     cells = []
     for found in analysis.comparisons:
         if found.difference is None:
@@ -145,17 +148,18 @@ def comparisons(analysis: Analysis) -> Table:
         else:
             difference = f"{found.difference:+.4f}"
             intervals = {True: "overlap", False: "apart", None: "not known"}[found.overlap]
-        saving, note = "-", found.saving_reason
+        saving, note = "-", found.saving_reason if found.saving_reason != found.reason else ""
         if found.saving is not None:
             saving = f"{found.saving.factor:.2f} times"
-            note = "extrapolation: outside dense's losses" if found.saving.is_extrapolation else ""
-        cells.append([budget(found.budget), named(found.series, found.is_causal), difference, intervals, saving, note])
-    columns = ("budget", "series", "loss less dense's", "intervals", "dense's compute at equal loss", "note")
-    return Table("Against dense", columns, cells)
+            note = f"extrapolation: outside the losses of {found.baseline}" if found.saving.is_extrapolation else ""
+        series = named(found.series, found.is_causal)
+        cells.append([budget(found.budget), series, found.baseline or "-", difference, intervals, saving, note])
+    columns = ("budget", "series", "baseline", "difference in loss", "intervals", "baseline's compute", "note")
+    return Table("Against the baseline", columns, cells)
 
 
 def laws(analysis: Analysis) -> Table:
-    """Exponents of N_opt and D_opt; ``Laws.reason`` says why a series is missing."""
+    """Exponents of N_opt and D_opt. ``Laws.reason`` says why a series is missing."""
     cells = []
     for law in analysis.laws:
         if law.params is None:
@@ -169,7 +173,7 @@ def laws(analysis: Analysis) -> Table:
 
 
 def surfaces(analysis: Analysis) -> Table:
-    """L(N, D) = E + A / N^alpha + B / D^beta; ``Surface.reason`` says why a series is missing."""
+    """The fits of L(N, D) = E + A / N^alpha + B / D^beta. ``Surface.reason`` says why a series is missing."""
     cells = []
     for found in analysis.surfaces:
         if (s := found.surface) is None:
@@ -180,7 +184,7 @@ def surfaces(analysis: Analysis) -> Table:
             return f"{value:.3f}{bounds or ''}"
 
         a, b = s.exponents
-        note = "E has faded to nothing: the runs are too small to show a floor" if s.E < 1e-3 else ""
+        note = "E is almost zero: the runs are too small to show a floor" if s.E < 1e-3 else ""
         cells.append(
             [
                 named(found.series, found.is_causal),
@@ -193,7 +197,7 @@ def surfaces(analysis: Analysis) -> Table:
 
 
 def ablation(found: Ablation) -> Table:
-    """Losses by setting."""
+    """The losses of an ablation by setting."""
     cells = []
     for panel in found.panels:
         for method, losses in panel.losses.items():
@@ -211,7 +215,7 @@ def ablation(found: Ablation) -> Table:
 
 
 def training(curves: Sequence[Training]) -> Table:
-    """Smoothed training losses along the way."""
+    """Smoothed training losses at shares of the FLOPs."""
     shares = (0.1, 0.25, 0.5, 0.75, 1.0)
     cells = [
         [budget(c.row.budget), named(c.row.series, c.row.is_causal), c.row.size, str(c.row.seed)]
@@ -226,7 +230,7 @@ def training(curves: Sequence[Training]) -> Table:
 
 
 def usage(rows: Sequence[Row]) -> Table:
-    """Which share of the experts is used, and how unevenly, means over seeds."""
+    """Usage and unevenness of the experts, as means over seeds."""
     groups = defaultdict(list)
     for row in rows:
         if row.usage is not None and row.unevenness is not None:
@@ -245,11 +249,11 @@ def usage(rows: Sequence[Row]) -> Table:
 
 
 def flops_split(rows: Sequence[Row]) -> Table:
-    """Forward FLOPs a token and where they go."""
+    """Forward FLOPs per token and the share of each part."""
     parts = list(dict.fromkeys(part for row in rows for part in row.flops_by_part))
     cells = []
     for row in rows:
         known = row.flops_by_part
         shares = [f"{known[part] / row.flops_per_token:.1%}" if part in known else "-" for part in parts]
         cells.append([named(row.series, row.is_causal), row.size, si(row.flops_per_token), *shares])
-    return Table("Forward FLOPs a token", ("series", "size", "FLOPs a token", *parts), cells)
+    return Table("Forward FLOPs per token", ("series", "size", "FLOPs per token", *parts), cells)

@@ -36,5 +36,5 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
 
 
 def short(number: float) -> str:
-    """3e11 for 300000000000.0, 1.5e12 for 1500000000000.0."""
+    """Writes FLOPs without needless zeros: 3e11 for 300000000000.0, 1.5e12 for 1500000000000.0."""
     return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{number:g}") if number >= 1e6 else f"{number:g}"

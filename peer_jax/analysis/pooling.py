@@ -1,0 +1,87 @@
+"""Which runs a point is a mean of: runs that differ in their seed and in nothing else.
+
+A group is the runs of one series, size, budget and text. Where runs of a group differ in another argument of their
+config, that argument becomes a setting, so that they are series of their own.
+"""
+
+import ast
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peer_jax.analysis.results import Row
+
+SWEEP = "sweep"
+"""The name of the setting that tells sweeps apart; its value is the directory."""
+
+# A point is a mean over seeds. Budgets that count as one may differ by some steps.
+MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
+
+
+def tell_apart(rows: Sequence[Row]) -> list[Row]:
+    """Adds to the settings of the rows what runs of a group differ in.
+
+    If all runs of a group belong to sweeps in several directories, and those of each directory agree, the directory
+    becomes the setting: rates that follow the width then split no curve. Otherwise the arguments become settings, of
+    all rows of the method that have them. Rows without a config agree with all others.
+    """
+    methods = {
+        group[0].method
+        for group in _groups(rows)
+        if _differing(group) and _are_sweeps(group) and not any(map(_differing, _by_directory(group)))
+    }
+    rows = [
+        _with(row, {SWEEP: str(row.directory.parent)}) if row.method in methods and row.is_sweep else row
+        for row in rows
+    ]
+    arguments = defaultdict(set)
+    for group in _groups(rows):
+        arguments[group[0].method] |= _differing(group)
+    return [
+        _with(row, {name: _value(row.config[name]) for name in sorted(arguments[row.method]) if name in row.config})
+        for row in rows
+    ]
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.series, row.size, row.budget, row.cache].append(row)
+    yield from groups.values()
+
+
+def _differing(rows: Sequence[Row]) -> set[str]:
+    """The arguments that have several values among the runs that have them."""
+    values = defaultdict(set)
+    for row in rows:
+        for name, value in row.config.items():
+            values[name].add(value)
+    return {name for name, own in values.items() if len(own) > 1} - MAY_DIFFER
+
+
+def _are_sweeps(rows: Sequence[Row]) -> bool:
+    """Whether the runs belong to sweeps in more than one directory."""
+    return all(row.is_sweep for row in rows) and len({row.directory.parent for row in rows}) > 1
+
+
+def _by_directory(rows: Sequence[Row]) -> list[list[Row]]:
+    found: dict[Path, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.directory.parent].append(row)
+    return list(found.values())
+
+
+def _with(row: Row, settings: dict[str, Any]) -> Row:
+    """The row with more settings; those that its sweep gave stay as they are."""
+    new = {name: value for name, value in settings.items() if name not in row.settings}
+    return dataclasses.replace(row, settings=row.settings | new, found=(*row.found, *new)) if new else row
+
+
+def _value(text: str) -> Any:
+    """The value that a config writes as ``text``; the text itself where it is no plain value."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
