@@ -1,9 +1,9 @@
 """The files of runs and of sweeps: their names, how they are written, locked, appended to, listed and read.
 
 A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``. The
-directory of a run that belongs to a sweep also has ``point.json``, and ``failure.json`` while the run's last attempt has
-failed. A sweep directory has a folder per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv`` and
-the logs of worker processes.
+directory of a run that belongs to a sweep also has ``point.json``, and ``failure.json`` while the last attempt has
+failed. A sweep directory has a folder per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv``
+and the logs of worker processes.
 
 No other file knows these names. Another kind of storage, such as a bucket, whose objects are neither appended to nor
 renamed nor locked, can therefore be added by changing this file alone.
