@@ -76,10 +76,9 @@ def train(
 
     processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
     run = _load(config, set_)
-    from peer_jax import config as configs
     from peer_jax.training.loop import train as train_run
 
-    train_run(run, workdir, config=configs.text, progress=not quiet)
+    train_run(run, workdir, progress=not quiet)
     if show_table and processes.leads():
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
@@ -104,9 +103,7 @@ def evaluate(
     from peer_jax.training.restore import evaluate_run
 
     runs = [configs.load(_with(workdir, [file]), set_) for file in data] or [configs.load(_with(workdir), set_)]
-    step, evaluations = evaluate_run(
-        runs, workdir, checkpoint=checkpoint, batch_size=batch_size, config=configs.text, progress=not quiet
-    )
+    step, evaluations = evaluate_run(runs, workdir, checkpoint=checkpoint, batch_size=batch_size, progress=not quiet)
     from peer_jax.analysis.report import evaluation_table
 
     evaluation_table(step, evaluations)

@@ -23,6 +23,7 @@ from peer_jax.data.corpora import local_files, python_packages, python_stdlib, t
 from peer_jax.data.pipeline import TextTask
 from peer_jax.data.prepared import prepared
 from peer_jax.errors import InputError
+from peer_jax.fields import IDENTITY, Difference, kind_of
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding
@@ -71,7 +72,52 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
     Raises:
         InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
     """
-    return _build("Run", files, bindings)
+    run = _build("Run", files, bindings)
+    try:
+        run.trainer()
+    except Exception:
+        pass
+    object.__setattr__(run, "config", _TemporaryConfig(text()))
+    return run
+
+
+def _parse(config: str) -> dict[str, str]:
+    bindings, name = {}, None
+    for line in config.splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        if not line.startswith(" "):
+            name, _, line = (part.strip() for part in line.partition("="))
+        bindings[name] = (bindings.get(name, "") + " " + line.strip().removesuffix("\\").strip()).strip()
+    return bindings
+
+
+class _TemporaryConfig:
+    def __init__(self, text):
+        self.text = text
+        self.fields = _parse(text)
+        self.identity = {n: v for n, v in self.fields.items() if self._is_identity(n)}
+
+    def _is_identity(self, name):
+        owner, _, argument = name.partition(".")
+        if owner == "Sharding":
+            return False
+        for configurable in _configurables:
+            if configurable.__name__ == owner:
+                of = configurable.__init__ if inspect.isclass(configurable) else configurable
+                hints = typing.get_type_hints(of, include_extras=True)
+                return kind_of(hints.get(argument)) is IDENTITY
+        return True
+
+    def difference(self, kept, *, of_model=False):
+        before, now = _parse(kept), self.fields
+        parts = ("Run.", "AdamW.", "TextTask.", "python_stdlib.", "python_packages.", "local_files.", "tfds_corpus.")
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name) and self._is_identity(name):
+                if of_model and name.startswith((*parts, "prepared.")):
+                    continue
+                return Difference(name, before.get(name, "unset"), now.get(name, "unset"))
+        return None
 
 
 def load_sweep(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Sweep, list[str]]:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from peer_jax import run_directory
 from peer_jax.analysis import ablations, curves, reading, results, tables
 from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.tables import Table
 from peer_jax.errors import InputError
-from peer_jax.training import workdir as workdirs
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -60,7 +60,7 @@ def write_report(analysis: Analysis, directories: Sequence[Path], out: Path) -> 
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
         results.write_csv(analysis.rows, out / results.RESULTS)
         page = _page(analysis, directories, out)
-        workdirs.write_whole(out / REPORT, page)
+        run_directory.write_whole(out / REPORT, page)
     except OSError as error:
         raise InputError(f"{out} can't be written to ({error.strerror}): choose another folder") from error
     return out / REPORT
@@ -202,7 +202,7 @@ def failures(directories: Sequence[Path]) -> Table:
     cells = {}
     for directory in directories:
         for path in sorted(directory.rglob(results.FAILURE)):
-            if not (path.parent / workdirs.RESULT).exists():
+            if not (path.parent / run_directory.RESULT).exists():
                 reason = (results.read_json(path) or {}).get("reason", "no reason was written")
                 place = path.parent.relative_to(directory)
                 cells[path.parent.resolve()] = [str(place) if place.name else path.parent.name, str(reason)]

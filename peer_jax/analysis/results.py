@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peer_jax import run_directory
 from peer_jax.errors import InputError
-from peer_jax.training import workdir as workdirs
 
 POINT = "point.json"
 FAILURE = "failure.json"
@@ -74,7 +74,7 @@ def read(directories: Sequence[Path]) -> list[Row]:
     """
     rows = {}
     for directory in directories:
-        paths = sorted(directory.rglob(workdirs.RESULT))
+        paths = sorted(directory.rglob(run_directory.RESULT))
         if not paths:
             raise InputError(f"{directory} holds no finished run (no result.json): give another directory")
         for path in paths:
@@ -88,7 +88,7 @@ def read(directories: Sequence[Path]) -> list[Row]:
 
 
 def _row(folder: Path, directory: Path) -> Row:
-    result = workdirs.read_result(folder)
+    result = run_directory.RunDirectory(folder).read_result()
     if result is None:
         raise ValueError("no result of this version")
     point = read_json(folder / POINT) or {}
@@ -141,7 +141,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
                 *(_cell(row.flops_by_part.get(part, 0.0)) for part in parts),
             ]
         )
-    workdirs.write_whole(path, text.getvalue())
+    run_directory.write_whole(path, text.getvalue())
 
 
 def _cell(value: Any) -> Any:

@@ -11,9 +11,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds
-from peer_jax.training import workdir as workdirs
-from peer_jax.training.metrics import last_line
 
 RECENT = 8
 
@@ -99,7 +98,7 @@ class Board:
 
     def finished(self, run: Planned) -> None:
         """The run has its result."""
-        result = workdirs.read_result(self._workdir / run.point.name)
+        result = RunDirectory(self._workdir / run.point.name).read_result()
         own = result["evaluations"][result["corpus"]["name"]]
         self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
 
@@ -133,7 +132,7 @@ class Board:
 
     def _progress(self, run: Planned) -> tuple[int, float | None]:
         """The step a run is at and its training loss, as its log has them."""
-        line = last_line(self._workdir / run.point.name) or {}
+        line = RunDirectory(self._workdir / run.point.name).last_metrics() or {}
         return line.get("step", 0), line.get("loss", line.get("validation_loss"))
 
     def _summary(self) -> str:

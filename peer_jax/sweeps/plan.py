@@ -12,10 +12,12 @@ import numpy as np
 from peer_jax.data.pipeline import TextTask, open_cache
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
-from peer_jax.training import workdir as workdirs
 from peer_jax.training.flops import training_flops
 from peer_jax.training.loop import Run
+from peer_jax.training.ownership import check_config
+from peer_jax.training.result import describe_model
 
 Load = Callable[[Sequence[str], Sequence[str]], tuple[Run, Callable[[], str]]]
 """Files and bindings to a run, and to the text of its config, to be asked for once the run has been built."""
@@ -31,6 +33,7 @@ class Planned:
 
     point: Point
     config: str
+    run: Run = dataclasses.field(compare=False, repr=False)
     method: str
     is_causal: bool
     params_total: int
@@ -86,12 +89,13 @@ def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, b
     if run.task not in corpora:
         corpora[run.task] = _corpus_tokens(run.task)
     corpus_tokens, is_prepared = corpora[run.task]
-    described = workdirs.describe_model(model, seq_len)
+    described = describe_model(model, seq_len)
     config = text()
     used = {name: v for name, v in point.settings.items() if re.search(rf"^{re.escape(name)} = ", config, re.MULTILINE)}
     return Planned(
         point=dataclasses.replace(point, settings=used),
         config=config,
+        run=run,
         method=described["method"],
         is_causal=described["is_causal"],
         params_total=described["params_total"],
@@ -162,8 +166,7 @@ def kept_configs_agree(planned: Sequence[Planned], workdir: Path) -> None:
     """Raises an InputError if a run directory in ``workdir`` was begun with another config than is planned now."""
     for run in planned:
         folder = workdir / run.point.name
-        if (folder / workdirs.CONFIG).exists():
-            workdirs.keep_config(folder, run.config)
+        check_config(RunDirectory(folder), run.run.config)
 
 
 def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> dict[str, float | None]:

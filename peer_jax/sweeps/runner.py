@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from pathlib import Path
 
+from peer_jax import run_directory as workdirs
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
@@ -16,7 +17,6 @@ from peer_jax.sweeps.board import Board
 from peer_jax.sweeps.plan import Load, Planned, to_measure
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.sweeps.workers import Answer, Task, Worker
-from peer_jax.training import workdir as workdirs
 from peer_jax.training.loop import StopOnSignal
 
 TICK = 0.5
@@ -47,7 +47,7 @@ def run_sweep(
         workdirs.write_whole(workdir / results.SWEEP, json.dumps(sweep.describe(), indent=2, default=str) + "\n")
     except OSError as error:
         raise InputError(f"--workdir {workdir} can't be written to ({error.strerror}): choose another") from error
-    done = [run for run in planned if workdirs.read_result(workdir / run.point.name) is not None]
+    done = [run for run in planned if workdirs.RunDirectory(workdir / run.point.name).read_result() is not None]
     finished = {run.point.name for run in done}
     todo = [run for run in planned if run.point.name not in finished]
     with StopOnSignal() as stop, Board(planned, done, workdir, workers, enabled=progress) as board:
@@ -110,7 +110,7 @@ class _Runner:
     def _ended_elsewhere(self, run: Planned) -> bool:
         """Whether another sweep's process has finished the run, or failed at it since this one began."""
         folder = self._workdir / run.point.name
-        if workdirs.read_result(folder) is not None:
+        if workdirs.RunDirectory(folder).read_result() is not None:
             self._finish(run)
             return True
         failure = results.read_json(folder / results.FAILURE)

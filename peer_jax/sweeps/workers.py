@@ -134,10 +134,10 @@ def _do(task: Task, load: Any) -> Answer:
     from peer_jax.training.loop import train
 
     try:
-        run, text = load(task.files, task.bindings)
+        run, _ = load(task.files, task.bindings)
         if task.workdir is None:
             return Answer("finished", seconds=seconds_per_step(run))
-        train(run, task.workdir, config=text, progress=False)
+        train(run, task.workdir, progress=False)
         return Answer("finished")
     except Interrupted as stopped:
         return Answer("interrupted", str(stopped))
