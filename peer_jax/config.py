@@ -73,7 +73,7 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Run:
         InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
     """
     run = _build("Run", files, bindings)
-    try:
+    try:  # noqa: SIM105
         run.trainer()
     except Exception:
         pass

@@ -9,7 +9,7 @@ bookkeeping.
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple, Protocol, TypeVar
+from typing import Annotated, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Difference(NamedTuple):
     now: str
 
 
+@runtime_checkable
 class RunConfig(Protocol):
     """The config that a run was loaded from, as a value.
 
