@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from peer_jax import config
 from peer_jax.data.corpora import local_files
 from peer_jax.data.pipeline import TextTask, ensure_prepared
+from peer_jax.run_directory import RunDirectory
 from peer_jax.training import loop
 from peer_jax.training.checkpoint import Checkpoints
 
@@ -89,7 +90,7 @@ def load(tiny, *bindings, layer="dense"):
 
 
 def train(tiny, folder, *bindings, layer="dense"):
-    return loop.train(load(tiny, *bindings, layer=layer), folder, config=config.text, progress=False)
+    return loop.train(load(tiny, *bindings, layer=layer), folder, progress=False)
 
 
 def environment(**more):
@@ -114,10 +115,15 @@ def losses(folder):
 
 def leaves(folder, run, step=None):
     """Every array of a checkpoint, by its path."""
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
-    checkpoints.close()
+    with Checkpoints(RunDirectory(folder).checkpoints, read_only=True) as checkpoints:
+        _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
     return arrays(state)
+
+
+def saved_steps(folder):
+    """The steps that have a checkpoint."""
+    with Checkpoints(RunDirectory(folder).checkpoints, read_only=True) as checkpoints:
+        return checkpoints.steps()
 
 
 def arrays(state):

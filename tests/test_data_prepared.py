@@ -141,7 +141,7 @@ from peer_jax import config
 from peer_jax.training import loop
 
 files, bindings = sys.argv[1].split(), sys.argv[2].split()
-loop.train(config.load(files, bindings), Path("run"), config=config.text, progress=False)
+loop.train(config.load(files, bindings), Path("run"), progress=False)
 """
 
 

@@ -29,8 +29,9 @@ from small_runs import (
 from peer_jax import processes
 from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, InUse
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Sharding, split_batch, use
-from peer_jax.training import workdir as workdirs
+from peer_jax.training import ownership
 from peer_jax.training.checkpoint import Checkpoints
 
 # Batches that 8 devices share; and so much validation that its last batch of 128 rows has some in both processes.
@@ -329,10 +330,9 @@ def test_an_unwritable_directory_ends_all_processes_with_one_sentence(hosts, tin
     (tmp_path / "run").write_text("a file")
     for process in hosts.start_all(train_command(tiny, tmp_path / "run", *BINDINGS)):
         status, errors = ended(process)
-        assert (status, errors) == (
-            2,
-            f"peer-jax: --workdir {tmp_path}/run can't be written to (File exists): choose another\n",
-        )
+        assert status == 2
+        assert f"{tmp_path}/run can't be written to (File exists): choose another directory" in errors
+        assert len(errors.splitlines()) == 1
 
 
 def attempts(tiny, folder):
@@ -427,14 +427,14 @@ def test_gathered_text(told):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"coordinator": "a:1"}, "--coordinator needs --num-processes and --process-id, too"),
-        ({"num_processes": 2, "process_id": 0}, "--num-processes, --process-id needs --coordinator, too"),
-        ({"coordinator": "a:1", "process_id": 0}, "--coordinator, --process-id needs --num-processes, too"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id 2 is not one of 0 to 1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "--process-id -1 is not one of 0 to 1"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "--coordinator 'a' is not HOST:PORT"),
-        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "--coordinator ':1' is not HOST:PORT"),
-        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "--coordinator 'a:70000' is not HOST:PORT"),
+        ({"coordinator": "a:1"}, "coordinator given without num_processes and process_id: give all"),
+        ({"num_processes": 2, "process_id": 0}, "num_processes and process_id given without coordinator: give all"),
+        ({"coordinator": "a:1", "process_id": 0}, "coordinator and process_id given without num_processes: give all"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id 2 is not one of 0 to 1"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "process_id -1 is not one of 0 to 1"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "coordinator 'a' is not HOST:PORT"),
+        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "coordinator ':1' is not HOST:PORT"),
+        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "coordinator 'a:70000' is not HOST:PORT"),
     ],
 )
 def test_flags_that_cannot_be(given, says):
@@ -448,14 +448,16 @@ def test_a_port_that_is_taken():
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--coordinator a:{port}: port {port} can't be had .*in use"):
+        with pytest.raises(InputError, match=f"coordinator a:{port}: port {port} can't be had .*in use"):
             processes.start(f"a:{port}", 2, 0, environment={})
 
 
 def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
     arguments = train_command(tiny, tmp_path, *BINDINGS)[3:]
     status, _, errors = run_cli(*arguments, "--coordinator", "127.0.0.1:1")
-    assert (status, errors) == (2, "peer-jax: --coordinator needs --num-processes and --process-id, too\n")
+    assert status == 2
+    assert "coordinator given without num_processes and process_id: give all" in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_one_process_alone_starts_nothing():
@@ -518,7 +520,8 @@ def test_together_is_nothing_alone():
 
 
 def test_a_directory_is_let_go_when_its_run_ends(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
     for _ in range(2):
-        with workdirs.owned(tmp_path / "run"), pytest.raises(InUse), workdirs.owned(tmp_path / "run"):
+        with ownership.owned(directory), pytest.raises(InUse), ownership.owned(directory):
             pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

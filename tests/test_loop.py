@@ -1,5 +1,6 @@
 """Training from end to end, in this process."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from small_runs import (
     lines,
     load,
     losses,
+    saved_steps,
     stack,
     train,
     without_times,
@@ -26,9 +28,11 @@ from small_runs import (
 from peer_jax.data.corpora import local_files
 from peer_jax.data.pipeline import TextTask
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
-from peer_jax.training import loop, workdir
+from peer_jax.run_directory import RunDirectory
+from peer_jax.training import loop, ownership
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.restore import restore_model
+from peer_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("trains")
 
@@ -44,19 +48,18 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     assert abs(logged[0] - np.log(259)) < 1.0  # it starts from uniform over bytes and special ids
     assert np.mean(logged[-5:]) < logged[0] - 1.5
 
-    model = load(tiny, "Run.steps=40", layer=layer).trainer().abstract_model
+    run = load(tiny, "Run.steps=40", layer=layer)
+    model = run.trainer().abstract_model
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["schema"] == 1
-    assert (
-        result["method"]
-        == {
-            "dense": "Dense",
-            "moe": "MoE (expert choice)",
-            "moe_token_choice": "MoE (token choice)",
-            "pkm": "PKM",
-            "peer": "PEER",
-        }[layer]
-    )
+    assert result["layer"] == {"dense": "Dense", "pkm": "PKM", "peer": "PEER"}.get(layer, "MoE")
+    assert result["method"] == model.method.label
+    assert result["method"].startswith(result["layer"])
+    assert result["options"] == json.loads(json.dumps(model.method.options()))
+    assert result["is_baseline"] == (layer == "dense")
+    assert result["config"] == run.config.identity
+    assert (result["config"]["AdamW.learning_rate"], result["config"]["Run.steps"]) == ("0.01", "40")
+    assert not result["config"].keys() & {"Run.log_every", "Run.accumulation", "TextTask.cache_dir", "local_files.path"}
     assert result["is_causal"] == (layer != "moe")
     assert (result["d_model"], result["num_blocks"]) == (16, 2)
     assert result["num_experts"] == {"dense": None, "moe": 4, "moe_token_choice": 4}.get(layer, 64)
@@ -90,7 +93,7 @@ def test_eval_tasks_join_the_result(tiny, tmp_path):
     other = write_text(tmp_path / "other.jsonl", seed=1)
     run = load(tiny, "Run.steps=2")
     more = TextTask(local_files(other, validation_share=0.1), SEQ_LEN, cache_dir=run.task.cache_dir)
-    result = loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+    result = loop.train(dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
     assert set(result["evaluations"]) == {"corpus", "other"}
     assert result["evaluations"]["other"]["loss"] != result["evaluations"]["corpus"]["loss"]
 
@@ -106,14 +109,14 @@ def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
         cache_dir=run.task.cache_dir,
     )
     with pytest.raises(InputError, match="corpus"):
-        loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+        loop.train(dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
 
 
 def test_eval_task_of_another_vocabulary_is_refused(tiny):
     run = load(tiny, "Run.steps=2")
-    other = loop.dataclasses.replace(run.task, vocabulary="pieces.model")
+    other = dataclasses.replace(run.task, vocabulary="pieces.model")
     with pytest.raises(InputError, match=r"pieces\.model"):
-        loop.dataclasses.replace(run, eval_tasks=(other,))
+        dataclasses.replace(run, eval_tasks=(other,))
 
 
 # Length
@@ -188,7 +191,7 @@ def test_sigterm_saves_within_the_step_and_resumes_to_the_same(tiny, tmp_path, m
     assert stopped.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert lines(tmp_path / "stopped")[-1]["step"] == 7
-    assert Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).steps() == [7]
+    assert saved_steps(tmp_path / "stopped") == [7]
     resumed = train(tiny, tmp_path / "stopped", *bindings, layer=layer)
     assert without_times(resumed) == without_times(never)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "never")
@@ -249,8 +252,8 @@ def test_killed_between_the_last_checkpoint_and_the_result(tiny, tmp_path):
 
 def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
     result = train(tiny, tmp_path, "Run.steps=4")
-    monkeypatch.setattr(loop.Trainer, "step", None)
-    monkeypatch.setattr(loop.Trainer, "init", None)
+    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "init", None)
     assert train(tiny, tmp_path, "Run.steps=4") == result
 
 
@@ -272,7 +275,7 @@ def test_a_changed_default_of_a_layer_is_part_of_the_config(tiny, tmp_path):
 
 def test_second_process_is_kept_out(tiny, tmp_path):
     run = load(tiny, "Run.steps=4")
-    with workdir.owned(tmp_path), pytest.raises(InputError, match="in use by another process"):
+    with ownership.owned(RunDirectory(tmp_path)), pytest.raises(InputError, match="in use by another process"):
         loop.train(run, tmp_path, progress=False)
     loop.train(run, tmp_path, progress=False)
 
@@ -284,7 +287,7 @@ def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_pat
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e16", "AdamW.warmup_steps=3"]
     with pytest.raises(TrainingFailed, match=r"step (\d+) has loss .* learning_rate") as failed:
         train(tiny, tmp_path, *bindings)
-    steps = Checkpoints(tmp_path / "checkpoints", read_only=True).steps()
+    steps = saved_steps(tmp_path)
     assert steps
     assert f"the last good checkpoint is that of step {steps[-1]}" in str(failed.value)
     for name, value in leaves(tmp_path, load(tiny, *bindings)).items():
@@ -299,7 +302,7 @@ def test_update_that_is_not_finite_is_never_saved(tiny, tmp_path):
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e39", "AdamW.warmup_steps=0"]
     with pytest.raises(TrainingFailed, match="step 1 "):
         train(tiny, tmp_path, *bindings)
-    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == []
+    assert saved_steps(tmp_path) == []
 
 
 def test_failure_before_any_checkpoint_says_that_there_is_none(tiny, tmp_path):
@@ -308,7 +311,7 @@ def test_failure_before_any_checkpoint_says_that_there_is_none(tiny, tmp_path):
 
 
 def test_checked_run_names_the_op_that_meets_nan(tiny, tmp_path, monkeypatch):
-    make = loop.Trainer.init
+    make = Trainer.init
 
     def corrupted(self, seed):
         state = make(self, seed)
@@ -316,7 +319,7 @@ def test_checked_run_names_the_op_that_meets_nan(tiny, tmp_path, monkeypatch):
         keys.set_value(keys.get_value().at[0, 3].set(np.nan))
         return state
 
-    monkeypatch.setattr(loop.Trainer, "init", corrupted)
+    monkeypatch.setattr(Trainer, "init", corrupted)
     with pytest.raises(InputError, match=r"product_key_top_k.* NaN"):
         train(tiny, tmp_path / "checked", "Run.steps=2", "Run.checked=True", layer="peer")
     with pytest.raises(TrainingFailed, match=r"step 1 has loss nan.*Run\.checked=True"):
@@ -329,7 +332,7 @@ import sys
 from peer_jax import config
 from peer_jax.training.loop import train
 *files, folder = sys.argv[1:]
-train(config.load(files, ["Run.steps=2"]), __import__("pathlib").Path(folder), config=config.text, progress=False)
+train(config.load(files, ["Run.steps=2"]), __import__("pathlib").Path(folder), progress=False)
 heavy = {"tensorflow", "seqio", "tensorflow_datasets", "torch"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -349,5 +352,5 @@ def test_restored_model_is_that_of_the_step(tiny, tmp_path):
     assert restore_model(run, tmp_path)[0] == 4
     assert restore_model(run, tmp_path, "2")[0] == 2
     for wrong in ("3", "newest", "-1"):
-        with pytest.raises(InputError, match=rf"--checkpoint '{wrong}'.*\[2, 4\]"):
+        with pytest.raises(InputError, match=rf"checkpoint '{wrong}'.*\[2, 4\]"):
             restore_model(run, tmp_path, wrong)

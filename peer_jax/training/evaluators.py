@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from peer_jax.data.pipeline import PackedText, TextTask, ensure_prepared, open_cache
 from peer_jax.errors import InputError
@@ -13,6 +13,7 @@ from peer_jax.training.metrics import MetricsLog
 from peer_jax.training.run import Run
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Measures a model during or after training.
 
