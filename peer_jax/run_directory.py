@@ -156,7 +156,7 @@ class Lines:
 
 def _whole_lines(path: epath.Path) -> list[str]:
     """The lines of a file that have a line end: a kill may have cut the last line."""
-    return path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else []
 
 
 class RunDirectory:

@@ -1,5 +1,6 @@
 """Checkpoints: killed processes, damaged files, full disks; what is restored is what was saved, or it is said."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -160,6 +161,19 @@ def test_random_streams_are_restored(tmp_path):
     _, restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
     checkpoints.close()
     assert_same(arrays(restored), arrays(state))
+
+
+def test_an_error_closes_checkpoints_and_is_not_hidden(tmp_path):
+    def fail(checkpoints):
+        with checkpoints:
+            checkpoints.save(1, state_of(1), {})
+            raise KeyError("mine")
+
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(KeyError, match="mine"):
+        fail(checkpoints)
+    checkpoints.close()  # once more does nothing
+    assert restore(tmp_path)[0] == 1
 
 
 def test_empty_folder_has_nothing_to_restore(tmp_path):
@@ -358,9 +372,14 @@ def test_other_shapes_are_refused_by_name(saved, change, message):
 
 
 def test_run_of_other_shapes_names_the_parameter(tiny, tmp_path):
+    """Of a run that was made by hand: with a config, it is the config's argument that is named."""
     train(tiny, tmp_path, "Run.steps=2")
+    (tmp_path / "result.json").unlink()
+    wider = load(tiny, "Run.steps=2", "Transformer.d_model=32")
     with pytest.raises(InputError, match=r"params/blocks/0/.* of shape .*16.*, but the config gives .*32"):
-        train(tiny, tmp_path, "Run.steps=2", "Transformer.d_model=32")
+        loop.train(dataclasses.replace(wider), tmp_path, progress=False)
+    with pytest.raises(InputError, match=r"holds a run with Transformer\.d_model = 16, now it is 32"):
+        loop.train(wider, tmp_path, progress=False)
 
 
 # Disks
