@@ -1,4 +1,4 @@
-"""The small text and model that many files of tests train, and what they read back from a run directory."""
+"""The small text and model that many test files train, and what they read back from a run directory."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def write_text(path, seed=0):
 
 
 def tiny_config(base):
-    """A gin file over base, layer and size: a model that trains in seconds, on text that is prepared once a session."""
+    """A gin file that goes on top of base, layer and size: a model of seconds, and text prepared once per session."""
     folder = base / "tiny_run"
     path = folder / "tiny.gin"
     if not path.exists():
@@ -94,7 +94,7 @@ def train(tiny, folder, *bindings, layer="dense"):
 
 
 def environment(**more):
-    """That of processes the tests start: bytecode is kept, or importing takes most of their time."""
+    """The environment of processes that tests start. It lets them keep bytecode: importing takes most of their time."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
 
 
@@ -103,7 +103,7 @@ def lines(folder):
 
 
 def losses(folder):
-    """(step, kind) -> loss; a step stands there once."""
+    """(step, kind) -> loss, from a log that must have each only once."""
     found = {}
     for line in lines(folder):
         for kind in ("loss", "validation_loss"):
@@ -146,7 +146,7 @@ def without_times(result):
 
 
 def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
-    """Has this process get a signal while it fetches the batch of a step."""
+    """Sends this process a signal while it fetches the batch of a step."""
     make = loop.train_batches
 
     def make_interrupting(*args, **kwargs):
@@ -171,7 +171,7 @@ def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
 
 @contextlib.contextmanager
 def training(folder):
-    """For a module of tests: what runs in here may use optax, and a second run of a config compiles nothing."""
+    """For a module of tests: code in this context may use optax, and a second run of a config compiles nothing."""
     settings = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -253,7 +253,7 @@ def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, mon
 
 
 def test_a_validation_that_a_crash_has_lost_is_made_up_for(tiny, tmp_path):
-    """Of the machine: a checkpoint is on the disk, and the line of the log that was written before it is not."""
+    """After a crash of the machine a checkpoint may be on the disk, and a line that was logged before it may not."""
     bindings = ["Run.steps=12", "Run.checkpoint_every=5", "Run.evaluate_every=5"]
     train(tiny, tmp_path, *bindings)
     expected = losses(tmp_path)
@@ -304,6 +304,7 @@ def test_a_run_goes_on_with_other_placement_and_bookkeeping(tiny, tmp_path, monk
     moved = tmp_path / "moved" / "corpus.jsonl"
     moved.parent.mkdir()
     shutil.copy(tiny.parent / "corpus.jsonl", moved)
+    shutil.copytree(load(tiny, *bindings).task.cache_dir, tmp_path / "cache")
     others = [
         *("Run.log_every=3", "Run.evaluate_every=100", "Run.checkpoint_every=2", "Run.keep_checkpoints=4"),
         *(f"local_files.path={str(moved)!r}", f"TextTask.cache_dir={str(tmp_path / 'cache')!r}"),
@@ -379,7 +380,7 @@ def test_another_config_is_refused_by_name_and_values(tiny, tmp_path):
 
 
 def test_a_changed_default_of_a_layer_is_part_of_the_config(tiny, tmp_path):
-    """Every default of what the run used is in config.gin, so that it still means the same when one changes."""
+    """config.gin has every default that the run used, so that it means the same when a default changes later."""
     train(tiny, tmp_path, "Run.steps=1", layer="peer")
     kept = (tmp_path / "config.gin").read_text()
     for name in ("PEER.score_activation", "PEER.share_sub_keys", "Transformer.tie_embeddings", "Dense.activation"):

@@ -74,7 +74,7 @@ def test_the_rate_grows_and_then_falls(warmup, more):
 
 
 class Model(nnx.Module):
-    """One of everything the groups tell apart."""
+    """A model with a parameter of each kind that the groups tell apart."""
 
     def __init__(self, rng):
         def normal(*shape):
@@ -117,7 +117,7 @@ def test_labels_of_parameters(rng):
 
 
 def test_labels_of_a_transformer():
-    """Of PEER and PKM the tables, and nothing else: not the kernels called up and down of Dense and MoE."""
+    """Only the tables of PEER and PKM have labels of their own; the kernels up and down of Dense and MoE have not."""
     layers = iter(
         [
             functools.partial(PEER, num_experts=16, num_heads=2, d_key=4, top_k=4),
@@ -217,7 +217,7 @@ def test_three_updates_equal_numpy_s(rng, options):
     optimizer = AdamW(**rates, warmup_steps=1, **options)
     ours, expected, before = three_steps(rng, optimizer)
     for name, p in ours.items():
-        # Of the change: a dozen float32 roundings of numbers of size 1, on steps of 0.05 and more.
+        # A dozen float32 roundings of numbers of size 1, where parameters change by 0.05 and more.
         assert np.max(np.abs(p - expected[name])) < 5e-6, name
         assert np.max(np.abs(p - before[name])) > 0.05, name
 
