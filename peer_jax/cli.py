@@ -12,7 +12,7 @@ from peer_jax import startup
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 if TYPE_CHECKING:
-    from peer_jax.training.loop import Run
+    from peer_jax.training.run import Run
 
 app = typer.Typer(
     name="peer-jax",

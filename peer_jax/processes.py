@@ -1,6 +1,7 @@
-"""The processes of a run: one by default; several, each with its own devices, under ``jax.distributed``."""
+"""The processes of a run: one, or several under ``jax.distributed``, each with devices of its own."""
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -11,11 +12,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse
 
-# Seconds: without a sign of life a process has died; one that ends, and one that starts, waits so long for others.
+# Timeouts in seconds: no heartbeat for HEARTBEAT means that a process has died; SHUTDOWN and START are how long a
+# process waits for the others when it ends and when it starts, and LEAVE is how long it waits when it has failed.
 HEARTBEAT, SHUTDOWN, START = 20, 20, 120
-LEAVE = 5  # the same for one that has failed
+LEAVE = 5
 
 
 def start(
@@ -26,20 +28,26 @@ def start(
     from_cluster: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Joins the other processes, if there are any: those of the arguments, or of the cluster that JAX finds.
+    """Joins the other processes of the run, if there are any; to be called before JAX is used.
 
-    Before JAX is used. Slurm, Open MPI and TPU pods of GKE are seen in the environment; ``from_cluster`` has JAX look
-    for any other cluster that it knows.
+    Args:
+        coordinator: HOST:PORT where the first process listens; None if a cluster tells, or there is one process.
+        num_processes: how many processes there are.
+        process_id: which of them this is, from 0.
+        from_cluster: have JAX look for any cluster that it knows; not needed for Slurm, Open MPI and TPU pods of GKE.
+        environment: where the cluster's variables are looked for.
 
     Raises:
-        InputError: if only some of the arguments are given, or the processes don't find one another in time.
+        InputError: if only some of the first three arguments are given, or the processes don't find one another in
+            time.
     """
-    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
-        raise InputError(f"{', '.join(sorted(given.keys() - missing))} needs {' and '.join(missing)}, too")
+        there = sorted(given.keys() - missing)
+        raise InputError(f"{' and '.join(there)} given without {' and '.join(missing)}: give all", argument=missing[0])
     if not missing and not 0 <= process_id < num_processes:
-        raise InputError(f"--process-id {process_id} is not one of 0 to {num_processes - 1}")
+        raise InputError(f"process_id {process_id} is not one of 0 to {num_processes - 1}", argument="process_id")
     if missing and not from_cluster and not in_cluster(environment):
         return
     if not missing:
@@ -56,10 +64,10 @@ def start(
                 heartbeat_timeout_seconds=HEARTBEAT,
                 shutdown_timeout_seconds=SHUTDOWN,
             )
-        except Exception as error:  # of whatever kind, for the thread that waits
+        except Exception as error:  # of whatever kind: the thread that waits raises it
             failures.append(error)
 
-    # JAX aborts the process when its time is up, with no word of whom it waited for: ours is up before.
+    # JAX aborts the process after its own timeout, without saying for whom it waited. This one is shorter.
     joining = threading.Thread(target=join, daemon=True)
     joining.start()
     joining.join(START)
@@ -72,21 +80,26 @@ def start(
 
 
 def _check_address(coordinator: str, *, listens: bool) -> None:
-    """An InputError unless this is a host and a port; one that is free, if it is here. JAX would crash."""
+    """An InputError unless this is a host and a port, and the port is free if this process is to listen there.
+
+    JAX would end the process without a message.
+    """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"--coordinator {coordinator!r} is not HOST:PORT")
+        raise InputError(f"coordinator {coordinator!r} is not HOST:PORT", argument="coordinator")
     if listens:
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 trial.bind(("", int(port)))
             except OSError as error:
-                raise InputError(f"--coordinator {coordinator}: port {port} can't be had ({error.strerror})") from error
+                raise InputError(
+                    f"coordinator {coordinator}: port {port} can't be had ({error.strerror})", argument="coordinator"
+                ) from error
 
 
 def leave(status: int) -> None:
-    """Ends a process that can't go on. Of several it does not wait long for the others: JAX would, and abort then."""
+    """Ends a process that can't go on, without waiting for the others as long as JAX would before it aborts."""
     if jax.distributed.is_initialized():
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
@@ -99,14 +112,14 @@ def leave(status: int) -> None:
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether the environment is that of one of several processes of Slurm, Open MPI or a TPU pod of GKE."""
+    """Whether the environment names several processes of Slurm, Open MPI or a TPU pod of GKE."""
     counts = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     several = any(count.isdecimal() and int(count) > 1 for count in counts)
     return several or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def leads() -> bool:
-    """Whether this process logs, reports and writes for all."""
+    """Whether this is the process that logs, reports and writes for all."""
     return jax.process_index() == 0
 
 
@@ -117,7 +130,7 @@ def wait_for_all(what: str) -> None:
 
 
 def gather(text: str) -> list[str]:
-    """The text of each process, in all of them; every process calls it."""
+    """The texts of all processes, in their order. Every process calls this, and each gets all texts."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
@@ -128,18 +141,19 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What one process refuses in this block, all refuse: none goes on to wait for one that has ended.
+    """Has all processes refuse what one refuses in this block, so that none goes on to wait for one that has ended.
 
     Raises:
-        InputError: that of this process, or else the first one's.
+        InputError: the error of this process, or else that of the first process that has one.
     """
     refused = None
     try:
         yield
     except InputError as error:
         refused = error
-    messages = gather("" if refused is None else str(refused))
+    told = "" if refused is None else json.dumps([str(refused), refused.argument, isinstance(refused, InUse)])
+    told = gather(told)
     if refused is not None:
         raise refused
-    for message in filter(None, messages):
-        raise InputError(message)
+    for message, argument, in_use in map(json.loads, filter(None, told)):
+        raise (InUse if in_use else InputError)(message, argument=argument)

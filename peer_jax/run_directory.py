@@ -1,11 +1,12 @@
 """The files of runs and of sweeps: their names, how they are written, locked, appended to, listed and read.
 
-A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``; one of a
-sweep has ``point.json`` as well, and ``failure.json`` while its last attempt has failed. A sweep directory has a folder
-per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv`` and the logs of worker processes.
+A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``. The
+directory of a run that belongs to a sweep also has ``point.json``, and ``failure.json`` while the last attempt has
+failed. A sweep directory has a folder per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv``
+and the logs of worker processes.
 
-Nothing else knows these names, so storage of another kind (a bucket, whose objects are neither appended to nor renamed
-nor locked) can join by changing this file.
+No other file knows these names. Another kind of storage, such as a bucket, whose objects are neither appended to nor
+renamed nor locked, can therefore be added by changing this file alone.
 """
 
 import contextlib
@@ -32,26 +33,33 @@ POINT = "point.json"
 FAILURE = "failure.json"
 RESULTS = "results.csv"
 LOCK = ".lock"
+PROBE = ".probe"
 SWEEP_FILES = ("sweep-*.json", "sweep.json")  # the second name is that of earlier versions, which kept one sweep
 
 SCHEMA = 1
 NEEDED = {"steps", "corpus", "evaluations"}  # keys of a result that is whole
 
 
-def local(path: str | os.PathLike) -> epath.Path:
+def local(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
     """The path of a local file or folder.
+
+    Args:
+        path: the path.
+        argument: the argument of the caller that holds the path, for the error.
 
     Raises:
         InputError: for an address such as ``gs://bucket/folder``, which would become a local folder of that name.
     """
     text = os.fspath(path)
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text):
-        raise InputError(f"{text} is an address ({found[1]}), and only local folders can be used: give a path")
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text):  # pathlib makes gs:/bucket of gs://bucket
+        raise InputError(
+            f"{text} is an address ({found[1]}), and only local folders can be used: give a path", argument=argument
+        )
     return epath.Path(text)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file, all of it or nothing, whoever else writes it.
+    """Writes a file so that readers find all of it or what was there before, even if several processes write it.
 
     Raises:
         InputError: if it can't be written.
@@ -68,7 +76,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> epath.Path:
-    """Makes a folder, and those above it, unless it is there.
+    """Makes a folder and the folders above it, unless they exist.
 
     Raises:
         InputError: if it can't be made.
@@ -94,15 +102,42 @@ def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def set_aside(folder: str | os.PathLike) -> epath.Path:
+    """Renames a damaged folder, so that another can take its place, and returns where it is now."""
+    folder = local(folder)
+    target = folder.with_name(f"damaged-{folder.name}")
+    while target.exists():
+        target = target.with_name(target.name + "-again")
+    folder.rename(target)
+    return target
+
+
+def check_room(folder: str | os.PathLike, size: int = 2**16) -> None:
+    """Writes a file of ``size`` bytes to a folder and removes it.
+
+    Raises:
+        OSError: if it can't be written, because the disk is full or for another reason.
+    """
+    probe = local(folder) / PROBE
+    try:
+        probe.write_bytes(bytes(size))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 class Lines:
-    """A file of lines that grows: each line is there for readers as soon as ``append`` returns."""
+    """A file of lines that grows: a reader finds each line as soon as ``append`` has returned.
+
+    Args:
+        path: of the file. Lines that it already has stay if ``keep`` accepts them and if they have a line end, which
+            the last line lacks when a kill has cut it.
+        keep: whether a line stays.
+
+    Raises:
+        OSError: if the file can't be written, here and in ``append``.
+    """
 
     def __init__(self, path: epath.Path, keep: Callable[[str], bool]) -> None:
-        """Opens the file; of the whole lines that it has, only those that ``keep`` accepts stay.
-
-        Raises:
-            OSError: if it can't be written, here and in ``append``.
-        """
         kept = [line + "\n" for line in _whole_lines(path) if keep(line)]
         rewritten = path.with_name(path.name + ".tmp")
         rewritten.write_text("".join(kept))
@@ -120,8 +155,8 @@ class Lines:
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    """The lines of a file up to its last line end: a kill may have cut the last line."""
-    return path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    """The lines of a file that have a line end: a kill may have cut the last line."""
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else []
 
 
 class RunDirectory:
@@ -135,7 +170,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = local(path)
+        self.path = local(path, "workdir")
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -153,16 +188,18 @@ class RunDirectory:
         """The folder of the checkpoints, which Orbax fills."""
         return self.path / CHECKPOINTS
 
-    # Owning.
+    # Ownership.
 
     def lock(self, *, timeout: float = 0) -> filelock.BaseFileLock:
-        """Makes the directory and takes its lock, which keeps other runs from training in it; to be released.
+        """Makes the directory and takes its lock, which keeps other processes from training in it.
+
+        The caller releases the lock.
 
         Args:
-            timeout: seconds to wait for another process to release it.
+            timeout: seconds to wait for another process to release the lock.
 
         Raises:
-            InUse: if another process has it.
+            InUse: if another process holds the lock.
             InputError: if the directory can't be made or written to.
         """
         try:
@@ -174,7 +211,9 @@ class RunDirectory:
                 f"{self} is in use by another process: wait for it, or choose another directory", argument="workdir"
             ) from None
         except OSError as error:
-            raise InputError(f"{self} can't be written to ({error.strerror}): choose another directory") from error
+            raise InputError(
+                f"{self} can't be written to ({error.strerror}): choose another directory", argument="workdir"
+            ) from error
         return lock
 
     def leave_mark(self, mark: str) -> None:
@@ -215,20 +254,22 @@ class RunDirectory:
         try:
             return self.config.read_text() if self.config.exists() else None
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.config} can't be read ({error}): mend it, or choose another directory") from error
+            raise InputError(
+                f"{self.config} can't be read ({error}): mend it, or choose another directory", argument="workdir"
+            ) from error
 
     def write_config(self, text: str) -> None:
         """Writes ``config.gin``."""
         write_whole(self.config, text)
 
     def read_result(self) -> dict[str, Any] | None:
-        """The result of a finished run; None if there is none, or only part of one."""
+        """The result of a finished run; None if there is no ``result.json`` or if it is not whole."""
         result = read_json(self.path / RESULT)
         whole = result is not None and result.get("schema") == SCHEMA and result.keys() >= NEEDED
         return result if whole else None
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Writes ``result.json``, all of it or nothing."""
+        """Writes ``result.json``."""
         _write_json(self.path / RESULT, {"schema": SCHEMA} | dict(result))
 
     @property
@@ -239,7 +280,7 @@ class RunDirectory:
     # Metrics.
 
     def append_metrics(self, keep: Callable[[str], bool]) -> Lines:
-        """Opens ``metrics.jsonl`` for more lines; of those it has, only those that ``keep`` accepts stay."""
+        """Opens ``metrics.jsonl`` for more lines. Lines that it already has stay if ``keep`` accepts them."""
         return Lines(self.path / METRICS, keep)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
@@ -254,7 +295,7 @@ class RunDirectory:
                     yield entry
 
     def last_metrics(self) -> dict[str, Any] | None:
-        """The newest whole line of ``metrics.jsonl``, whether or not the run goes on; None if there is none yet."""
+        """The newest whole line of ``metrics.jsonl``, which a process may still be writing; None if there is none."""
         try:
             with (self.path / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
@@ -266,15 +307,15 @@ class RunDirectory:
         return None
 
     def event_file(self, host: str) -> str:
-        """The name of a new file of TensorBoard events, in a folder that is made."""
+        """The name of a new file of TensorBoard events; makes the folder that holds it."""
         folder = self.path / TENSORBOARD
         folder.mkdir(exist_ok=True)
         return str(folder / f"events.out.tfevents.{time.time_ns()}.{host}")
 
-    # What a sweep keeps of its run.
+    # What a sweep keeps in the directory of each of its runs.
 
     def read_point(self) -> dict[str, Any]:
-        """The run's place in its sweep; empty where it belongs to none."""
+        """The run's place in its sweep; empty if the run belongs to no sweep."""
         return read_json(self.path / POINT) or {}
 
     def write_point(self, point: Mapping[str, Any]) -> None:
@@ -283,7 +324,7 @@ class RunDirectory:
         _write_json(self.path / POINT, point)
 
     def read_failure(self) -> dict[str, Any] | None:
-        """Why the last attempt failed: ``reason``, ``details`` and ``time``; None if it has not."""
+        """Why the last attempt failed: ``reason``, ``details`` and ``time``; None if it has not failed."""
         return read_json(self.path / FAILURE)
 
     def write_failure(self, reason: str, details: str = "") -> None:
@@ -297,7 +338,7 @@ class RunDirectory:
 
 
 class SweepDirectory:
-    """The directory of one or several sweeps: a folder per run, and what is known of the sweeps.
+    """The directory of one or several sweeps: a folder per run, and a description of each sweep.
 
     Args:
         path: of the folder, which need not exist yet.
@@ -307,7 +348,7 @@ class SweepDirectory:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = local(path)
+        self.path = local(path, "workdir")
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -320,7 +361,7 @@ class SweepDirectory:
         return RunDirectory(self.path / name)
 
     def keep_sweep(self, described: Mapping[str, Any], runs: Sequence[str]) -> None:
-        """Keeps what a sweep says of itself and the names of its runs; other sweeps of the directory stay as they are.
+        """Keeps the description of a sweep and the names of its runs, beside those of the directory's other sweeps.
 
         Raises:
             InputError: if the directory can't be written to.
@@ -330,7 +371,7 @@ class SweepDirectory:
         write_whole(self.path / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json", text)
 
     def sweeps(self) -> list[dict[str, Any]]:
-        """What is kept of each sweep: ``sweep``, its fields, and ``runs``, the names of its runs (None: not known)."""
+        """Each sweep's description: ``sweep`` has its fields, ``runs`` the names of its runs (None: not known)."""
         found = []
         for pattern in SWEEP_FILES:
             for path in sorted(self.path.glob(pattern)):
@@ -340,7 +381,7 @@ class SweepDirectory:
         return found
 
     def sweep_of(self, run: str) -> dict[str, Any] | None:
-        """What the sweep that a run belongs to says of itself; None if no sweep names the run."""
+        """The fields of the sweep that a run belongs to; None if no sweep names the run."""
         for kept in self.sweeps():
             if kept["runs"] is None or run in kept["runs"]:
                 return kept["sweep"]
@@ -356,15 +397,15 @@ class SweepDirectory:
         return self.path / RESULTS
 
     def worker_log(self, number: int) -> Path:
-        """The file that gets what a worker process prints."""
+        """The file that a worker process prints to."""
         return Path(self.path / f"worker-{number}.log")
 
 
 def find_runs(directory: str | os.PathLike) -> list[RunDirectory]:
-    """The run directories at and below a path, in the order of their names; nothing inside of a run is walked.
+    """The run directories at and below a path, in the order of their names.
 
-    A folder is a run if it has a config, a result or a failure. In a sweep directory that keeps the list of its runs,
-    these are the runs, and their folders are not searched.
+    A folder is a run if it has a config, a result or a failure. The folders inside of a run are not searched. If a
+    sweep directory has the list of its runs, the folders of these runs are not searched either.
     """
     return list(_find(local(directory)))
 

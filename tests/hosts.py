@@ -1,7 +1,7 @@
-"""Processes with CPU devices of their own, as hosts have theirs: commands of peer-jax, and functions of a test module.
+"""Processes that each have CPU devices of their own, as hosts do; they run peer-jax commands or a test's functions.
 
-Two with 4 devices each are one run. A function runs in all of them, and returns what can be written as JSON; shapes and
-types of peer_jax are checked there, too.
+Two processes with 4 devices each make up one run. A function is called in all of them and returns values that can be
+written as JSON. Shapes and types of peer_jax are checked in these processes, too.
 """
 
 import importlib
@@ -17,7 +17,7 @@ HOSTS, DEVICES = 2, 4
 
 
 def train_command(tiny, folder, *bindings, layer="peer"):
-    """That of a run, but for the flags of several processes."""
+    """The command that trains, without the flags for several processes."""
     command = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--no-table", "--workdir", str(folder)]
     return command + [f"--config={file}" for file in stack(tiny, layer)] + [f"--set={binding}" for binding in bindings]
 
@@ -33,7 +33,7 @@ def flags(host, port):
 
 
 class Hosts:
-    """Starts processes; whatever still runs at the end of a test is killed."""
+    """Starts processes, and kills those that still run at the end of a test."""
 
     def __init__(self, compiled):
         self._started = []
@@ -48,13 +48,13 @@ class Hosts:
         return process
 
     def start_all(self, command, **more):
-        """The command as two processes of one run, with ``more["first"]`` and ``more["second"]`` behind it."""
+        """Starts two processes of one run: the command with ``more["first"]`` and with ``more["second"]`` appended."""
         port = free_port()
         own = [more.get("first", []), more.get("second", [])]
         return [self.start([*command, *own[host], *flags(host, port)]) for host in range(HOSTS)]
 
     def measured(self, folder, module, function, *arguments, hosts=HOSTS):
-        """What ``module.function(*arguments)`` returns, in each of two processes; or in one that has all devices."""
+        """What ``module.function(*arguments)`` returns in each of two processes, or in one with all devices."""
         command = [sys.executable, __file__, module, function, json.dumps(arguments), str(folder), str(hosts)]
         command += [str(free_port())]
         for process in [self.start([*command, str(host)], HOSTS * DEVICES // hosts) for host in range(hosts)]:
@@ -68,7 +68,7 @@ class Hosts:
 
 
 def ended(process, timeout=60):
-    """Exit status and standard error of a process that ends by itself within a minute."""
+    """Exit status and standard error of a process, which must end by itself within the timeout."""
     try:
         _, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -78,7 +78,7 @@ def ended(process, timeout=60):
 
 
 def finish(process):
-    """Waits for a process that ends well."""
+    """Waits for a process, which must end with status 0."""
     status, errors = ended(process, timeout=240)
     assert status == 0, errors
 

@@ -1,4 +1,4 @@
-"""The small text and model that many files of tests train, and what they read back from a run directory."""
+"""The small text and model that many test files train, and what they read back from a run directory."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from peer_jax import config
 from peer_jax.data.corpora import local_files
 from peer_jax.data.pipeline import TextTask, ensure_prepared
+from peer_jax.run_directory import RunDirectory
 from peer_jax.training import loop
 from peer_jax.training.checkpoint import Checkpoints
 
@@ -67,7 +68,7 @@ def write_text(path, seed=0):
 
 
 def tiny_config(base):
-    """A gin file over base, layer and size: a model that trains in seconds, on text that is prepared once a session."""
+    """A gin file that goes on top of base, layer and size: a model of seconds, and text prepared once per session."""
     folder = base / "tiny_run"
     path = folder / "tiny.gin"
     if not path.exists():
@@ -89,11 +90,11 @@ def load(tiny, *bindings, layer="dense"):
 
 
 def train(tiny, folder, *bindings, layer="dense"):
-    return loop.train(load(tiny, *bindings, layer=layer), folder, config=config.text, progress=False)
+    return loop.train(load(tiny, *bindings, layer=layer), folder, progress=False)
 
 
 def environment(**more):
-    """That of processes the tests start: bytecode is kept, or importing takes most of their time."""
+    """The environment of processes that tests start. It lets them keep bytecode: importing takes most of their time."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
 
 
@@ -102,7 +103,7 @@ def lines(folder):
 
 
 def losses(folder):
-    """(step, kind) -> loss; a step stands there once."""
+    """(step, kind) -> loss, from a log that must have each only once."""
     found = {}
     for line in lines(folder):
         for kind in ("loss", "validation_loss"):
@@ -114,10 +115,15 @@ def losses(folder):
 
 def leaves(folder, run, step=None):
     """Every array of a checkpoint, by its path."""
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
-    checkpoints.close()
+    with Checkpoints(RunDirectory(folder).checkpoints, read_only=True) as checkpoints:
+        _, state, _ = checkpoints.restore(run.trainer().abstract_state(), step)
     return arrays(state)
+
+
+def saved_steps(folder):
+    """The steps that have a checkpoint."""
+    with Checkpoints(RunDirectory(folder).checkpoints, read_only=True) as checkpoints:
+        return checkpoints.steps()
 
 
 def arrays(state):
@@ -140,7 +146,7 @@ def without_times(result):
 
 
 def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
-    """Has this process get a signal while it fetches the batch of a step."""
+    """Sends this process a signal while it fetches the batch of a step."""
     make = loop.train_batches
 
     def make_interrupting(*args, **kwargs):
@@ -165,7 +171,7 @@ def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
 
 @contextlib.contextmanager
 def training(folder):
-    """For a module of tests: what runs in here may use optax, and a second run of a config compiles nothing."""
+    """For a module of tests: code in this context may use optax, and a second run of a config compiles nothing."""
     settings = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -21,8 +21,8 @@ from peer_jax.ops.chunks import CPU_BUDGET
 from peer_jax.ops.cpu import KEEPS_BARRIERS
 from peer_jax.planning import capacity
 from peer_jax.sharding import AXES, Sharding, current, use
-from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW
+from peer_jax.training.run import Run
 
 RETRIEVAL = {"num_heads": 4, "top_k": 4, "d_key": 64}
 LAYERS = {

@@ -1,5 +1,6 @@
-"""Checkpoints: killed processes, damaged files, full disks; what is restored is what was saved, or it is said."""
+"""Checkpoints: killed processes, damaged files, full disks. What is restored was saved, or a message says so."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -59,7 +60,7 @@ def finish(process):
 
 
 def signal_when(process, condition, number):
-    """Sends a signal at the moment that a condition holds; the process's standard error."""
+    """Sends a signal as soon as a condition holds; returns what the process wrote to standard error."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -152,7 +153,7 @@ def test_restored_is_what_was_saved(saved):
 
 
 def test_random_streams_are_restored(tmp_path):
-    """A router's noise, as MoE has it, is drawn from a stream in the state."""
+    """The noise of MoE's router is drawn from a random stream in the state."""
     state = {"key": jax.random.key(5), "count": jnp.asarray(7, jnp.uint32)}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
@@ -160,6 +161,19 @@ def test_random_streams_are_restored(tmp_path):
     _, restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
     checkpoints.close()
     assert_same(arrays(restored), arrays(state))
+
+
+def test_an_error_closes_checkpoints_and_is_not_hidden(tmp_path):
+    def fail(checkpoints):
+        with checkpoints:
+            checkpoints.save(1, state_of(1), {})
+            raise KeyError("mine")
+
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(KeyError, match="mine"):
+        fail(checkpoints)
+    checkpoints.close()  # once more does nothing
+    assert restore(tmp_path)[0] == 1
 
 
 def test_empty_folder_has_nothing_to_restore(tmp_path):
@@ -248,7 +262,7 @@ def empty(path):
 
 @pytest.mark.parametrize("damage", [truncate, zero, flip, empty, delete])
 def test_damaged_file_is_noticed_or_harmless(saved, tmp_path, caplog, damage):
-    """Each file of the newest checkpoint in turn: what is restored is whole, and an older step is never silent."""
+    """Damages each file of the newest checkpoint: what is restored is whole, and going back a step is reported."""
     files = [path.relative_to(saved) for path in sorted((saved / "3").rglob("*")) if path.is_file()]
     assert len(files) > 5
     if damage is flip:  # Orbax keeps no checksum of the arrays' data: a flipped bit in it is a value like any other
@@ -323,7 +337,7 @@ def test_all_damaged_is_refused(saved):
 
 
 def test_all_damaged_is_refused_the_second_time_too(saved):
-    """Or the same command again would begin at step 1, over the metrics of the run that was lost."""
+    """Otherwise the same command would begin again at step 1 and overwrite the metrics of the run that was lost."""
     damage_all(saved)
     for _ in range(2):
         with pytest.raises(InputError):
@@ -358,9 +372,14 @@ def test_other_shapes_are_refused_by_name(saved, change, message):
 
 
 def test_run_of_other_shapes_names_the_parameter(tiny, tmp_path):
+    """A run that was made by hand has no config, so the error names the parameter and not the config's argument."""
     train(tiny, tmp_path, "Run.steps=2")
+    (tmp_path / "result.json").unlink()
+    wider = load(tiny, "Run.steps=2", "Transformer.d_model=32")
     with pytest.raises(InputError, match=r"params/blocks/0/.* of shape .*16.*, but the config gives .*32"):
-        train(tiny, tmp_path, "Run.steps=2", "Transformer.d_model=32")
+        loop.train(dataclasses.replace(wider), tmp_path, progress=False)
+    with pytest.raises(InputError, match=r"holds a run with Transformer\.d_model = 16, now it is 32"):
+        loop.train(wider, tmp_path, progress=False)
 
 
 # Disks
@@ -368,7 +387,7 @@ def test_run_of_other_shapes_names_the_parameter(tiny, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts file systems of a few hundred kB; gone after the test."""
+    """Mounts small file systems, which are unmounted after the test."""
     mounted = []
 
     def mount(folder, size):

@@ -1,4 +1,4 @@
-"""A cache from elsewhere: the same rows, refused where it doesn't fit, trained on where TensorFlow is missing."""
+"""A cache from another machine: it has the same rows, is refused if it doesn't fit, and needs no TensorFlow."""
 
 import json
 import shutil
@@ -114,7 +114,7 @@ def test_missing_and_foreign_folders_are_named(copied):
         task.corpus.name  # noqa: B018
 
 
-# A machine on which what only `prepare` needs is not installed, and that reaches no other.
+# A machine without network, on which the packages that only `prepare` needs are not installed.
 BARE = """
 import importlib.util, socket, sys
 
@@ -141,7 +141,7 @@ from peer_jax import config
 from peer_jax.training import loop
 
 files, bindings = sys.argv[1].split(), sys.argv[2].split()
-loop.train(config.load(files, bindings), Path("run"), config=config.text, progress=False)
+loop.train(config.load(files, bindings), Path("run"), progress=False)
 """
 
 

@@ -80,7 +80,7 @@ def test_losses_are_those_worked_out_by_hand(make, layer):
 
 
 def test_bytes_and_words_are_those_of_the_text(make):
-    """A byte model has a token a byte, and one more a document for its end."""
+    """A byte model has one token per byte, and one more per document for its end."""
     _, source = make("dense")
     counts = source.counts
     assert counts["tokens"] == counts["bytes"] + counts["documents"]
@@ -130,7 +130,7 @@ def test_usage_in_closed_form(mass, share, unevenness):
 
 
 def test_usage_of_experts_that_got_nothing(recwarn):
-    """Gates of relu may all be zero: nothing is used, and that is no number to divide by."""
+    """Gates of relu may all be zero; then no expert is used, and the mass is zero and can't be divided by."""
     result = usage(np.zeros(4, np.float32))
     assert result["usage"] == 0
     json.dumps(result, allow_nan=False)

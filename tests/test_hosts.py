@@ -29,8 +29,9 @@ from small_runs import (
 from peer_jax import processes
 from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, InUse
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Sharding, split_batch, use
-from peer_jax.training import workdir as workdirs
+from peer_jax.training import ownership
 from peer_jax.training.checkpoint import Checkpoints
 
 # Batches that 8 devices share; and so much validation that its last batch of 128 rows has some in both processes.
@@ -58,7 +59,7 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bad_start(hosts, tiny, tmp_path_factory):
-    """Processes of which only the second has a config that can't be. They take a while to end, with little to do."""
+    """Two processes, of which only the second has an impossible config. They take a while to end, with little to do."""
     command = train_command(tiny, tmp_path_factory.mktemp("bad") / "run", *BINDINGS)
     started = hosts.start_all(command, second=["--set=Run.stepz=6"])
     with concurrent.futures.ThreadPoolExecutor(HOSTS) as pool:
@@ -84,7 +85,7 @@ def two(bad_start, hosts, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(hosts, tiny, two, tmp_path_factory):
-    """The same run by one process with 8 devices; and what that process finds of checkpoints."""
+    """The same run by one process with 8 devices, and what that process finds out about checkpoints."""
     folder = tmp_path_factory.mktemp("eight")
     shutil.copytree(two / "checkpoints" / str(STEPS - EVERY), folder / "two processes" / str(STEPS - EVERY))
     (report,) = hosts.measured(folder, "test_hosts", "on_eight_devices", str(tiny), str(folder), hosts=1)
@@ -96,7 +97,7 @@ def result_of(folder):
 
 
 def assert_close(found, expected, names=("loss", "grad_norm", "param_norm", "validation_loss")):
-    """The logs of two runs, within the rounding of sums."""
+    """The logs of two runs are equal within the rounding of sums."""
     found, expected = lines(found), lines(expected)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for a, b in zip(found, expected, strict=True):
@@ -126,7 +127,7 @@ def test_eight_devices_train_as_one(one, eight, two, processes):
 
 
 def test_the_last_batch_of_validation_is_uneven(tiny):
-    """Or the test above would not see what padding does: both processes have rows of it, and one of them padding."""
+    """Otherwise the test above would see no padding: both processes have rows of the last batch, one has padding too."""
     run = load(tiny, *BINDINGS)
     rows = open_cache(ensure_prepared(run.task, progress=False), "validation").rows
     batch = run.eval_batch_size()
@@ -147,7 +148,7 @@ def test_one_process_writes_for_all(one, two):
 
 
 def signal_at(started, folder, step, numbers):
-    """Sends each process its signal, if it has one, when the run has logged a step; how they end."""
+    """Sends each process its signal, if any, when the run has logged a step; returns how the processes end."""
     path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
     while not path.exists() or f'{{"step": {step},' not in path.read_text():
         for process in started:
@@ -220,7 +221,7 @@ class Topology:
         return train_batches(self.source, batch_size=self.run.batch_size, seed=self.run.seed)
 
     def go_on(self, state, position, steps=2):
-        """The state, the losses and the position so many steps later; the state given is used up."""
+        """The state, the losses and the position after some steps; the state that is given is used up."""
         batches, found = self.batches(), []
         batches.set_state(position["batches"])
         with use(self.placement):
@@ -244,7 +245,7 @@ class Topology:
         return state, position
 
     def differing(self, state, expected):
-        """The arrays that are other ones, or are not where this topology has them."""
+        """The names of arrays that have other values, or are not where this topology has them."""
         found = arrays(state)
         assert found.keys() == expected.keys()
         differing = [name for name in expected if not np.array_equal(expected[name], found[name])]
@@ -257,7 +258,7 @@ class Topology:
 
 
 def on_eight_devices(tiny, folder):
-    """Trains; then by topology that saved and one that restored: the arrays that differ, the losses that follow."""
+    """Trains. Then, per pair of a topology that saves and one that restores: arrays that differ, losses that follow."""
     tiny, folder = Path(tiny), Path(folder)
     train(tiny, folder / "run", *BINDINGS, layer="peer")
     run = load(tiny, *BINDINGS, layer="peer")
@@ -316,7 +317,7 @@ def test_two_processes_go_on_from_one_by_columns(told, one):
 
 
 def test_a_process_that_cannot_start_ends_the_others(bad_start):
-    """It leaves with its own status before it could tell them, so they end when JAX misses it."""
+    """It ends with its own status before it can tell the others, which end when JAX misses its heartbeat."""
     (first, of_first), (second, of_second) = (end.result() for end in bad_start)
     assert first != 0
     assert second == 2
@@ -329,14 +330,13 @@ def test_an_unwritable_directory_ends_all_processes_with_one_sentence(hosts, tin
     (tmp_path / "run").write_text("a file")
     for process in hosts.start_all(train_command(tiny, tmp_path / "run", *BINDINGS)):
         status, errors = ended(process)
-        assert (status, errors) == (
-            2,
-            f"peer-jax: --workdir {tmp_path}/run can't be written to (File exists): choose another\n",
-        )
+        assert status == 2
+        assert f"{tmp_path}/run can't be written to (File exists): choose another directory" in errors
+        assert len(errors.splitlines()) == 1
 
 
 def attempts(tiny, folder):
-    """What a process is told by runs that can't be, as only one of the two may know; or else the loss at their end."""
+    """The errors of impossible runs, whose fault one of two processes may know alone; for the others, the last loss."""
     tiny, folder, leads = Path(tiny), Path(folder), processes.leads()
     told = {}
 
@@ -427,14 +427,14 @@ def test_gathered_text(told):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"coordinator": "a:1"}, "--coordinator needs --num-processes and --process-id, too"),
-        ({"num_processes": 2, "process_id": 0}, "--num-processes, --process-id needs --coordinator, too"),
-        ({"coordinator": "a:1", "process_id": 0}, "--coordinator, --process-id needs --num-processes, too"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id 2 is not one of 0 to 1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "--process-id -1 is not one of 0 to 1"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "--coordinator 'a' is not HOST:PORT"),
-        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "--coordinator ':1' is not HOST:PORT"),
-        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "--coordinator 'a:70000' is not HOST:PORT"),
+        ({"coordinator": "a:1"}, "coordinator given without num_processes and process_id: give all"),
+        ({"num_processes": 2, "process_id": 0}, "num_processes and process_id given without coordinator: give all"),
+        ({"coordinator": "a:1", "process_id": 0}, "coordinator and process_id given without num_processes: give all"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id 2 is not one of 0 to 1"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "process_id -1 is not one of 0 to 1"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "coordinator 'a' is not HOST:PORT"),
+        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "coordinator ':1' is not HOST:PORT"),
+        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "coordinator 'a:70000' is not HOST:PORT"),
     ],
 )
 def test_flags_that_cannot_be(given, says):
@@ -448,14 +448,16 @@ def test_a_port_that_is_taken():
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--coordinator a:{port}: port {port} can't be had .*in use"):
+        with pytest.raises(InputError, match=f"coordinator a:{port}: port {port} can't be had .*in use"):
             processes.start(f"a:{port}", 2, 0, environment={})
 
 
 def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
     arguments = train_command(tiny, tmp_path, *BINDINGS)[3:]
     status, _, errors = run_cli(*arguments, "--coordinator", "127.0.0.1:1")
-    assert (status, errors) == (2, "peer-jax: --coordinator needs --num-processes and --process-id, too\n")
+    assert status == 2
+    assert "coordinator given without num_processes and process_id: give all" in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_one_process_alone_starts_nothing():
@@ -475,7 +477,7 @@ cli.main()
 
 
 def test_a_process_that_meets_no_other_says_so(hosts):
-    """The first where nobody comes; the second where nobody listens."""
+    """The first process waits where nobody comes; the second asks where nobody listens."""
     ports = [free_port() for _ in range(HOSTS)]
     started = [hosts.start([sys.executable, "-c", LONELY, *flags(host, port)]) for host, port in enumerate(ports)]
     for process, port in zip(started, ports, strict=True):
@@ -518,7 +520,8 @@ def test_together_is_nothing_alone():
 
 
 def test_a_directory_is_let_go_when_its_run_ends(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
     for _ in range(2):
-        with workdirs.owned(tmp_path / "run"), pytest.raises(InUse), workdirs.owned(tmp_path / "run"):
+        with ownership.owned(directory), pytest.raises(InUse), ownership.owned(directory):
             pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

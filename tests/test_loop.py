@@ -1,11 +1,19 @@
 """Training from end to end, in this process."""
 
+import dataclasses
+import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_runs import (
     BATCH,
@@ -17,6 +25,7 @@ from small_runs import (
     lines,
     load,
     losses,
+    saved_steps,
     stack,
     train,
     without_times,
@@ -24,11 +33,13 @@ from small_runs import (
 )
 
 from peer_jax.data.corpora import local_files
-from peer_jax.data.pipeline import TextTask
+from peer_jax.data.pipeline import TextTask, ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
-from peer_jax.training import loop, workdir
+from peer_jax.run_directory import RunDirectory
+from peer_jax.training import evaluators, loop, ownership
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.restore import restore_model
+from peer_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("trains")
 
@@ -44,19 +55,18 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     assert abs(logged[0] - np.log(259)) < 1.0  # it starts from uniform over bytes and special ids
     assert np.mean(logged[-5:]) < logged[0] - 1.5
 
-    model = load(tiny, "Run.steps=40", layer=layer).trainer().abstract_model
+    run = load(tiny, "Run.steps=40", layer=layer)
+    model = run.trainer().abstract_model
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["schema"] == 1
-    assert (
-        result["method"]
-        == {
-            "dense": "Dense",
-            "moe": "MoE (expert choice)",
-            "moe_token_choice": "MoE (token choice)",
-            "pkm": "PKM",
-            "peer": "PEER",
-        }[layer]
-    )
+    assert result["layer"] == {"dense": "Dense", "pkm": "PKM", "peer": "PEER"}.get(layer, "MoE")
+    assert result["method"] == model.method.label
+    assert result["method"].startswith(result["layer"])
+    assert result["options"] == json.loads(json.dumps(model.method.options()))
+    assert result["is_baseline"] == (layer == "dense")
+    assert result["config"] == run.config.identity
+    assert (result["config"]["AdamW.learning_rate"], result["config"]["Run.steps"]) == ("0.01", "40")
+    assert not result["config"].keys() & {"Run.log_every", "Run.accumulation", "TextTask.cache_dir", "local_files.path"}
     assert result["is_causal"] == (layer != "moe")
     assert (result["d_model"], result["num_blocks"]) == (16, 2)
     assert result["num_experts"] == {"dense": None, "moe": 4, "moe_token_choice": 4}.get(layer, 64)
@@ -90,9 +100,38 @@ def test_eval_tasks_join_the_result(tiny, tmp_path):
     other = write_text(tmp_path / "other.jsonl", seed=1)
     run = load(tiny, "Run.steps=2")
     more = TextTask(local_files(other, validation_share=0.1), SEQ_LEN, cache_dir=run.task.cache_dir)
-    result = loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+    result = loop.train(dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
     assert set(result["evaluations"]) == {"corpus", "other"}
     assert result["evaluations"]["other"]["loss"] != result["evaluations"]["corpus"]["loss"]
+    logged = {name: value for line in lines(tmp_path / "run") for name, value in line.items() if "validation" in name}
+    assert logged == {
+        "validation_loss": result["evaluations"]["corpus"]["loss"],
+        "validation_loss/other": result["evaluations"]["other"]["loss"],
+    }
+
+
+def test_wall_time_includes_further_evaluations_and_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    other = write_text(tmp_path / "other.jsonl", seed=1)
+    run = load(tiny, "Run.steps=2")
+    more = TextTask(local_files(other, validation_share=0.1), SEQ_LEN, cache_dir=run.task.cache_dir)
+    ensure_prepared(more, progress=False)
+    evaluate, wait, slept = evaluators.evaluate, Checkpoints.wait, []
+
+    def slowly(model, source, **options):
+        if source.path == more.cache_path():
+            slept.append(time.sleep(2))
+        return evaluate(model, source, **options)
+
+    def wait_long(self):
+        slept.append(time.sleep(2))
+        return wait(self)
+
+    monkeypatch.setattr(evaluators, "evaluate", slowly)
+    monkeypatch.setattr(Checkpoints, "wait", wait_long)
+    result = loop.train(dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+    before = 2 * (len(slept) - 1)  # all but that of closing the checkpoints, when the result is written
+    assert before >= 4
+    assert result["wall_seconds"] >= before
 
 
 def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
@@ -106,14 +145,14 @@ def test_eval_task_of_the_same_name_is_not_dropped_in_silence(tiny, tmp_path):
         cache_dir=run.task.cache_dir,
     )
     with pytest.raises(InputError, match="corpus"):
-        loop.train(loop.dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
+        loop.train(dataclasses.replace(run, eval_tasks=(more,)), tmp_path / "run", progress=False)
 
 
 def test_eval_task_of_another_vocabulary_is_refused(tiny):
     run = load(tiny, "Run.steps=2")
-    other = loop.dataclasses.replace(run.task, vocabulary="pieces.model")
+    other = dataclasses.replace(run.task, vocabulary="pieces.model")
     with pytest.raises(InputError, match=r"pieces\.model"):
-        loop.dataclasses.replace(run, eval_tasks=(other,))
+        dataclasses.replace(run, eval_tasks=(other,))
 
 
 # Length
@@ -188,7 +227,7 @@ def test_sigterm_saves_within_the_step_and_resumes_to_the_same(tiny, tmp_path, m
     assert stopped.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert lines(tmp_path / "stopped")[-1]["step"] == 7
-    assert Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).steps() == [7]
+    assert saved_steps(tmp_path / "stopped") == [7]
     resumed = train(tiny, tmp_path / "stopped", *bindings, layer=layer)
     assert without_times(resumed) == without_times(never)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "never")
@@ -213,6 +252,22 @@ def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, mon
     assert {at for at, kind in losses(tmp_path) if kind == "validation_loss"} == {5, 8}
 
 
+def test_a_validation_that_a_crash_has_lost_is_made_up_for(tiny, tmp_path):
+    """After a crash of the machine a checkpoint may be on the disk, and a line that was logged before it may not."""
+    bindings = ["Run.steps=12", "Run.checkpoint_every=5", "Run.evaluate_every=5"]
+    train(tiny, tmp_path, *bindings)
+    expected = losses(tmp_path)
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    log = tmp_path / "metrics.jsonl"
+    kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] < 10]
+    trained = [line for line in log.read_text().splitlines(keepends=True) if '"step": 10, "loss"' in line]
+    log.write_text("".join(kept + trained))
+    train(tiny, tmp_path, *bindings)
+    assert losses(tmp_path) == expected
+    assert [line["step"] for line in lines(tmp_path) if "validation_loss" in line] == [5, 10, 12]
+
+
 def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path, monkeypatch):
     corpus = write_text(tmp_path / "corpus.jsonl")
     bindings = ["Run.steps=8", "Run.checkpoint_every=2", f"local_files.path={str(corpus)!r}"]
@@ -225,6 +280,68 @@ def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path, monkeypatch):
         train(tiny, tmp_path / "run", *bindings)
     write_text(corpus)
     assert train(tiny, tmp_path / "run", *bindings)["steps"] == 8
+
+
+def test_a_finished_run_is_not_taken_for_one_on_another_text(tiny, tmp_path):
+    corpus = write_text(tmp_path / "corpus.jsonl")
+    bindings = ["Run.steps=2", f"local_files.path={str(corpus)!r}"]
+    result = train(tiny, tmp_path / "run", *bindings)
+    write_text(corpus, seed=1)
+    with pytest.raises(InputError, match=r"run has trained 2 steps on another text than 'corpus' is now"):
+        train(tiny, tmp_path / "run", *bindings)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_a_run_goes_on_with_other_placement_and_bookkeeping(tiny, tmp_path, monkeypatch):
+    """The same text elsewhere, another log, other intervals: config.gin stays as it was, and so do the numbers."""
+    bindings = ["Run.steps=12", "Run.evaluate_every=5", "Run.checkpoint_every=4"]
+    expected = train(tiny, tmp_path / "never", *bindings)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(Interrupted):
+            train(tiny, tmp_path / "run", *bindings)
+    begun_with = (tmp_path / "run" / "config.gin").read_text()
+    moved = tmp_path / "moved" / "corpus.jsonl"
+    moved.parent.mkdir()
+    shutil.copy(tiny.parent / "corpus.jsonl", moved)
+    shutil.copytree(load(tiny, *bindings).task.cache_dir, tmp_path / "cache")
+    others = [
+        *("Run.log_every=3", "Run.evaluate_every=100", "Run.checkpoint_every=2", "Run.keep_checkpoints=4"),
+        *(f"local_files.path={str(moved)!r}", f"TextTask.cache_dir={str(tmp_path / 'cache')!r}"),
+    ]
+    result = train(tiny, tmp_path / "run", "Run.steps=12", *others)
+    assert (tmp_path / "run" / "config.gin").read_text() == begun_with
+    assert without_times(result) == without_times(expected)
+    assert saved_steps(tmp_path / "run") == [7, 8, 10, 12]
+    run = load(tiny, *bindings)
+    assert_same(leaves(tmp_path / "run", run), leaves(tmp_path / "never", run))
+    logged, never = losses(tmp_path / "run"), losses(tmp_path / "never")
+    assert {step for step, kind in logged if kind == "loss"} == {*range(1, 8), 9, 12}
+    assert logged.items() <= never.items()
+
+
+def test_a_run_that_was_changed_by_hand_is_not_the_one_of_its_config(tiny):
+    run = load(tiny, "Run.steps=2")
+    assert run.config.identity["Run.steps"] == "2"
+    assert dataclasses.replace(run, steps=3).config is None
+    assert dataclasses.replace(run) == run  # the config is no part of what a run is
+    assert "config=" not in repr(run)
+
+
+def test_a_directory_given_as_a_string(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loop.train(load(tiny, "Run.steps=2"), "run", progress=False)["steps"] == 2
+    assert restore_model(load(tiny, "Run.steps=2"), "run")[0] == 2
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "http://host/run"])
+def test_an_address_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    run = load(tiny, "Run.steps=2")
+    for use in (lambda: loop.train(run, address, progress=False), lambda: restore_model(run, address)):
+        with pytest.raises(InputError, match=f"{address} is an address"):
+            use()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stopping_says_so_when_the_state_could_not_be_saved(tiny, tmp_path, monkeypatch):
@@ -249,8 +366,8 @@ def test_killed_between_the_last_checkpoint_and_the_result(tiny, tmp_path):
 
 def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
     result = train(tiny, tmp_path, "Run.steps=4")
-    monkeypatch.setattr(loop.Trainer, "step", None)
-    monkeypatch.setattr(loop.Trainer, "init", None)
+    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "init", None)
     assert train(tiny, tmp_path, "Run.steps=4") == result
 
 
@@ -263,7 +380,7 @@ def test_another_config_is_refused_by_name_and_values(tiny, tmp_path):
 
 
 def test_a_changed_default_of_a_layer_is_part_of_the_config(tiny, tmp_path):
-    """Every default of what the run used is in config.gin, so that it still means the same when one changes."""
+    """config.gin has every default that the run used, so that it means the same when a default changes later."""
     train(tiny, tmp_path, "Run.steps=1", layer="peer")
     kept = (tmp_path / "config.gin").read_text()
     for name in ("PEER.score_activation", "PEER.share_sub_keys", "Transformer.tie_embeddings", "Dense.activation"):
@@ -272,7 +389,7 @@ def test_a_changed_default_of_a_layer_is_part_of_the_config(tiny, tmp_path):
 
 def test_second_process_is_kept_out(tiny, tmp_path):
     run = load(tiny, "Run.steps=4")
-    with workdir.owned(tmp_path), pytest.raises(InputError, match="in use by another process"):
+    with ownership.owned(RunDirectory(tmp_path)), pytest.raises(InputError, match="in use by another process"):
         loop.train(run, tmp_path, progress=False)
     loop.train(run, tmp_path, progress=False)
 
@@ -284,7 +401,7 @@ def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_pat
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e16", "AdamW.warmup_steps=3"]
     with pytest.raises(TrainingFailed, match=r"step (\d+) has loss .* learning_rate") as failed:
         train(tiny, tmp_path, *bindings)
-    steps = Checkpoints(tmp_path / "checkpoints", read_only=True).steps()
+    steps = saved_steps(tmp_path)
     assert steps
     assert f"the last good checkpoint is that of step {steps[-1]}" in str(failed.value)
     for name, value in leaves(tmp_path, load(tiny, *bindings)).items():
@@ -299,7 +416,7 @@ def test_update_that_is_not_finite_is_never_saved(tiny, tmp_path):
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e39", "AdamW.warmup_steps=0"]
     with pytest.raises(TrainingFailed, match="step 1 "):
         train(tiny, tmp_path, *bindings)
-    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == []
+    assert saved_steps(tmp_path) == []
 
 
 def test_failure_before_any_checkpoint_says_that_there_is_none(tiny, tmp_path):
@@ -308,7 +425,7 @@ def test_failure_before_any_checkpoint_says_that_there_is_none(tiny, tmp_path):
 
 
 def test_checked_run_names_the_op_that_meets_nan(tiny, tmp_path, monkeypatch):
-    make = loop.Trainer.init
+    make = Trainer.init
 
     def corrupted(self, seed):
         state = make(self, seed)
@@ -316,11 +433,59 @@ def test_checked_run_names_the_op_that_meets_nan(tiny, tmp_path, monkeypatch):
         keys.set_value(keys.get_value().at[0, 3].set(np.nan))
         return state
 
-    monkeypatch.setattr(loop.Trainer, "init", corrupted)
+    monkeypatch.setattr(Trainer, "init", corrupted)
     with pytest.raises(InputError, match=r"product_key_top_k.* NaN"):
         train(tiny, tmp_path / "checked", "Run.steps=2", "Run.checked=True", layer="peer")
     with pytest.raises(TrainingFailed, match=r"step 1 has loss nan.*Run\.checked=True"):
         train(tiny, tmp_path / "unchecked", "Run.steps=2", layer="peer")
+
+
+def test_after_a_loss_that_is_not_finite_a_checked_run_goes_on_in_the_same_directory(tiny, tmp_path, monkeypatch):
+    """As the message of the failed run advises."""
+    step = Trainer.step
+
+    def poisoned(self, state, batch, rates):
+        def poison(path, value):
+            at_fault = "sub_keys" in jax.tree_util.keystr(path)
+            return jnp.where(state.step == 4, jnp.nan, value).astype(value.dtype) if at_fault else value
+
+        return step(self, state._replace(params=jax.tree_util.tree_map_with_path(poison, state.params)), batch, rates)
+
+    bindings = ["Run.steps=8", "Run.checkpoint_every=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", poisoned)
+        with pytest.raises(TrainingFailed, match=r"step 5 has loss nan.*checkpoint is that of step 4.*checked=True"):
+            train(tiny, tmp_path, *bindings, layer="peer")
+        with pytest.raises(InputError, match=r"product_key_top_k.* NaN"):
+            train(tiny, tmp_path, *bindings, "Run.checked=True", layer="peer")
+    assert saved_steps(tmp_path) == [2, 4]
+    assert train(tiny, tmp_path, *bindings, layer="peer")["steps"] == 8
+
+
+def test_failed_runs_let_go_of_their_checkpoints(tiny, tmp_path):
+    """A worker of a sweep trains one run after another."""
+    diverging = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e16", "AdamW.warmup_steps=3"]
+
+    def fail(name):
+        with pytest.raises(TrainingFailed):
+            train(tiny, tmp_path / name, *diverging)
+
+    fail("first")  # what JAX and Orbax start once per process, it has started
+    gc.collect()
+    before = threading.active_count()
+    closed, close = [], ocp.CheckpointManager.close
+
+    def counted(self):
+        closed.append(self.directory)
+        return close(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "close", counted)
+        for name in ("second", "third", "fourth"):
+            fail(name)
+    assert [path.parent.name for path in closed] == ["second", "third", "fourth"]
+    gc.collect()
+    assert threading.active_count() <= before + 1
 
 
 def test_training_never_imports_tensorflow(tiny, tmp_path):
@@ -329,7 +494,7 @@ import sys
 from peer_jax import config
 from peer_jax.training.loop import train
 *files, folder = sys.argv[1:]
-train(config.load(files, ["Run.steps=2"]), __import__("pathlib").Path(folder), config=config.text, progress=False)
+train(config.load(files, ["Run.steps=2"]), __import__("pathlib").Path(folder), progress=False)
 heavy = {"tensorflow", "seqio", "tensorflow_datasets", "torch"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -349,5 +514,5 @@ def test_restored_model_is_that_of_the_step(tiny, tmp_path):
     assert restore_model(run, tmp_path)[0] == 4
     assert restore_model(run, tmp_path, "2")[0] == 2
     for wrong in ("3", "newest", "-1"):
-        with pytest.raises(InputError, match=rf"--checkpoint '{wrong}'.*\[2, 4\]"):
+        with pytest.raises(InputError, match=rf"checkpoint '{wrong}'.*\[2, 4\]"):
             restore_model(run, tmp_path, wrong)

@@ -6,6 +6,7 @@ import struct
 import pytest
 from tensorboardX.proto import event_pb2
 
+from peer_jax.run_directory import RunDirectory
 from peer_jax.training.metrics import MetricsLog, ProgressBar
 
 
@@ -28,7 +29,7 @@ def events(folder):
 
 
 def write(folder, resume_step, *new):
-    with MetricsLog(folder, resume_step) as log:
+    with MetricsLog(RunDirectory(folder), resume_step) as log:
         for step in new:
             log.write(step, {"loss": step / 2, "validation_loss": 1.0})
 
@@ -40,14 +41,14 @@ def test_scalars_by_step(tmp_path):
 
 
 def test_lines_are_there_before_the_log_is_closed(tmp_path):
-    with MetricsLog(tmp_path, 0) as log:
+    with MetricsLog(RunDirectory(tmp_path), 0) as log:
         log.write(1, {"loss": 2.0})
         assert steps(tmp_path) == [1]
 
 
 def test_numbers_come_back_bit_for_bit(tmp_path):
     value = 0.1 + 1e-17 + 2**-52
-    with MetricsLog(tmp_path, 0) as log:
+    with MetricsLog(RunDirectory(tmp_path), 0) as log:
         log.write(1, {"loss": value})
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == value
 

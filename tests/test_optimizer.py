@@ -1,5 +1,6 @@
 """AdamW: the schedule in closed form, updates against NumPy in float64, groups, clipping, rates."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,13 +12,19 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 from reference import relative_error
+from small_runs import assert_same, leaves, lines, load, losses, saved_steps, without_times
 
-from peer_jax.errors import InputError
+from peer_jax.data.pipeline import open_cache, train_batches
+from peer_jax.errors import InputError, TrainingFailed
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.layers.interface import Table
 from peer_jax.models import Transformer
-from peer_jax.training.optimizer import AdamW, label_params
+from peer_jax.sharding import AXES, Placement, use
+from peer_jax.training import loop
+from peer_jax.training.optimizer import AdamW, Optimizer, label_params
+from peer_jax.training.step import cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +74,7 @@ def test_the_rate_grows_and_then_falls(warmup, more):
 
 
 class Model(nnx.Module):
-    """One of everything the groups tell apart."""
+    """A model with a parameter of each kind that the groups tell apart."""
 
     def __init__(self, rng):
         def normal(*shape):
@@ -110,7 +117,7 @@ def test_labels_of_parameters(rng):
 
 
 def test_labels_of_a_transformer():
-    """Of PEER and PKM the tables, and nothing else: not the kernels called up and down of Dense and MoE."""
+    """Only the tables of PEER and PKM have labels of their own; the kernels up and down of Dense and MoE have not."""
     layers = iter(
         [
             functools.partial(PEER, num_experts=16, num_heads=2, d_key=4, top_k=4),
@@ -210,7 +217,7 @@ def test_three_updates_equal_numpy_s(rng, options):
     optimizer = AdamW(**rates, warmup_steps=1, **options)
     ours, expected, before = three_steps(rng, optimizer)
     for name, p in ours.items():
-        # Of the change: a dozen float32 roundings of numbers of size 1, on steps of 0.05 and more.
+        # A dozen float32 roundings of numbers of size 1, where parameters change by 0.05 and more.
         assert np.max(np.abs(p - expected[name])) < 5e-6, name
         assert np.max(np.abs(p - before[name])) > 0.05, name
 
@@ -291,3 +298,185 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
 def test_values_out_of_range_are_named(options, named):
     with pytest.raises(InputError, match=named):
         AdamW(**options)
+
+
+# Other optimisers
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """Gradient descent with momentum: an optimiser that the package has never heard of."""
+
+    learning_rate: float = 0.3
+    momentum: float = 0.9
+
+    def rates(self, labels, step, steps):
+        return {"all": self.learning_rate * (1 - step / steps)}
+
+    def check(self, labels):
+        pass
+
+    def init(self, labels, params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(self, labels, params, grads, state, rates):
+        velocity = jax.tree.map(lambda v, g: self.momentum * v + g, state, grads)
+        step = jax.tree.map(lambda v: -rates["all"] * v, velocity)
+        after = jax.tree.map(jnp.add, params, step)
+        norms = zip(("grad_norm", "update_norm", "param_norm"), (grads, step, after), strict=True)
+        return after, velocity, {name: optax.tree.norm(tree) for name, tree in norms}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion:
+    """optax's, with a rate of its own for tables: the adapter that any optax transformation needs."""
+
+    learning_rate: float = 3e-3
+    table_learning_rate: float = 1e-2
+
+    def rates(self, labels, step, steps):
+        groups = set(jax.tree.leaves(labels))
+        return {group: self.learning_rate if group == "backbone" else self.table_learning_rate for group in groups}
+
+    def check(self, labels):
+        if "backbone" not in jax.tree.leaves(labels):
+            raise InputError("Lion needs a backbone")
+
+    def init(self, labels, params):
+        return optax.scale_by_lion().init(params)
+
+    def update(self, labels, params, grads, state, rates):
+        direction, state = optax.scale_by_lion().update(grads, state, params)
+        step = jax.tree.map(lambda label, d: -jnp.asarray(rates[label], d.dtype) * d, labels, direction)
+        after = optax.apply_updates(params, step)
+        norms = {"grad_norm": grads, "update_norm": step, "param_norm": after}
+        return after, state, {name: optax.tree.norm(tree) for name, tree in norms.items()}
+
+
+class Killed(BaseException):
+    """The end of a process, as far as the process can tell."""
+
+
+def die_at(monkeypatch, step):
+    make = loop.train_batches
+
+    def make_dying(*arguments, **options):
+        batches = make(*arguments, **options)
+
+        class Dying:
+            fetched = 0
+
+            def __next__(self):
+                self.fetched += 1
+                if self.fetched == step:
+                    raise Killed
+                return next(batches)
+
+            def __getattr__(self, name):
+                return getattr(batches, name)
+
+        return Dying()
+
+    monkeypatch.setattr(loop, "train_batches", make_dying)
+
+
+@pytest.mark.usefixtures("trains")
+@pytest.mark.parametrize("optimizer", [Sgd(), Lion()], ids=["sgd", "lion"])
+def test_any_optimizer_trains_is_killed_and_goes_on_to_the_same(tiny, tmp_path, monkeypatch, optimizer):
+    assert isinstance(optimizer, Optimizer)
+    bindings = ("Run.steps=30", "Run.checkpoint_every=5", "Run.evaluate_every=10")
+    run = dataclasses.replace(load(tiny, *bindings, layer="peer"), optimizer=optimizer)
+    never, killed = tmp_path / "never", tmp_path / "killed"
+    expected = loop.train(run, never, progress=False)
+    with monkeypatch.context() as patch:
+        die_at(patch, 13)
+        with pytest.raises(Killed):
+            loop.train(run, killed, progress=False)
+    assert saved_steps(killed)[-1] == 10
+    assert without_times(loop.train(run, killed, progress=False)) == without_times(expected)
+    assert losses(killed) == losses(never)
+    assert_same(leaves(killed, run), leaves(never, run))
+
+    logged = [line for line in lines(never) if "loss" in line]
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.5
+    rates = {name for name in logged[0] if name.startswith("learning_rate/")}
+    labels = run.trainer().labels
+    assert rates == {f"learning_rate/{name}" for name in optimizer.rates(labels, 0, 30)}
+    for line in logged:
+        assert min(line["grad_norm"], line["update_norm"], line["param_norm"]) > 0
+
+
+@pytest.mark.usefixtures("trains")
+def test_a_first_step_of_sgd_is_the_gradient(tiny):
+    """Against a gradient that JAX takes of the loss, outside of the trainer."""
+    run = dataclasses.replace(load(tiny, "Run.steps=2"), optimizer=Sgd())
+    trainer = run.trainer()
+    state = trainer.init(0)
+    source = open_cache(run.task.cache_path(), "train")
+    batch = jax.tree.map(jnp.asarray, dict(next(train_batches(source, batch_size=run.batch_size, seed=0))))
+
+    def loss(params):
+        logits, _ = nnx.merge(trainer.graph, params, state.others)(batch["inputs"], batch["segment_ids"])
+        summed, count = cross_entropy(logits, batch)
+        return summed / count
+
+    gradient = jax.jit(jax.grad(loss))(state.params)
+    after, metrics = jax.jit(trainer.step)(state, batch, {"all": 0.5})
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient)
+    pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True)
+    # The same sums, compiled together with others.
+    assert max(relative_error(ours, theirs) for ours, theirs in pairs) < 1e-5
+    assert relative_error(metrics["grad_norm"], optax.tree.norm(gradient)) < 1e-5
+
+
+@pytest.mark.usefixtures("trains")
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamW(learning_rate=0.1), AdamW(learning_rate=0.1, table_second_moment="row"), Sgd(), Lion()],
+    ids=["adamw", "adamw by row", "sgd", "lion"],
+)
+@pytest.mark.parametrize("tables", ["rows", "columns"])
+def test_moments_are_split_as_the_parameters_are(tiny, optimizer, tables):
+    mesh = Mesh(np.full((2, 2, 2), jax.devices()[0]), AXES)  # the one device there is, which is enough to plan with
+    run = dataclasses.replace(load(tiny, "Run.steps=2", layer="peer"), optimizer=optimizer)
+    with use(Placement(mesh, tables)):
+        state = run.trainer().shardings()
+
+    def specs(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): sharding.spec for path, sharding in leaves}
+
+    params, moments = specs(state.params), specs(state.optimizer)
+    assert len({str(spec) for spec in params.values()}) > 2
+    mirrored = 0
+    for path, spec in params.items():
+        for moment in (name for name in moments if name.endswith(path)):
+            by_row = moment.startswith(".nu") and spec != moments[moment]
+            expected = PartitionSpec(*spec[:1], None) if by_row else spec
+            assert moments[moment] == expected, moment
+            mirrored += 1
+    counters = [spec for name, spec in moments.items() if not any(name.endswith(path) for path in params)]
+    assert mirrored >= len(params)
+    assert set(counters) <= {PartitionSpec()}
+
+
+class WithoutNorms(Sgd):
+    def update(self, labels, params, grads, state, rates):
+        return (*super().update(labels, params, grads, state, rates)[:2], {"grad_norm": jnp.zeros(())})
+
+
+@pytest.mark.usefixtures("trains")
+def test_norms_that_an_optimizer_does_not_return_are_named(tiny, tmp_path):
+    run = dataclasses.replace(load(tiny, "Run.steps=2"), optimizer=WithoutNorms())
+    with pytest.raises(InputError, match=r"WithoutNorms\.update returns no 'update_norm'"):
+        loop.train(run, tmp_path, progress=False)
+
+
+@pytest.mark.usefixtures("trains")
+def test_parameters_that_another_optimizer_makes_infinite_are_not_saved(tiny, tmp_path):
+    bindings = ("Run.steps=20", "Run.checkpoint_every=1")
+    run = dataclasses.replace(load(tiny, *bindings), optimizer=Sgd(learning_rate=1e30))
+    with pytest.raises(TrainingFailed, match=r"step \d has loss"):
+        loop.train(run, tmp_path, progress=False)
+    for step in saved_steps(tmp_path):
+        assert all(np.isfinite(value).all() for value in leaves(tmp_path, run, step).values())

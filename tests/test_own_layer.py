@@ -23,8 +23,8 @@ from peer_jax.planning import capacity
 from peer_jax.planning.capacity_table import show
 from peer_jax.sharding import Sharding
 from peer_jax.training.flops import training_flops
-from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW
+from peer_jax.training.run import Run
 
 V, D = 13, 8
 

@@ -117,7 +117,7 @@ def test_cross_entropy_is_summed_over_real_tokens():
 
 
 def test_the_step_s_loss_is_the_mean_over_real_tokens():
-    """Whatever stands in the padding; and the norms are those of what moved."""
+    """The loss does not depend on what stands in the padding; the norms are those of parameters and of their change."""
     made, step = trainer("dense")
     batch, state = ragged(), initial("dense")
     after, metrics = step(state, batch, rates_of(made))
@@ -164,7 +164,7 @@ def test_accumulation_with_batch_norm_is_refused_with_the_reason(name):
 
 
 def test_a_micro_batch_of_padding_only_adds_nothing():
-    """Neither to the update nor, as NaN, to what is logged."""
+    """It changes neither the update nor, as NaN, the logged metrics."""
     made, step = trainer("peer, layer norm")
     batch = ragged()
     batch["segment_ids"][:2] = 0
@@ -195,7 +195,7 @@ def test_the_state_is_donated_and_rates_do_not_recompile():
 
 
 def test_rates_set_the_size_of_an_update():
-    """A group whose rate is zero stands still; the others' updates are in proportion to theirs."""
+    """A group with rate zero does not change; the updates of the others are in proportion to their rates."""
     _, step = trainer("peer, layer norm")
     state = initial("peer, layer norm")
 
@@ -214,7 +214,7 @@ def test_rates_set_the_size_of_an_update():
 
 @pytest.mark.parametrize("name", ["dense", "moe", "pkm, layer norm", "peer"])
 def test_loss_falls_on_a_repeated_batch(name):
-    """From that of a guess or worse to less than half of it in 30 steps."""
+    """The loss falls from that of a guess, or worse, to less than half in 30 steps."""
     made, step = trainer(name)
     state, batch, losses = initial(name), ragged(), []
     for _ in range(30):

@@ -18,7 +18,7 @@ from peer_jax.config.tree import Node, call, flat, symbolic, text_of
 from peer_jax.fields import Difference
 from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
 from peer_jax.sweeps.sweep import Sweep
-from peer_jax.training.loop import Run
+from peer_jax.training.run import Run
 
 __all__ = ["Binding", "Config", "configurables_of", "differences", "import_module", "load", "load_kept", "load_sweep"]
 

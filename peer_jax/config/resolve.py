@@ -25,8 +25,8 @@ from peer_jax.gin_syntax import Binding, Macro, Parsed, Reference, parse_binding
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding
 from peer_jax.sweeps.sweep import Sweep
-from peer_jax.training.loop import Run
 from peer_jax.training.optimizer import AdamW
+from peer_jax.training.run import Run
 
 _CONFIGURABLES: tuple[Configurable, ...] = (
     *(Run, Sharding, Sweep, AdamW, Transformer, *layers.families().values()),

@@ -1,8 +1,8 @@
-"""The token cache on disk: what `prepare` writes once and training reads by random access.
+"""The token cache on disk, which `prepare` writes once and training reads by random access.
 
-manifest.json                 what is in it; written last, then the folder is renamed into place
+manifest.json                 describes the cache; written last, before the folder is renamed into place
 train/tokens-00000.npy        [rows, seq_len] targets: ids with EOS, 0 = padding
-train/segment_ids-00000.npy   [rows, seq_len] 1, 2, ... per piece of a document within a row, 0 = padding
+train/segment_ids-00000.npy   [rows, seq_len] 1, 2, ... for the pieces of documents in a row, 0 = padding
 validation/...
 """
 
@@ -26,7 +26,7 @@ _COUNTS = ("rows", "tokens", "documents", "bytes", "words")
 
 
 class PackedText:
-    """One split of a cache, memory-mapped: a random-access source of rows.
+    """One split of a cache, memory-mapped, as a random-access source of rows.
 
     `source[i]` is `{"tokens": [seq_len], "segment_ids": [seq_len]}`; `source.take(indices)` gathers rows as int32.
     """
@@ -84,7 +84,8 @@ def open_cache(path: Path | str, split: str) -> PackedText:
     """Opens one split of a prepared cache.
 
     Raises:
-        InputError: no cache there, one of another program or version, a truncated one, or a split without rows.
+        InputError: if there is no cache, if it is truncated or of another program or version, or if the split has no
+            rows.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -97,7 +98,11 @@ def open_cache(path: Path | str, split: str) -> PackedText:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a cache; raises `InputError` unless it is one of ours, complete and of this format."""
+    """The manifest of a cache.
+
+    Raises:
+        InputError: if it is missing or damaged, or if another program or another version has written it.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except OSError as error:
@@ -124,11 +129,12 @@ def read_manifest(path: Path) -> dict:
 
 
 def shard_file(path: Path, split: str, name: str, shard: int) -> Path:
+    """The file of one shard of "tokens" or "segment_ids"."""
     return path / split / f"{name}-{shard:05d}.npy"
 
 
 def dtypes(seq_len: int, vocabulary_size: int) -> dict[str, np.dtype]:
-    """A row has at most `seq_len` segments, so their ids fit the smallest unsigned type that holds it."""
+    """The smallest types that are large enough: for ids, and for at most `seq_len` segments per row."""
     return {
         "tokens": np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.int32),
         "segment_ids": np.dtype(np.min_scalar_type(seq_len)),
@@ -136,10 +142,10 @@ def dtypes(seq_len: int, vocabulary_size: int) -> dict[str, np.dtype]:
 
 
 class CacheWriter:
-    """Writes a cache beside its final place and renames it there: whoever looks sees all of it or nothing.
+    """Writes a cache beside its final place and renames it there, so that readers see all of it or nothing.
 
-    Use as a context manager while holding the lock of that place: leftovers of writers that were killed are removed,
-    and this one's too if the block raises.
+    To be used as a context manager while the lock of that place is held. Leftovers of writers that were killed are
+    removed, and so are those of this writer if the block raises.
     """
 
     def __init__(self, path: Path, seq_len: int, vocabulary_size: int):
@@ -155,10 +161,10 @@ class CacheWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # gone already once committed
+        shutil.rmtree(self._folder, ignore_errors=True)  # commit() has renamed it, and nothing is there
 
     def write_split(self, split: str, batches) -> dict:
-        """Writes (tokens, segment_ids) batches, each [n, seq_len], as shards; returns rows, tokens and shards."""
+        """Writes batches of (tokens, segment_ids), each [n, seq_len], as shards; returns rows, tokens and shards."""
         (self._folder / split).mkdir()
         shard_rows = max(1, SHARD_TOKENS // self.seq_len)
         shards, tokens, held = [], 0, 0
@@ -204,7 +210,7 @@ class CacheWriter:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Has the file system keep the names of a folder even if the machine crashes."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

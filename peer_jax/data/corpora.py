@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from peer_jax.data import text_files
 from peer_jax.errors import InputError
+from peer_jax.fields import Placed
 
 SPLITS = ("train", "validation")
 
@@ -111,9 +112,9 @@ def _python_files(name: str, files: Sequence[text_files.TextFile], share: float,
 
 
 def local_files(
-    path: str | os.PathLike,
+    path: Placed[str | os.PathLike],
     *,
-    validation_path: str | os.PathLike | None = None,
+    validation_path: Placed[str | os.PathLike | None] = None,
     validation_share: float = 0.02,
     text_key: str = "text",
 ) -> "LocalCorpus":
@@ -149,7 +150,7 @@ def tfds_corpus(
     train_split: str = "train",
     validation_split: str | None = "validation",
     text_key: str = "text",
-    data_dir: str | os.PathLike | None = None,
+    data_dir: Placed[str | os.PathLike | None] = None,
 ) -> "TfdsCorpus":
     """A TensorFlow Datasets builder with its version: "c4/en:3.1.0", "lambada:1.0.0" (text_key="passage"), ...
 

@@ -1,6 +1,6 @@
-"""Reading: batches of packed rows out of a prepared cache, by Grain. Never imports TensorFlow or seqio.
+"""Reads batches of packed rows from a prepared cache with Grain; never imports TensorFlow or seqio.
 
-The order of rows is a function of (seed, step) alone: hosts take consecutive parts of each global batch.
+The order of rows depends on seed and step alone: hosts take consecutive parts of each global batch.
 """
 
 import json
@@ -24,6 +24,7 @@ from peer_jax.data.vocabulary import decode, encode, vocabulary_size
 from peer_jax.errors import InputError
 
 __all__ = [
+    "START_ID",
     "Batch",
     "PackedText",
     "TextTask",
@@ -37,9 +38,11 @@ __all__ = [
     "vocabulary_size",
 ]
 
+START_ID = 0  # the input at the start of each document, where there is no token before; seqio takes padding's id
+
 
 class Batch(TypedDict):
-    """b rows of T tokens. A position counts in the loss where `segment_ids` > 0; 0 is padding."""
+    """b rows of T tokens. A position counts in the loss if its `segment_ids` is above 0; 0 is padding."""
 
     inputs: Int32[np.ndarray, "b T"]
     targets: Int32[np.ndarray, "b T"]
@@ -52,14 +55,17 @@ def train_batches(
     """An endless iterator of `Batch`es, shuffled over the whole split anew each epoch and read ahead in a thread.
 
     Step s takes positions [s * batch_size, (s + 1) * batch_size) of the endless sequence of shuffled epochs, so every
-    row comes once an epoch and a batch may straddle two. `get_state()` is `{"next_index": step}`, whatever the number
-    of hosts; `set_state` continues there.
+    row comes once per epoch and a batch may straddle two epochs. `get_state()` is `{"next_index": step}`, whatever the
+    number of hosts; `set_state` continues there.
 
     Args:
-        batch_size: rows of all hosts together; this host gets `batch_size / process_count` of them.
+        source: the split to read.
+        batch_size: rows per step of all hosts together; this host gets `batch_size / process_count` of them.
+        seed: of the order of rows.
+        process_index, process_count: which host this is, and how many there are.
 
     Raises:
-        InputError: fewer rows than `batch_size`, or a size that doesn't divide by the number of hosts.
+        InputError: if there are fewer rows than `batch_size`, or a size doesn't divide by the number of hosts.
     """
     if source.rows < batch_size:
         raise InputError(
@@ -81,10 +87,10 @@ def train_batches(
 def eval_batches(
     source: PackedText, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Sequence[Batch]:
-    """Every row once, in order: `len()`, `[i]` and iteration over `Batch`es.
+    """A sequence of `Batch`es with every row once, in order.
 
-    The last batch is filled up with rows whose `segment_ids` are all 0, on every host alike, so all batches have one
-    shape and all hosts make the same number of steps.
+    The last batch is filled up with rows whose `segment_ids` are all 0, on every host alike, so all batches have the
+    same shape and all hosts make the same number of steps.
     """
 
     def rows(start: int, stop: int) -> range:
@@ -94,14 +100,14 @@ def eval_batches(
 
 
 def shift_right(targets: Int32[np.ndarray, "b T"], segment_ids: Int32[np.ndarray, "b T"]) -> Int32[np.ndarray, "b T"]:
-    """The inputs that predict `targets`: the token before, and 0 at the start of a segment, as seqio does it."""
-    inputs = np.zeros_like(targets)
-    inputs[:, 1:] = np.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets[:, :-1], 0)
+    """The inputs that predict `targets`: the token before, and `START_ID` at the start of a segment, as in seqio."""
+    inputs = np.full_like(targets, START_ID)
+    inputs[:, 1:] = np.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets[:, :-1], START_ID)
     return inputs
 
 
 class _Steps(Sequence):
-    """Batches by step: the random-access source that Grain reads ahead from."""
+    """The sequence of batches by step, a random-access source that Grain reads ahead from."""
 
     def __init__(
         self, source, rows: Callable[[int, int], Sequence[int]], positions, batch_size, process_index, process_count
@@ -133,12 +139,12 @@ class _Steps(Sequence):
 
 
 def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
-    """The path of the task's cache, prepared if it isn't there yet.
+    """The path of the task's cache, which is prepared if it isn't there yet.
 
-    Preparing runs in a process of its own, so that this one never imports TensorFlow. Its progress bar is on stderr.
+    Another process prepares it, so that this one never imports TensorFlow, and shows a progress bar on stderr.
 
     Raises:
-        InputError: the corpus, the vocabulary or the cache can't be used, or the process was killed.
+        InputError: if the corpus, the vocabulary or the cache can't be used, or the process was killed.
     """
     path = task.cache_path()
     if path.exists():

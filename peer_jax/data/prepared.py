@@ -7,9 +7,11 @@ from typing import Any
 
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError
+from peer_jax.fields import Placed
+from peer_jax.run_directory import local
 
 
-def prepared(path: str | os.PathLike) -> "PreparedCorpus":
+def prepared(path: Placed[str | os.PathLike]) -> "PreparedCorpus":
     """The cache in the folder `path`, which `peer-jax prepare` wrote on this machine or which was copied from another.
 
     Nothing is prepared, so seqio, TensorFlow, the network and the texts may be missing. `TextTask.seq_len` and
@@ -19,7 +21,7 @@ def prepared(path: str | os.PathLike) -> "PreparedCorpus":
 
     The folder is read only when data are needed, so a finished run can generate text where the cache is missing.
     """
-    return PreparedCorpus(Path(path).expanduser())
+    return PreparedCorpus(Path(local(path, "path")).expanduser())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Preparing: a seqio task, run once, into the token cache. Training never comes here, see `pipeline.ensure_prepared`.
+"""Prepares the token cache by running a seqio task once. Training calls `pipeline.ensure_prepared` instead.
 
 tokenise -> append EOS -> cut documents into pieces of at most seq_len -> pack with seqio.DecoderFeatureConverter.
-Nothing is truncated. A training document goes on in the next row where a row ends, so rows are full; a validation
-document is cut only at multiples of seq_len from its own start: its loss does not depend on its neighbours.
+Nothing is truncated. A training document goes on in the next row when a row is full, so all rows are full. A validation
+document is cut only at multiples of seq_len from its own start, so that its loss does not depend on its neighbours.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ from peer_jax.errors import InputError
 def prepare(task: TextTask, *, progress: bool = True) -> Path:
     """Writes the task's cache unless it is there, and returns its path. Safe for several processes at once.
 
-    Imports TensorFlow: a process that goes on to train calls `pipeline.ensure_prepared` instead.
+    This imports TensorFlow; a process that goes on to train calls `pipeline.ensure_prepared` instead.
 
     Raises:
-        InputError: what is wrong with the corpus, the vocabulary or the place of the cache.
+        InputError: if the corpus or the vocabulary can't be used, or the cache can't be written.
     """
     path = task.cache_path()
     if not path.exists():
@@ -65,7 +65,7 @@ def _write(task: TextTask, path: Path, bar: PrepareProgress) -> None:
     vocabulary = vocabularies.load(task.vocabulary)
     splits = tuple(split for split in SPLITS if task.max_tokens(split) != 0)
     if not isinstance(task.corpus, TfdsCorpus):
-        for split in splits:  # the commonest mistakes come out before the seconds that TensorFlow takes
+        for split in splits:  # the commonest mistakes are found before the seconds that TensorFlow takes to load
             if next(iter(task.corpus.documents(split)), None) is None:
                 raise _no_documents(task, split)
     with cache.CacheWriter(path, task.seq_len, vocabulary.size) as writer:
@@ -95,13 +95,13 @@ def _no_documents(task: TextTask, split: str) -> InputError:
 
 
 class _Documents:
-    """Decides on the documents of one split as they pass, and counts those that are taken."""
+    """Decides which documents of one split are taken, one after another, and counts them."""
 
     def __init__(self, task: TextTask, split: str, validation_texts: set[bytes], bar: PrepareProgress):
         self.documents = self.tokens = self.bytes = self.words = 0
-        self.repeated = 0  # training documents left out because validation holds their text
+        self.repeated = 0  # training documents that are left out because validation has their text
         self._split, self._limit, self._bar = split, task.max_tokens(split), bar
-        # Local corpora keep their splits apart themselves; a TFDS builder may not.
+        # Local corpora have no text in both splits; a TFDS builder may.
         self._apart = isinstance(task.corpus, TfdsCorpus)
         self._validation_texts = validation_texts
         self._corpus_bytes = task.corpus.num_bytes() if split == "train" and not self._apart else None
@@ -169,14 +169,16 @@ def _version(package: str) -> str | None:
 def train_sentencepiece(
     corpus: Corpus | TfdsCorpus, model_path: str | os.PathLike, *, vocab_size: int, max_bytes: int = 2**24
 ) -> Path:
-    """Trains a SentencePiece model (BPE, lossless: bytes where no piece fits) on the first training documents.
+    """Trains a SentencePiece model on the first training documents: BPE, lossless, with bytes if no piece fits.
 
     Args:
-        vocab_size: pieces, with 0 = padding, 1 = EOS, 2 = unknown and the 256 bytes among them.
+        corpus: the text.
+        model_path: the file that gets the model.
+        vocab_size: number of pieces, among them 0 = padding, 1 = EOS, 2 = unknown and the 256 bytes.
         max_bytes: how much text to train on.
 
     Raises:
-        InputError: a size that doesn't suit the text, no text, or a path that can't be written.
+        InputError: if the size doesn't suit the text, if there is no text, or if the path can't be written.
     """
     import sentencepiece
 
@@ -229,7 +231,7 @@ def _training_texts(corpus: Corpus | TfdsCorpus) -> Iterator[str]:
 
 
 def _limited(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
-    """Lines, with their ends, of about `max_bytes` of text: the trainer wants short pieces."""
+    """The lines, with their ends, of the first `max_bytes` or so of text: the trainer wants short pieces."""
     taken = 0
     for text in texts:
         for line in text.splitlines(keepends=True):
@@ -245,17 +247,18 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def main(request: str, answer: str) -> int:
-    """The process that `pipeline.ensure_prepared` starts: pickled (task, progress) in, JSON {"path" or "error"} out.
+    """The process that `pipeline.ensure_prepared` starts; returns its exit status.
 
-    TensorFlow's C++ writes to file descriptor 2 whatever it is told; that goes to a file beside the request, and
-    Python's `sys.stderr` keeps the terminal.
+    It reads a pickled (task, progress) from the file `request` and writes {"path": ...} or {"error": ...} as JSON to
+    the file `answer`. TensorFlow's C++ code writes to file descriptor 2 whatever its settings are; this goes to a
+    file beside the request, and Python's `sys.stderr` keeps the terminal.
     """
     terminal = os.dup(2)
     with open(Path(request).with_name("log"), "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)
-    warnings.simplefilter("ignore")  # those of TensorFlow's own imports; users can do nothing about them
+    warnings.simplefilter("ignore")  # TensorFlow's own imports cause warnings that users can do nothing about
     try:
         task, progress = pickle.loads(Path(request).read_bytes())
         result, status = {"path": str(prepare(task, progress=progress))}, 0

@@ -45,7 +45,7 @@ from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET
 from peer_jax.ops.traffic import INDEX
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, use
 from peer_jax.training.flops import TRAINING_TO_FORWARD
-from peer_jax.training.loop import Run
+from peer_jax.training.run import Run
 from peer_jax.training.step import TrainState
 from peer_jax.training.update_by_rows import ROWS_BUDGET
 

@@ -15,7 +15,7 @@ from peer_jax.gin_syntax import Binding
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
 from peer_jax.training.flops import training_flops
-from peer_jax.training.loop import Run
+from peer_jax.training.run import Run
 
 Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
 """Makes a run, with its config, of files, bindings and imported modules; a module's function, so that it is pickled."""

@@ -15,7 +15,7 @@ from peer_jax.sweeps.board import Board
 from peer_jax.sweeps.plan import Load, Planned, to_measure
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.sweeps.workers import Answer, Task, Worker
-from peer_jax.training.loop import StopOnSignal
+from peer_jax.training.signals import StopOnSignal
 
 TICK = 0.5
 RETRY_SECONDS = 5.0

@@ -12,7 +12,7 @@ from peer_jax.data.pipeline import vocabulary_size
 from peer_jax.errors import InputError
 from peer_jax.sharding import split_batch, use
 from peer_jax.training.flops import training_flops
-from peer_jax.training.loop import Run
+from peer_jax.training.run import Run
 
 MEASURED_SECONDS = 1.5
 LONGEST_STEP = 30.0

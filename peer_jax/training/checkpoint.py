@@ -1,19 +1,20 @@
-"""Checkpoints of a run: asynchronous, atomic, the last few and the best; restored from the newest that is whole."""
+"""Checkpoints of a run: saved asynchronously and atomically, restored from the newest one that is whole."""
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from peer_jax.errors import InputError
 from peer_jax.processes import gather, leads, wait_for_all
+from peer_jax.run_directory import check_room, local, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -21,23 +22,30 @@ METRIC = "validation_loss"
 
 
 class Checkpoints:
-    """The ``checkpoints`` folder of a run.
+    """The ``checkpoints`` folder of a run, to be closed after use or used as a context manager.
 
     A checkpoint holds ``state`` (parameters, optimiser, batch-norm statistics, random streams, step), ``data`` (the
-    position in the data) and, where it was just measured, the validation loss that decides which is best.
+    position in the data) and, if the model was evaluated at that step, the validation loss that decides which
+    checkpoint is best.
+
+    Args:
+        directory: the folder.
+        keep_last: how many of the last checkpoints are kept, beside the best.
+        read_only: change nothing in the folder.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 2, read_only: bool = False) -> None:
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, read_only: bool = False) -> None:
         policies = [
             checkpoint_managers.LatestN(keep_last),
             checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
-        self.directory = directory.absolute()
+        self.directory = local(directory).absolute()
         self._read_only = read_only
+        self._closed = False
         self._manager = ocp.CheckpointManager(
-            epath.Path(self.directory),
+            self.directory,
             item_names=("state", "data"),
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
@@ -51,11 +59,14 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """The steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], validation_loss: float | None = None) -> bool:
-        """Starts to write a checkpoint. Whether it could; if not, a warning says why: a disk may be full a while."""
+        """Starts to write a checkpoint and returns whether it could.
+
+        If it could not, it logs a warning instead of raising: a disk may be full for a while only.
+        """
         text = json.dumps(dict(data), sort_keys=True)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -76,18 +87,17 @@ class Checkpoints:
     def _probe(self) -> None:
         """An OSError if there is no room for the little that the first process writes while the others wait for it."""
         if jax.process_count() > 1 and leads():
-            path = self.directory / ".probe"
-            try:
-                path.write_bytes(bytes(2**16))
-            finally:
-                path.unlink(missing_ok=True)
+            check_room(self.directory)
 
     def wait(self) -> bool:
-        """Waits for the checkpoint being written. Whether it was."""
+        """Waits for the checkpoint that is being written and returns whether it was written."""
         return self._succeeds(self._manager.wait_until_finished)
 
     def _succeeds(self, action: Callable[[], Any]) -> bool:
-        """Whether a part of writing has gone well in all processes, which do it at the same time; if not, a warning."""
+        """Calls ``action`` and returns whether it went well in all processes; logs a warning if it did not.
+
+        All processes call this at the same time.
+        """
         fault = ""
         try:
             action()
@@ -99,13 +109,13 @@ class Checkpoints:
         return not faults
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, state and data position of the newest whole checkpoint (or that of ``step``); None if there is none.
+        """Step, state and data position of the newest whole checkpoint, or of the one of ``step``; None without any.
 
-        One that can't be read is passed over, saying so, for the one before it; then it is set aside as ``damaged-*``,
-        unless this is read-only.
+        A checkpoint that can't be read is passed over for the one before it, with a warning. It is then set aside as
+        ``damaged-*``, unless this is read-only.
 
         Raises:
-            InputError: if a checkpoint is of other shapes, naming the parameter; or if there are some, but none whole.
+            InputError: if a checkpoint has other shapes, naming the parameter; or if no checkpoint is whole.
         """
         steps = [s for s in reversed(self.steps()) if step is None or s == step]
         damaged = []
@@ -124,11 +134,17 @@ class Checkpoints:
             self._set_aside(damaged)
             return candidate, items["state"], data
         if steps:
-            raise InputError(f"no checkpoint of steps {steps} in {self.directory} can be read: use another --workdir")
+            raise InputError(
+                f"no checkpoint of steps {steps} in {self.directory} can be read: choose another run directory",
+                argument="workdir",
+            )
         return None
 
     def _read(self, step: int, abstract_state: Any) -> Any:
-        """What a checkpoint holds. A process reads its part and waits for no other, which may find its own damaged."""
+        """What a checkpoint holds.
+
+        Each process reads its part without waiting for the others, because one of them may find its part damaged.
+        """
         handlers = ocp.CompositeCheckpointHandler(**_handlers())
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
@@ -138,8 +154,8 @@ class Checkpoints:
             return reader.restore(self.directory / str(step), args=arguments)
 
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss; the last one if none was measured."""
-        losses = {info: self._metric(info) for info in self.steps()}
+        """The step of the lowest validation loss; the last step if no loss was measured; None without checkpoints."""
+        losses = {step: self._metric(step) for step in self.steps()}
         measured = {step: loss for step, loss in losses.items() if loss is not None}
         return min(measured, key=measured.__getitem__) if measured else max(losses, default=None)
 
@@ -161,38 +177,48 @@ class Checkpoints:
             name = differing[0]
             raise InputError(
                 f"the checkpoint of step {step} in {self.directory} has {name} of shape {saved.get(name, 'none')}, but "
-                f"the config gives {wanted.get(name, 'none')}: use its config, or another --workdir"
+                f"the config gives {wanted.get(name, 'none')}: use its config, or choose another run directory",
+                argument="workdir",
             )
 
     def _set_aside(self, damaged: list[int]) -> None:
-        """Makes room for these steps to be saved again."""
+        """Renames the checkpoints of these steps, so that the steps can be saved again."""
         if self._read_only:
             return
         for step in damaged:
-            target = self.directory / f"damaged-{step}"
-            while target.exists():
-                target = target.with_name(target.name + "-again")
             wait_for_all(f"read checkpoint {step}")
             if leads():
-                (self.directory / str(step)).rename(target)
+                target = set_aside(self.directory / str(step))
+                logger.warning("it is now %s; going on from the one before it", target)
             wait_for_all(f"set checkpoint {step} aside")
-            logger.warning("it is now %s; going on from the one before it", target)
         if damaged:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits for what is being written and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        """Waits for the checkpoint that is being written and ends Orbax's threads. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.wait()
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or jax.process_count() == 1:
+            self.close()
+        # Else this may be the only process that has failed, and closing would wait for the others. It will end soon.
 
 
 def _handlers() -> dict[str, Any]:
-    """Orbax's, of each item of a checkpoint."""
+    """Orbax's handler of each item of a checkpoint."""
     return {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
 
 
 def _verified(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data position, if it is the one that was saved."""
+    """The data position; a ValueError if it is not the one that was saved."""
     if zlib.crc32(data["text"].encode()) != data["crc32"]:
         raise ValueError("the checksum of its data position is wrong")
     return json.loads(data["text"])
@@ -204,7 +230,7 @@ def _reason(error: Exception) -> str:
 
 
 def _stored_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape on disk: random keys are stored as their data."""
+    """The shape that an array has on disk, where random keys are stored as their data."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, leaf).shape
     return leaf.shape

@@ -28,14 +28,15 @@ def evaluate(
     Args:
         model: in evaluation mode.
         source: a split of a prepared cache.
-        batch_size: rows at a time; the last batch is filled up with padding, which counts nowhere.
+        batch_size: rows per batch; the last batch is filled up with padding, which counts nowhere.
         routing: also measure how the sparse layers' experts are used.
         progress: show a bar.
 
     Returns:
-        ``loss`` (nats a token), ``perplexity`` (a token), ``word_perplexity``, ``bits_per_byte``, ``tokens``,
-        ``bytes``, ``words``; with ``routing``, for each sparse block ``experts``: ``usage``, the share retrieved at
-        least once with a weight above zero, and ``unevenness``, KL(p || uniform) in nats, p being the weight mass.
+        ``loss`` (nats per token), ``perplexity`` (per token), ``word_perplexity``, ``bits_per_byte``, ``tokens``,
+        ``bytes`` and ``words``. With ``routing`` also ``experts``, by block: ``usage``, the share of experts that was
+        retrieved at least once with a weight above zero, and ``unevenness``, KL(p || uniform) in nats, where p is the
+        weight mass per expert.
     """
     graph, state = nnx.split(model)
     batches = eval_batches(
@@ -64,22 +65,25 @@ def evaluate(
 
 
 def usage(mass: Float[np.ndarray, " N"]) -> dict[str, float]:
-    """Usage and unevenness of the experts from the weight mass that each received."""
+    """Usage and unevenness of the experts, from the weight mass that each received."""
     p = mass.astype(np.float64) / mass.sum(dtype=np.float64)
     p = p[p > 0]
     return {"usage": p.size / mass.size, "unevenness": float(np.sum(p * np.log(p * mass.size)))}
 
 
 def _no_mass(model: Transformer) -> dict[int, Float[Array, " N"]]:
-    """A zero for every expert of every block that routes."""
-    sparse = {index: block.ffw for index, block in enumerate(model.blocks) if hasattr(block.ffw, "route")}
+    """A zero for each expert of each block that routes."""
+    sparse = {index: block.ffw for index, block in enumerate(model.blocks) if block.ffw.routes}
     replicated = None if current() is None else current().sharding()
     return {index: jnp.zeros(layer.num_experts, jnp.float32, device=replicated) for index, layer in sparse.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses: dict[int, Array]):
-    """Summed loss, tokens, and the masses with this batch's added; N enters as a vector of sums, never [tokens, N]."""
+    """Summed loss, number of tokens, and the masses with those of this batch added.
+
+    The masses are vectors of N sums; nothing here has the size [tokens, N].
+    """
     model = nnx.merge(graph, state, copy=True)
     logits, _ = model(batch["inputs"], batch["segment_ids"])
     nll, tokens = cross_entropy(logits, batch)
@@ -91,5 +95,5 @@ def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses:
 
 
 def _exp(x: float) -> float:
-    """exp, infinite where it overflows."""
+    """exp, or infinity if that is too large for a float."""
     return math.exp(x) if x < 700 else math.inf

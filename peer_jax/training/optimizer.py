@@ -1,8 +1,9 @@
-"""AdamW with warm-up and cosine decay, where expert tables have rates, clipping and weight decay of their own."""
+"""The interface of optimisers; and AdamW, with rates, clipping and weight decay of their own for expert tables."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +18,68 @@ from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
 from peer_jax.training.update_by_rows import update_by_rows
 
 BACKBONE = "backbone"
+NORMS = ("grad_norm", "update_norm", "param_norm")
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What a run needs of an optimiser: an object of values that do not change, as ``AdamW`` is.
+
+    ``params`` is a model's parameters, a pytree of ``nnx.Param``s. ``labels``, with the same structure, says which
+    group each parameter belongs to: "backbone", or an expert table by its name ("down", "up", "values"). Rates are
+    computed outside of the compiled step and passed to it, so that one compiled program serves a whole schedule.
+    """
+
+    def rates(self, labels: nnx.State, step: int, steps: int) -> Mapping[str, float]:
+        """The learning rates of update ``step``, counted from 0, in a run of ``steps``, by any names.
+
+        A run logs each as ``learning_rate/<name>`` and passes all of them to ``update``.
+        """
+        ...
+
+    def check(self, labels: nnx.State) -> None:
+        """Raises an InputError if the optimiser does not fit a model with these groups."""
+        ...
+
+    def init(self, labels: nnx.State, params: nnx.State) -> Any:
+        """The state before the first update: any pytree of arrays.
+
+        A part of the state that is made with ``jax.tree.map`` over ``params``, as optax makes moments, is split over
+        devices as the parameters are. Every device has all of the other arrays.
+        """
+        ...
+
+    def update(
+        self, labels: nnx.State, params: nnx.State, grads: nnx.State, state: Any, rates: Mapping[str, Array | float]
+    ) -> tuple[nnx.State, Any, dict[str, Float[Array, ""]]]:
+        """New parameters, new state and the scalars to log, from the gradient of the mean loss per token.
+
+        The scalars must include the global norms of ``NORMS``: a run that finds the norm of the gradient or of the new
+        parameters not finite stops before it saves them. The call is traced, and the old parameters and state are
+        donated.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Decoupled AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) for a model of backbone and expert tables.
 
-    The backbone is every parameter but the tables, which are ``down`` and ``up`` of PEER and ``values`` of PKM. Each
-    group is clipped by its own global norm. Weight decay spares vectors (norm scales and biases).
+    The tables are ``down`` and ``up`` of PEER and ``values`` of PKM; all other parameters are the backbone. The
+    backbone and each kind of table are clipped by their own global norm. Rates grow linearly during warm-up and then
+    fall along a cosine. Vectors (norm scales and biases) have no weight decay.
 
     Args:
         learning_rate: peak rate of the backbone.
-        table_learning_rate: peak rate of the tables: one for all, or one by name, {"down": ..., "up": ...}; None: as
-            the backbone's.
-        warmup_steps: of linear growth from zero; in a run that is shorter, all steps but the last.
-        final_fraction: of the peak rate, reached by a cosine exactly at the last step.
-        weight_decay, table_weight_decay: times the rate.
-        table_second_moment: "element", Adam's, or "row": one for each row of a table, of its mean squared gradient,
-            which halves the optimiser's memory (docs/log.md).
+        table_learning_rate: peak rate of the tables: one number for all, or {"down": ..., "up": ...}; None: the rate of
+            the backbone.
+        warmup_steps: steps of linear growth from zero. A run that is not longer warms up in all steps but the last.
+        final_fraction: the share of the peak rate that the last step has.
+        weight_decay, table_weight_decay: multiplied by the rate.
+        table_second_moment: "element" for Adam's, or "row" for a single one per row of a table, the running mean of the
+            row's mean squared gradient, which halves the optimiser's memory (docs/log.md).
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
-        b1, b2, eps: Adam's.
+        b1, b2, eps: as in Adam.
     """
 
     learning_rate: float
@@ -73,7 +116,7 @@ class AdamW:
                 raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
 
     def schedule(self, step: int, steps: int) -> float:
-        """Rate at ``step``, counted from 0, of ``steps``, relative to the peak."""
+        """The rate of update ``step``, counted from 0, in a run of ``steps``, relative to the peak."""
         warmup = min(self.warmup_steps, steps - 1)
         if step < warmup:
             return (step + 1) / warmup
@@ -96,13 +139,13 @@ class AdamW:
         return table_rate
 
     def check(self, labels: nnx.State) -> None:
-        """An InputError if there is a rate for a table that the model lacks."""
+        """Raises an InputError if there is a rate for a table that the model does not have."""
         named = self.table_learning_rate if isinstance(self.table_learning_rate, Mapping) else {}
         if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
             raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
     def init(self, labels: nnx.State, params: nnx.State) -> optax.ScaleByAdamState:
-        """Moments of the gradients before the first step."""
+        """The moments of the gradients before the first step."""
         state = optax.scale_by_adam().init(params)
         if self.table_second_moment == "element":
             return state
@@ -117,10 +160,7 @@ class AdamW:
         state: optax.ScaleByAdamState,
         rates: Mapping[str, Array | float],
     ) -> tuple[nnx.State, optax.ScaleByAdamState, dict[str, Float[Array, ""]]]:
-        """Parameters and state after a step, and the global norms of gradient, update and parameters.
-
-        Rates are arguments so that one compiled step serves all rates and lengths of a run.
-        """
+        """Parameters and state after a step, and the global norms of gradient, update and parameters."""
         label, treedef = jax.tree.flatten(labels)
         squares = [_sum_of_squares(g) for g in treedef.flatten_up_to(grads)]
         clip = {
@@ -156,7 +196,7 @@ class AdamW:
     def _direction(
         self, g: Array, state: optax.ScaleByAdamState, spec: PartitionSpec
     ) -> tuple[Array, optax.ScaleByAdamState]:
-        """Adam's, with the second moment of an element or of a row, whichever the state has."""
+        """The direction of Adam's update, with a second moment per element or per row, whichever the state has."""
         if state.nu.shape == g.shape:
             return optax.scale_by_adam(self.b1, self.b2, self.eps).update(g, state)
         count = optax.safe_increment(state.count)
@@ -175,7 +215,7 @@ def _sum_of_squares(x: Array) -> Float[Array, ""]:
 
 
 def _clip(largest: float | None, sum_of_squares: Float[Array, ""]) -> Float[Array, ""]:
-    """What a gradient is multiplied by, so that its norm is at most ``largest``."""
+    """The factor that limits the norm of a gradient to ``largest``."""
     if largest is None:
         return jnp.ones(())
     norm = jnp.sqrt(sum_of_squares)
@@ -183,7 +223,7 @@ def _clip(largest: float | None, sum_of_squares: Float[Array, ""]) -> Float[Arra
 
 
 def label_params(params: nnx.State) -> nnx.State:
-    """The group of each parameter: a table's name, or "backbone"."""
+    """The group of each parameter: the name of a table, or "backbone"."""
 
     def label(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(str(path[-1].key) if isinstance(variable, Table) else BACKBONE)

@@ -1,85 +1,86 @@
 """Using a finished or half-finished run: its model, evaluations of other text, continuations of a prompt."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from peer_jax.data.pipeline import decode, encode, ensure_prepared, open_cache
+from peer_jax.data import vocabulary as vocabularies
+from peer_jax.data.pipeline import START_ID, ensure_prepared, open_cache
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer, generate
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import current, use
-from peer_jax.training import workdir as workdirs
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.evaluate import evaluate
-from peer_jax.training.loop import Run
+from peer_jax.training.result import add_evaluations
+from peer_jax.training.run import Run
 
-BOS, EOS = 0, 1
 
-
-def restore_model(run: Run, workdir: Path, checkpoint: str = "last") -> tuple[int, Transformer]:
+def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last") -> tuple[int, Transformer]:
     """The step and model, in evaluation mode, of a checkpoint: "last", "best" or a step.
 
     Raises:
         InputError: if there is no such checkpoint, or it can't be read.
     """
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise InputError(f"--workdir {workdir} has no checkpoints: give one made by `peer-jax train`")
-    checkpoints = Checkpoints(folder, read_only=True)
-    steps = checkpoints.steps()
-    if checkpoint == "best":
-        step = checkpoints.best_step()
-    elif checkpoint == "last":
-        step = None
-    elif checkpoint.isdecimal() and int(checkpoint) in steps:
-        step = int(checkpoint)
-    else:
-        raise InputError(f"--checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}")
-    trainer = run.trainer()
-    restored = checkpoints.restore(trainer.abstract_state(), step)
-    checkpoints.close()
+    directory = RunDirectory(workdir)
+    if not directory.checkpoints.is_dir():
+        raise InputError(f"{directory} has no checkpoints: give the directory of a run", argument="workdir")
+    with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+        if checkpoint == "best":
+            step = checkpoints.best_step()
+        elif checkpoint == "last":
+            step = None
+        elif checkpoint.isdecimal() and int(checkpoint) in steps:
+            step = int(checkpoint)
+        else:
+            raise InputError(
+                f"checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}",
+                argument="checkpoint",
+            )
+        trainer = run.trainer()
+        restored = checkpoints.restore(trainer.abstract_state(), step)
     if restored is None:
-        raise InputError(f"{folder} holds no checkpoint: train first")
+        raise InputError(f"{directory} holds no checkpoint: train first", argument="workdir")
     return restored[0], trainer.model(restored[1])
 
 
 def evaluate_run(
     runs: Sequence[Run],
-    workdir: Path,
+    workdir: str | os.PathLike,
     *,
     checkpoint: str = "last",
     batch_size: int | None = None,
-    config: Callable[[], str] | None = None,
     progress: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates the model in ``workdir`` on the validation text of each run's task.
 
     Args:
-        runs: their model is that of the first.
+        runs: the first makes the model; each names a text by its task.
         workdir: the run directory.
         checkpoint: "last", "best" or a step.
-        batch_size: rows at a time; as the run has it.
-        config: the text of the config, asked for once everything is built.
+        batch_size: rows per batch; None: as each run has it.
         progress: show progress bars.
 
     Returns:
-        The checkpoint's step, and by corpus what ``evaluate`` returns, with the text's fingerprint. Evaluations of the
-        last checkpoint are added to ``result.json``, if the run has one and they are of the model that it trained.
+        The checkpoint's step, and for each text, by its corpus's name, what ``evaluate`` returns and the text's
+        fingerprint. Evaluations of the last checkpoint are added to ``result.json``, if the run has one and they are of
+        the model that it trained.
     """
     with use(runs[0].sharding.place()):
         step, evaluations = _evaluate_run(runs, workdir, checkpoint, batch_size, progress)
-    workdirs.add_evaluations(workdir, step, evaluations, None if config is None else config())
+    add_evaluations(RunDirectory(workdir), step, evaluations, runs[0].config)
     return step, evaluations
 
 
 def _evaluate_run(
-    runs: Sequence[Run], workdir: Path, checkpoint: str, batch_size: int | None, progress: bool
+    runs: Sequence[Run], workdir: str | os.PathLike, checkpoint: str, batch_size: int | None, progress: bool
 ) -> tuple[int, dict[str, Any]]:
     step, model = restore_model(runs[0], workdir, checkpoint)
     if batch_size is not None and current() is not None:
-        current().check_rows("--batch-size", batch_size)
+        current().check_rows("batch_size", batch_size)
     for run in runs:
         if run.task.vocabulary != runs[0].task.vocabulary:
             raise InputError(
@@ -99,7 +100,7 @@ def _evaluate_run(
 
 def continue_text(
     run: Run,
-    workdir: Path,
+    workdir: str | os.PathLike,
     prompt: str,
     max_new_tokens: int,
     *,
@@ -108,7 +109,7 @@ def continue_text(
     seed: int,
     checkpoint: str = "last",
 ) -> str:
-    """What the model writes after ``prompt``, until the document ends or ``max_new_tokens`` are made.
+    """What the model writes after ``prompt``, until it ends the document or has made ``max_new_tokens``.
 
     Raises:
         InputError: if there is no such checkpoint, or the prompt is no text.
@@ -116,17 +117,17 @@ def continue_text(
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise InputError(f"--prompt {prompt!r} is not UTF-8: give text") from None
+        raise InputError(f"prompt {prompt!r} is not UTF-8: give text", argument="prompt") from None
     _, model = restore_model(run, workdir, checkpoint)
-    vocabulary = run.task.vocabulary
+    vocabulary = vocabularies.load(run.task.vocabulary)
     (new,) = generate(
         model,
-        [[BOS, *encode(prompt, vocabulary)]],
+        [[START_ID, *vocabulary.encode(prompt)]],
         max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        eos_id=EOS,
+        eos_id=vocabulary.eos_id,
         key=jax.random.key(seed),
         use_cache=not model.mixes_tokens,
     )
-    return decode(new, vocabulary)
+    return vocabulary.decode(new)

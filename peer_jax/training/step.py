@@ -5,7 +5,7 @@ b  batch     s  sequence     V  vocabulary
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,26 @@ from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.sharding import constrain, current
-from peer_jax.training.optimizer import AdamW, label_params
+from peer_jax.training.optimizer import NORMS, Optimizer, label_params
 
 Metrics = dict[str, Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. ``others`` are batch-norm statistics and random streams."""
+    """Everything that a step changes.
+
+    ``others`` are batch-norm statistics and random streams, ``optimizer`` is the state that the optimiser's ``init``
+    has made.
+    """
 
     step: Int[Array, ""]
     params: nnx.State
     others: nnx.State
-    optimizer: optax.ScaleByAdamState
+    optimizer: Any
 
 
 def cross_entropy(logits: Float[Array, "b s V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-likelihood of the targets, in nats, and the number of targets; padding counts nowhere."""
+    """Summed negative log-likelihood of the targets, in nats, and the number of targets, both without padding."""
     weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return jnp.sum(loss * weights), jnp.sum(weights)
@@ -44,14 +48,15 @@ class Trainer:
 
     Args:
         build: makes the model, ``build(rngs=)``.
-        optimizer: its hyperparameters.
-        accumulation: micro-batches a step is split into; the update equals that of the whole batch.
+        optimizer: what makes an update of gradients.
+        accumulation: micro-batches that a step is split into; the update equals that of the whole batch.
 
     Raises:
-        InputError: if gradients are to be accumulated over a batch whose statistics the model needs whole.
+        InputError: if gradients are to be accumulated over a batch whose statistics the model needs whole, or if the
+            optimiser does not fit the model.
     """
 
-    def __init__(self, build: Callable[..., nnx.Module], optimizer: AdamW, *, accumulation: int = 1) -> None:
+    def __init__(self, build: Callable[..., nnx.Module], optimizer: Optimizer, *, accumulation: int = 1) -> None:
         self.build, self.optimizer, self.accumulation = build, optimizer, accumulation
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         if not isinstance(abstract, Transformer):
@@ -65,11 +70,11 @@ class Trainer:
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
         optimizer.check(self.labels)
-        moments = jax.eval_shape(functools.partial(optimizer.init, self.labels), params)
-        self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, moments)
+        state = jax.eval_shape(functools.partial(optimizer.init, self.labels), params)
+        self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, state)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step; made where it belongs, so that no device ever has more than its part."""
+        """The state before the first step. Each device makes its own part of it and never holds more than that."""
         return jax.jit(self._init, out_shardings=self.shardings())(jax.random.key(seed))
 
     def _init(self, key: Array) -> TrainState:
@@ -77,17 +82,17 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, others, self.optimizer.init(self.labels, params))
 
     def abstract_state(self) -> TrainState:
-        """Shapes and types of the state, and where it is in the placement in use."""
+        """Shapes and types of the arrays of the state, with their shardings in the placement in use."""
         shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), self._shapes)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self._shapes, shardings)
 
     def shardings(self) -> TrainState | None:
-        """Of each array of the state, in the placement in use; None on one device."""
+        """The sharding of each array of the state in the placement in use; None on one device."""
         placement = current()
         return None if placement is None else placement.shardings(self._shapes)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
-        """``step``, compiled at its first call; it takes the state over."""
+        """``step``, to be compiled at its first call. The state that it is given is used up."""
         shardings = self.shardings()
         return jax.jit(
             self.step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, current().sharding())
@@ -100,7 +105,7 @@ class Trainer:
         return model
 
     def step(self, state: TrainState, batch: Batch, rates: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        """The state after one update and the step's metrics. To be jitted with the state donated."""
+        """The state after one update and the step's metrics. Compile it with the state donated."""
         total = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
         gradient = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
         if self.accumulation == 1:
@@ -108,8 +113,12 @@ class Trainer:
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
-        metrics |= norms
-        return TrainState(state.step + 1, params, others, optimizer), metrics
+        if missing := [name for name in NORMS if name not in norms]:
+            raise InputError(
+                f"{type(self.optimizer).__name__}.update returns no {missing[0]!r}: its third value must have "
+                f"{', '.join(NORMS)}, see peer_jax.training.optimizer.Optimizer"
+            )
+        return TrainState(state.step + 1, params, others, optimizer), metrics | norms
 
     def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """A micro-batch's share of the batch's loss."""
@@ -122,7 +131,7 @@ class Trainer:
         return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
-        """Sums of gradients and metrics over micro-batches of consecutive rows."""
+        """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows."""
         split = jax.tree.map(lambda a: constrain(a.reshape(self.accumulation, -1, *a.shape[1:]), None, "batch"), batch)
 
         def add(carry, micro_batch):

@@ -1,0 +1,141 @@
+"""The evaluators of a run: objects in a list, each with an interval of its own, so that the loop knows none by name."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from peer_jax.data.pipeline import PackedText, TextTask, ensure_prepared, open_cache
+from peer_jax.errors import InputError
+from peer_jax.models import Transformer
+from peer_jax.training.checkpoint import METRIC
+from peer_jax.training.evaluate import evaluate
+from peer_jax.training.metrics import MetricsLog
+from peer_jax.training.run import Run
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Measures a model during or after training.
+
+    Attributes:
+        name: its key among the evaluations of the result.
+        metric: what the log calls the loss that it measures.
+        every: steps between two evaluations, the last step always counting; None: only when training has ended.
+    """
+
+    name: str
+    metric: str
+    every: int | None
+
+    def __call__(self, model: Transformer, *, ended: bool) -> dict[str, Any]:
+        """What the result says of the model, ``loss`` included; at the end of training in more detail."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The evaluator for the validation split of a text.
+
+    Args:
+        name, metric, every: see ``Evaluator``.
+        source: the split.
+        fingerprint: of the text.
+        batch_size: rows per batch.
+        progress: show a bar.
+    """
+
+    name: str
+    metric: str
+    every: int | None
+    source: PackedText
+    fingerprint: str
+    batch_size: int
+    progress: bool = False
+
+    def __call__(self, model: Transformer, *, ended: bool) -> dict[str, Any]:
+        measured = evaluate(model, self.source, batch_size=self.batch_size, routing=ended, progress=self.progress)
+        return measured | {"fingerprint": self.fingerprint}
+
+
+def of_run(run: Run, *, progress: bool) -> list[Evaluator]:
+    """An evaluator for the run's own text, which is evaluated during training, and one for each of ``eval_tasks``.
+
+    Raises:
+        InputError: if two of the texts have the same name, or if one can't be prepared.
+    """
+    evaluators: dict[str, Evaluator] = {}
+
+    def add(task: TextTask, metric: str, every: int | None, *, progress_of_evaluation: bool) -> None:
+        if (name := task.corpus.name) in evaluators:
+            raise InputError(f"two of the tasks to evaluate are named {name!r}: rename a file or folder")
+        evaluators[name] = Validation(
+            name=name,
+            metric=metric,
+            every=every,
+            source=open_cache(ensure_prepared(task, progress=progress), "validation"),
+            fingerprint=task.fingerprint(),
+            batch_size=run.eval_batch_size(),
+            progress=progress_of_evaluation,
+        )
+
+    add(run.task, METRIC, run.evaluate_every, progress_of_evaluation=False)  # it has the bar of training beside it
+    for task in run.eval_tasks:
+        add(task, f"{METRIC}/{task.corpus.name}", None, progress_of_evaluation=progress)
+    return list(evaluators.values())
+
+
+class Evaluations:
+    """Calls the evaluators of a run that are due, and writes each loss to the log once.
+
+    A run that was stopped or killed between a checkpoint and its evaluation makes the evaluation up when it goes on:
+    what the log lacks is due.
+
+    Args:
+        evaluators: of the run.
+        start: the step that the run goes on from; 0 for a new run.
+        steps: the length of the run.
+        log: gets the losses.
+    """
+
+    def __init__(self, evaluators: Sequence[Evaluator], start: int, steps: int, log: MetricsLog) -> None:
+        self._evaluators, self._steps, self._log = evaluators, steps, log
+        self._logged = {(start, name) for name in log.found}
+        self.at_end: dict[str, dict[str, Any]] = {}  # what was measured of the trained model, by evaluator
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything is to be evaluated within training, after ``step``."""
+        return bool(self._due(step))
+
+    def after(self, step: int, model: Callable[[], Transformer]) -> dict[str, float]:
+        """Evaluates what is due after ``step``; the losses by the names that they have in the log."""
+        return self._evaluate(step, self._due(step), model)
+
+    def finish(self, model: Callable[[], Transformer]) -> dict[str, dict[str, Any]]:
+        """Evaluates the trained model by all evaluators that have not done so; what each has measured, by its name."""
+        due = [evaluator for evaluator in self._evaluators if evaluator.name not in self.at_end]
+        self._evaluate(self._steps, due, model)
+        return self.at_end
+
+    def _due(self, step: int) -> list[Evaluator]:
+        return [
+            evaluator
+            for evaluator in self._evaluators
+            if evaluator.every is not None
+            and step > 0
+            and (step % evaluator.every == 0 or step == self._steps)
+            and (step, evaluator.metric) not in self._logged
+        ]
+
+    def _evaluate(
+        self, step: int, evaluators: Sequence[Evaluator], model: Callable[[], Transformer]
+    ) -> dict[str, float]:
+        losses = {}
+        for evaluator in evaluators:
+            measured = evaluator(model(), ended=step == self._steps)
+            losses[evaluator.metric] = measured["loss"]
+            if step == self._steps:
+                self.at_end[evaluator.name] = measured
+            if (step, evaluator.metric) not in self._logged:
+                self._logged.add((step, evaluator.metric))
+                self._log.write(step, {evaluator.metric: measured["loss"]})
+        return losses

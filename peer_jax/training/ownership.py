@@ -1,0 +1,91 @@
+"""How the processes of a run share its directory: the first process locks it and writes for all of them."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+import jax
+
+from peer_jax.errors import InputError
+from peer_jax.fields import RunConfig
+from peer_jax.processes import gather, leads, together
+from peer_jax.run_directory import RunDirectory
+
+
+@contextlib.contextmanager
+def owned(directory: RunDirectory) -> Iterator[None]:
+    """Makes the directory and keeps other runs from training in it at the same time.
+
+    Raises:
+        InputError: in all processes, if the directory can't be made, if another run has it, or if not all processes
+            see the same directory.
+    """
+    with contextlib.ExitStack() as held:
+        with together():
+            if leads():
+                held.callback(directory.lock().release)
+        if jax.process_count() > 1:
+            _check_shared(directory)
+        yield
+
+
+def _check_shared(directory: RunDirectory) -> None:
+    """An InputError, in all processes, unless each finds the mark that the first process leaves in the directory."""
+    mark = gather(str(time.time_ns()))[0]
+    with together():
+        if leads():
+            directory.leave_mark(mark)
+    try:
+        with together():
+            if not directory.has_mark(mark):
+                raise InputError(
+                    f"{directory} of process {jax.process_index()} is not that of process 0: give all processes the "
+                    "same directory, on a file system that they share",
+                    argument="workdir",
+                )
+    finally:
+        if leads():
+            directory.remove_mark(mark)
+
+
+def check_same(config: RunConfig | None, text: str) -> None:
+    """An InputError, in all processes, unless all have the same config and the same text.
+
+    Args:
+        config: of this process.
+        text: the fingerprint of the text that this process trains on.
+    """
+    (first, first_text), *others = map(json.loads, gather(json.dumps([dict(config.fields) if config else {}, text])))
+    for process, (other, other_text) in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise InputError(
+                    f"process {process} has {name} = {other.get(name, 'unset')}, process 0 has "
+                    f"{first.get(name, 'unset')}: give all the same config"
+                )
+        if first_text != other_text:
+            raise InputError(
+                f"process {process} reads another text than process 0: give all processes the same files to train on"
+            )
+
+
+def check_config(directory: RunDirectory, config: RunConfig | None) -> None:
+    """An InputError, in all processes, if the directory holds a run that was begun with a config of other identity."""
+    with together():
+        kept = directory.read_config() if leads() and config is not None else None
+        found = None if kept is None else config.difference(kept)
+        if found is not None:
+            name, before, now = found
+            raise InputError(
+                f"{directory} holds a run with {name} = {before}, now it is {now}: use its config, or choose another "
+                "directory",
+                argument="workdir",
+            )
+
+
+def keep_config(directory: RunDirectory, config: RunConfig | None) -> None:
+    """Writes ``config.gin``, unless the directory has the config that its run was begun with."""
+    with together():
+        if leads() and config is not None and directory.read_config() is None:
+            directory.write_config(config.text)

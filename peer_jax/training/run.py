@@ -1,0 +1,104 @@
+"""What to train, as a value."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from flax import nnx
+
+from peer_jax.data.pipeline import TextTask, vocabulary_size
+from peer_jax.errors import InputError
+from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
+from peer_jax.layers.interface import check_positive
+from peer_jax.models import Transformer
+from peer_jax.sharding import Sharding, current
+from peer_jax.training.flops import steps_for
+from peer_jax.training.optimizer import Optimizer
+from peer_jax.training.step import Trainer
+
+EVALUATION_TOKENS = 4096  # the least per batch of an evaluation, which would take long with small batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to train, on what, for how long. One of ``steps`` and ``training_flops`` sets the length.
+
+    Args:
+        model: makes the transformer, ``model(vocab_size, rngs=)``.
+        optimizer: ``AdamW``, or any other ``Optimizer``.
+        task: the text to train on; its validation split is evaluated every ``evaluate_every`` steps and at the end.
+        eval_tasks: further tasks, whose validation splits are evaluated when training has ended.
+        batch_size: rows per step.
+        steps: updates.
+        training_flops: a budget; the run makes the number of steps that comes nearest to it.
+        seed: of the parameters and the order of the data.
+        accumulation: micro-batches that a step is split into.
+        log_every, evaluate_every, checkpoint_every: steps between two of them; the last step is always evaluated and
+            saved.
+        keep_checkpoints: how many of the last checkpoints are kept, beside the best.
+        checked: raise on indices out of range and on NaN scores inside the ops; slower, and on one device only.
+        sharding: how many devices share what.
+
+    Attributes:
+        config: the config that the run was loaded from; None for a run that was made by hand or changed since.
+    """
+
+    model: Annotated[Callable[..., Transformer], Gives(vocab_size="TextTask.vocabulary", rngs="Run.seed")]
+    optimizer: Optimizer
+    task: TextTask
+    eval_tasks: Bookkeeping[Sequence[TextTask]] = ()
+    batch_size: int
+    steps: int | None = None
+    training_flops: float | None = None
+    seed: int = 0
+    accumulation: Placed[int] = 1
+    log_every: Bookkeeping[int] = 10
+    evaluate_every: Bookkeeping[int] = 1000
+    checkpoint_every: Bookkeeping[int] = 1000
+    keep_checkpoints: Bookkeeping[int] = 2
+    checked: Bookkeeping[bool] = False
+    sharding: Placed[Sharding] = dataclasses.field(default_factory=Sharding)
+    config: RunConfig | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        lengths = ("steps", "training_flops")
+        check_positive(**{name: getattr(self, name) for name in sizes})
+        check_positive(**{name: getattr(self, name) for name in lengths if getattr(self, name) is not None})
+        if self.steps is not None and self.training_flops is not None:
+            raise InputError(f"steps={self.steps} and training_flops={self.training_flops}: give only one of them")
+        for task in self.eval_tasks:
+            if task.vocabulary != self.task.vocabulary:
+                raise InputError(
+                    f"eval_tasks has vocabulary {task.vocabulary!r}, but the model's is {self.task.vocabulary!r}"
+                )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to 2**32 - 1.")
+        if self.batch_size % self.accumulation:
+            raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
+
+    def trainer(self) -> Trainer:
+        """The functions of this run."""
+        vocab_size = vocabulary_size(self.task.vocabulary)
+
+        def build(*, rngs: nnx.Rngs) -> nnx.Module:
+            return self.model(vocab_size, rngs=rngs)
+
+        return Trainer(build, self.optimizer, accumulation=self.accumulation)
+
+    def eval_batch_size(self) -> int:
+        """Rows per batch of an evaluation: as in training, but with at least ``EVALUATION_TOKENS`` tokens."""
+        rows = max(self.batch_size, -(-EVALUATION_TOKENS // self.task.seq_len))
+        return rows if current() is None else current().round_up(rows)
+
+    def num_steps(self, model: Transformer) -> int:
+        """How many updates the run makes: ``steps``, or what ``training_flops`` pays for.
+
+        Raises:
+            InputError: if neither is given, which is only needed to train; or if the budget is less than a step.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.training_flops is None:
+            raise InputError("steps=None and training_flops=None: give one of them, the length of the run")
+        return steps_for(self.training_flops, model, self.batch_size, self.task.seq_len)
