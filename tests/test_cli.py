@@ -10,7 +10,7 @@ import pytest
 from small_runs import CONFIGS, ROOT, environment, load, stack, train
 
 from peer_jax import cli, config
-from peer_jax.training import workdir
+from peer_jax.run_directory import RunDirectory
 
 COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "plan", "report", "bench", "sentencepiece")
 
@@ -262,15 +262,16 @@ def test_no_such_data_file(finished, run_cli):
 
 
 def test_workdir_of_another_process(tiny, tmp_path, run_cli):
-    with workdir.owned(tmp_path):
-        refused(run_cli("train", *command(tiny, "Run.steps=2"), "--workdir", tmp_path, "--quiet"), "another process")
+    lock = RunDirectory(tmp_path).lock()
+    refused(run_cli("train", *command(tiny, "Run.steps=2"), "--workdir", tmp_path, "--quiet"), "another process")
+    lock.release()
 
 
 def test_another_config_in_a_workdir(tiny, finished, run_cli):
     arguments = command(tiny, "Run.steps=30", "AdamW.eps=0.5")
     refused(run_cli("train", *arguments, "--workdir", finished, "--quiet"), "AdamW.eps = 1e-08", "0.5")
     arguments = command(tiny, "Run.steps=30", "Transformer.d_model=32")
-    refused(run_cli("train", *arguments, "--workdir", finished, "--quiet"), "params/", "16", "32")
+    refused(run_cli("train", *arguments, "--workdir", finished, "--quiet"), "Transformer.d_model = 16", "32")
 
 
 def test_diverging_run_exits_with_1(tiny, tmp_path, run_cli):

@@ -127,7 +127,7 @@ def test_eight_devices_train_as_one(one, eight, two, processes):
 
 
 def test_the_last_batch_of_validation_is_uneven(tiny):
-    """Otherwise the test above would see no padding: both processes have rows of the last batch, one has padding too."""
+    """Otherwise the test above would see no padding: both processes have rows of the last batch, one has padding."""
     run = load(tiny, *BINDINGS)
     rows = open_cache(ensure_prepared(run.task, progress=False), "validation").rows
     batch = run.eval_batch_size()

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,12 @@ def read(directories: Sequence[Path]) -> list[Row]:
             kept = sweeps.setdefault(str(sweep_directory), sweep_directory.sweeps())
             sweep = next((own["sweep"] for own in kept if own["runs"] is None or run.name in own["runs"]), None)
             rows[Path(run).resolve()] = row(run, directory, sweep)
-    return sorted(rows.values(), key=lambda r: (r.budget, r.method, r.params_active, str(r.settings), r.seed, r.run))
+    return in_order(rows.values())
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Sorts rows by budget, method, size, settings and seed."""
+    return sorted(rows, key=lambda r: (r.budget, r.method, r.params_active, str(r.settings), r.seed, r.run))
 
 
 def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | None = None) -> Row:
