@@ -104,7 +104,7 @@ def train(
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
 
-        table(results.read([workdir]))
+        table(results.read([Path(workdir)]))
 
 
 @app.command()
@@ -274,12 +274,15 @@ def report(
     """
     from peer_jax.analysis import isoflop, results
     from peer_jax.analysis.report import minima_table, table, write_report
+    from peer_jax.run_directory import local
 
-    rows = results.read(directories)
+    paths = [Path(local(directory)) for directory in directories]
+    target = Path(local(out)) if out is not None else paths[0]
+    rows = results.read(paths)
     table(rows)
     analysis = isoflop.analyse(rows)
     minima_table(analysis)
-    typer.echo(f"The report is {write_report(analysis, directories, out or directories[0])}")
+    typer.echo(f"The report is {write_report(analysis, paths, target)}")
 
 
 @app.command()
@@ -302,6 +305,7 @@ def bench(
         list[str],
         typer.Option(metavar="NAME", help="An implementation of the ops, such as 'reference' or 'xla'; repeatable."),
     ] = [],  # noqa: B006
+    import_: Imports = [],  # noqa: B006
     dtype: Annotated[
         str, typer.Option(help="Type of tokens and computation: float32, bfloat16 or float16.")
     ] = "float32",
@@ -327,6 +331,7 @@ def bench(
     Example: peer-jax bench op --only expert_mix --tokens 2048 --d-model 256 --num-experts 262144 --heads 8
     """
     startup.prepare(keep_programs=False)  # a program that is read back doesn't tell its memory
+    from peer_jax import config as configs
     from peer_jax.bench import Options, report, run
 
     options = Options(
@@ -343,6 +348,7 @@ def bench(
         against=against,
         repeats=repeats,
         quick=quick,
+        layers=configs.layers_of(import_),
     )
     report.make_folder(out)
     result = run(options, on_row=lambda row: typer.echo(report.line(row), err=True))

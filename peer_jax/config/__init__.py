@@ -13,14 +13,24 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from peer_jax.config.resolve import Resolver, Source, configurables_of, import_module
+from peer_jax.config.resolve import Resolver, Source, layers_of
 from peer_jax.config.tree import Node, call, flat, symbolic, text_of
 from peer_jax.fields import Difference
 from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
 
-__all__ = ["Binding", "Config", "configurables_of", "differences", "import_module", "load", "load_kept", "load_sweep"]
+__all__ = [
+    "Binding",
+    "Config",
+    "configurables_of",
+    "differences",
+    "import_module",
+    "layers_of",
+    "load",
+    "load_kept",
+    "load_sweep",
+]
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.

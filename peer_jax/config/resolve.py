@@ -138,6 +138,20 @@ def configurables_of(module: ModuleType) -> dict[str, Configurable]:
     }
 
 
+def layers_of(imports: Sequence[str]) -> dict[str, type[layers.FeedForward]]:
+    """The layer classes of imported modules, by name.
+
+    Raises:
+        InputError: if a module can't be imported.
+    """
+    found = {name: value for module in imports for name, value in configurables_of(import_module(module)).items()}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, layers.FeedForward)
+    }
+
+
 class Names:
     """The classes and functions that a config can name: this package's, and those of imported modules."""
 
