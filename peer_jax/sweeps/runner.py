@@ -165,7 +165,7 @@ class _Runner:
 def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
     """The finished runs that are in a directory, by their folders' names."""
     try:
-        return {row.run: row for row in results.read([directory.path])}
+        return {row.run: row for row in results.read([Path(directory)])}
     except InputError:  # there is none yet
         return {}
 
