@@ -1,4 +1,4 @@
-"""Fits against the coefficients that made their rows, intervals against how often they hold the truth."""
+"""Fits are tested against the coefficients that made their rows, intervals against how often they contain the truth."""
 
 import math
 
@@ -29,7 +29,7 @@ def curve(sizes=SIZES):
 
 
 def test_parabola_is_recovered():
-    # Not at even distances, not sorted.
+    # The sizes are neither evenly spaced nor sorted.
     sizes = [3e6, 1e6, 1.7e7, 4e6, 9e6]
     fit = fit_parabola(sizes, curve(np.array(sizes)))
     assert fit.size == pytest.approx(OPTIMUM, rel=1e-9)
@@ -49,11 +49,12 @@ def test_parabola_is_recovered():
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 @pytest.mark.parametrize(("seeds", "noise"), [(1, 0.005), (3, 0.015)])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds, noise, confidence):
-    """400 noisy curves, one seed a size and three.
+    """400 noisy curves, with one seed per size and with three.
 
-    In 2,000 others, "95 per cent" was true to 1.5 per cent and "80 per cent" to 2. The standard deviation of 400
-    trials is 1.1 and 2 per cent, of which we allow three and a half: 6 and 9 per cent off in all. With 5 points,
-    residuals at their plain size or normal quantiles in place of Student's fall outside, and intervals twice as wide.
+    In 2,000 other curves, intervals of 95 per cent were right to within 1.5 per cent and those of 80 per cent to within
+    2. The standard deviation of 400 trials is 1.1 and 2 per cent. The test allows three and a half of it: 6 and 9 per
+    cent off in all. With 5 points, residuals that are not scaled, normal quantiles in place of Student's, and intervals
+    that are twice as wide all fail the test.
     """
     rng = np.random.default_rng(0)
     sizes = np.tile(SIZES, seeds)
@@ -97,7 +98,7 @@ def test_three_points_leave_no_interval():
     assert fit.size == pytest.approx(OPTIMUM, rel=1e-9)
     assert fit.size_interval is fit.loss_interval is None
     assert fit.note == "3 points fit exactly, so there is no interval"
-    # A second seed at one of the sizes tells of noise.
+    # A second seed at one of the sizes shows how large the noise is.
     sizes, losses = np.append(SIZES[:3], SIZES[0]), np.append(curve()[:3], curve()[0] + 1e-3)
     more = fit_parabola(sizes, losses)
     assert (more.sizes, more.points, more.note) == (3, 4, "")
@@ -110,7 +111,7 @@ def test_diverged_runs_are_left_out(lost):
     fit, without = fit_parabola(sizes, losses), fit_parabola(SIZES, curve())
     assert fit.note == "2 rows without a finite loss left out"
     assert (fit.size, fit.points, fit.size_interval) == (without.size, 5, without.size_interval)
-    # The optimum between a size that diverged and the others is not within what was seen.
+    # An optimum between the other sizes and a size that diverged lies outside the sizes with a loss.
     assert fit_parabola([1e6, 1.5e6, 2e6, 1e7], [*curve(np.array([1e6, 1.5e6, 2e6])), lost]).is_extrapolation
     with pytest.raises(NoFit, match=r"^2 sizes, and a parabola needs 3; 1 row without a finite loss left out$"):
         fit_parabola(SIZES[:3], [2.0, 1.9, lost])
@@ -161,7 +162,7 @@ def test_lengths_must_agree(fit):
 def test_units_of_size_and_offsets_of_loss_carry_over(factor, shift, noise):
     losses = curve() + np.array(noise)
     plain, changed = fit_parabola(SIZES, losses), fit_parabola(factor * SIZES, losses + shift)
-    # Rounding of the shifted losses is 1e-14, of which the optimum sees some 1 / CURVATURE, twice.
+    # Rounding of the shifted losses is 1e-14. The optimum amplifies it by about 1 / CURVATURE, twice.
     assert changed.size == pytest.approx(factor * plain.size, rel=1e-9)
     assert changed.loss == pytest.approx(plain.loss + shift, abs=1e-10)
     assert (changed.size_interval is None) == (plain.size_interval is None)
@@ -187,8 +188,9 @@ def test_power_law_is_recovered():
 def test_exponent_s_interval_by_hand():
     """x = e^0, e^1, e^2 and ln y = 1, 1.6, 1.9, so the slope is .45 and the residuals .05 * (-1, 2, -1).
 
-    Their squares add up to .015, over n - 2 = 1 degree of freedom and sum (ln x - 1)^2 = 2: a standard error of
-    sqrt(.0075). Student's 97.5 per cent for one degree is tan(.475 pi) = 12.706, as that is Cauchy's distribution.
+    The squares of the residuals add up to .015. With n - 2 = 1 degree of freedom and sum (ln x - 1)^2 = 2, the standard
+    error is sqrt(.0075). Student's distribution with one degree of freedom is Cauchy's, whose quantile of 97.5 per cent
+    is tan(.475 pi) = 12.706.
     """
     fit = fit_power_law(np.exp([0.0, 1.0, 2.0]), np.exp([1.0, 1.6, 1.9]))
     reach = math.tan(0.475 * math.pi) * math.sqrt(0.0075)
@@ -232,7 +234,7 @@ def chinchilla():
 
 
 def iso_flop_rows(budgets=(6e18, 3e19, 1e20, 6e20), sizes=6):
-    """N, D: a factor of 5 either side of 20 tokens a parameter."""
+    """N and D, from a fifth of 20 tokens per parameter to five times as many."""
     compute = np.repeat(budgets, sizes)
     params = np.sqrt(compute / 6 / 20) * np.tile(np.geomspace(0.2, 5, sizes), len(budgets))
     return params, compute / 6 / params
@@ -242,7 +244,7 @@ def iso_flop_rows(budgets=(6e18, 3e19, 1e20, 6e20), sizes=6):
     ("params", "tokens"),
     [
         iso_flop_rows(),
-        iso_flop_rows(budgets=(3e11, 1e12, 3e12), sizes=5),  # of the size of our own; E is a fifth of the loss
+        iso_flop_rows(budgets=(3e11, 1e12, 3e12), sizes=5),  # small runs; E is a fifth of the loss
         tuple(map(np.ravel, np.meshgrid(np.geomspace(4e7, 1e10, 4), np.geomspace(1e9, 1e12, 4)))),
     ],
     ids=["isoFLOP", "small isoFLOP", "grid"],
@@ -253,13 +255,13 @@ def test_surface_is_recovered(params, tokens):
         assert getattr(fit, name) == pytest.approx(value, rel=1e-5), name
     assert fit.points == len(params)
     assert fit.intervals is None
-    # All that is left are residuals of rounding.
+    # The residuals that are left come from rounding.
     assert 0 <= fit.objective < 1e-15
     np.testing.assert_allclose(fit(params, tokens), chinchilla()(params, tokens), rtol=1e-8)
 
 
 def test_an_outlier_pulls_no_harder_than_delta():
-    """One run that ends 30 per cent too high: E moves by .1 per cent, and by half under least squares."""
+    """One run ends 30 per cent too high. E moves by .1 per cent, and under least squares by half."""
     params, tokens = iso_flop_rows()
     losses = chinchilla()(params, tokens)
     losses[7] *= 1.3
@@ -270,9 +272,9 @@ def test_an_outlier_pulls_no_harder_than_delta():
 
 
 def test_surface_does_not_stop_early():
-    """The fault of the original fit. Noise of .3 per cent, so that neither part of Huber's loss is idle.
+    """The original fit had this fault. With noise of .3 per cent, both parts of Huber's loss matter.
 
-    The tolerance: at the optimum gradients of 24 rows of up to delta each cancel, to 1 in 1e4.
+    At the optimum the gradients of 24 rows, of up to delta each, cancel; the tolerance is 1 in 1e4 of them.
     """
     params, tokens = iso_flop_rows()
     noise = np.random.default_rng(0).standard_normal(len(params))
@@ -295,7 +297,7 @@ def test_surface_does_not_stop_early():
 
 @pytest.mark.parametrize("delta", [1e-3, 0.5, 10.0], ids=["linear", "both", "quadratic"])
 def test_objective_and_gradient(delta):
-    """Against loops, and central differences: steps of 1e-6 err by 1e-10 or so, of gradients of about delta or 1."""
+    """Against loops and central differences. Steps of 1e-6 err by about 1e-10; the gradients are about delta or 1."""
     rng = np.random.default_rng(0)
     log_n, log_d, weights = rng.normal(size=7), rng.normal(size=7), rng.uniform(0.5, 2, size=7)
     log_loss = rng.normal(1, 0.3, size=7)
@@ -318,11 +320,11 @@ def test_objective_and_gradient(delta):
 
 
 def test_surface_s_intervals_are_as_wide_as_fits_to_new_rows_scatter():
-    """Bootstrap against the truth: 40 sets of rows with .3 per cent of noise.
+    """The bootstrap is compared with the scatter over 40 sets of rows with .3 per cent of noise.
 
-    A standard deviation of 40 is good to 11 per cent, of 40 resamples' 5th to 95th percentile to 20, and a bootstrap
-    of 24 rows is itself too wide by some 50 per cent here (60 other sets) and differs from set to set by 30. So
-    the means of three agree to a factor of 2.5.
+    A standard deviation of 40 fits is good to 11 per cent, the distance from the 5th to the 95th percentile of 40
+    resamples to 20 per cent. A bootstrap of 24 rows is itself too wide by about 50 per cent here (over 60 other sets),
+    and it differs between sets by 30 per cent. The means of three therefore agree to a factor of 2.5.
     """
     params, tokens = iso_flop_rows()
     rng = np.random.default_rng(0)
@@ -353,7 +355,7 @@ def test_optimum_is_the_least_loss_of_its_compute(flops_per_param_token):
             return surface(math.exp(log_n), compute / (flops_per_param_token * math.exp(log_n)))
 
         least = optimize.minimize_scalar(loss, bounds=(math.log(n) - 5, math.log(n) + 5), method="bounded")
-        # A minimum found by values is good to the root of their rounding.
+        # A minimum that is found by comparing values is good to the square root of their rounding.
         assert math.log(n) == pytest.approx(least.x, abs=1e-4)
         sizes[compute] = n, d
     growth = [math.log(large / small) / math.log(1e4) for small, large in zip(*sizes.values(), strict=True)]
@@ -384,7 +386,7 @@ def test_diverged_rows_are_no_part_of_a_surface():
         (lambda n, d, loss: (n, d, loss - 5), "losses must be positive"),
         (lambda n, d, loss: (n, d, 2 + 410.7 / d**0.28 + n / 1e9), "don't fall with params"),
         (lambda n, d, loss: (n, d, 2 + 406.4 / n**0.34 + d / 1e11), "don't fall with tokens"),
-        # A step from the smallest size to the others, which are near: alpha grows until A is beyond floating point.
+        # The loss steps down from the smallest size to the others, so alpha grows until A is beyond floating point.
         (
             lambda n, d, loss: (1e9 * n**0.05, d, 2 + 410.7 / d**0.28 + (n == n.min())),
             "don't fall with params as a power law does",
@@ -414,7 +416,7 @@ BUDGETS = np.array([1e12, 3e11, 1e13, 3e12])
     ],
 )
 def test_compute_saved_of_a_power_law(factor, compute, is_extrapolation):
-    """The method's loss is the baseline's 20 C^-0.08 at ``factor`` times the compute; budgets in no order."""
+    """The method's loss is the baseline's 20 C^-0.08 at ``factor`` times the compute. The budgets are not sorted."""
     saving = compute_saved(compute, 20 * (factor * compute) ** -0.08, BUDGETS, 20 * BUDGETS**-0.08)
     # At the ends, rounding decides on which side the loss lies.
     assert saving.factor == pytest.approx(factor, rel=1e-9)
@@ -430,12 +432,12 @@ def test_compute_saved_of_a_power_law(factor, compute, is_extrapolation):
         (2.0, 1e4, False),
         (2**0.625, 10**5.5, False),  # three quarters of the way from 2 to the root of 2
         (math.sqrt(2), 1e6, False),
-        (8.0, 1e0, True),  # on from the first pair
-        (1.0, 1e8, True),  # on from the last
+        (8.0, 1e0, True),  # beyond the first pair
+        (1.0, 1e8, True),  # beyond the last pair
     ],
 )
 def test_compute_saved_between_and_beyond_budgets(loss, needed, is_extrapolation):
-    """Over two decades of compute ln L falls by ln 2, over the next two by half of that."""
+    """Over two decades of compute ln L falls by ln 2, over the next two decades by half as much."""
     saving = compute_saved(1e3, loss, [1e2, 1e4, 1e6], [4.0, 2.0, math.sqrt(2)])
     assert saving.factor == pytest.approx(needed / 1e3, rel=1e-9)
     assert saving.is_extrapolation is is_extrapolation

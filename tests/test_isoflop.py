@@ -1,4 +1,4 @@
-"""IsoFLOP analysis and its reading, on rows whose minima, laws and noise are known."""
+"""IsoFLOP analysis and what the report reads in it, on rows whose minima, laws and noise are known."""
 
 import dataclasses
 import math
@@ -103,7 +103,7 @@ def test_diverged_runs_are_counted_and_left_out():
 
 
 def test_power_laws_of_size_and_tokens():
-    """N_opt ~ C^0.3; tokens follow from C = 6 N D."""
+    """N_opt grows as C^0.3, and the tokens follow from C = 6 N D."""
     rows = []
     for budget in (1e11, 1e12, 1e13):
         rows += parabola(minimum=3 - 0.1 * math.log10(budget), at=1e5 * (budget / 1e12) ** 0.3, budget=budget)
@@ -128,7 +128,7 @@ def test_loss_surface_of_all_budgets():
 
 
 def test_compute_saved_against_dense():
-    """Dense falls by 0.3 a decade of compute, as a power law near enough; PEER is half of that below it."""
+    """Dense falls by 0.3 per decade of compute, nearly as a power law. PEER lies below it by half as much."""
     rows = [
         *parabola(minimum=2.3, at=1e5, budget=1e11),
         *parabola(minimum=2.0, at=1e5, budget=1e12),
@@ -194,7 +194,7 @@ def test_a_method_that_is_not_causal_is_not_ranked():
 def test_seed_noise_is_pooled_within_groups():
     losses = {1e4: (2.0, 2.2), 1e5: (1.0, 1.1, 1.2), 1e6: (3.0,)}
     rows = [row(loss=v, active=size, seed=s) for size, own in losses.items() for s, v in enumerate(own)]
-    (noise,) = analyse([*rows, rows[0]], resamples=0).noise  # a copy of a run is no seed
+    (noise,) = analyse([*rows, rows[0]], resamples=0).noise  # a copy of a run is no further seed
     assert (noise.groups, noise.runs) == (2, 5)
     assert noise.deviation == pytest.approx(math.sqrt((2 * 0.1**2 + 2 * 0.1**2) / 3))
 
@@ -218,7 +218,7 @@ def test_dense_with_the_same_settings_is_the_baseline():
 
 
 def two_dense(**fields):
-    """Two methods of one class, neither of them called by its name."""
+    """Runs of two methods of one class, neither of which has the name of the class."""
     return [
         *parabola("gelu", minimum=2.0, at=1e5, layer="Dense", is_baseline=True, **fields),
         *parabola("swiglu", minimum=1.9, at=1e5, layer="Dense", options={"activation": "swiglu"}, **fields),
@@ -293,12 +293,12 @@ def test_lone_runs_that_differ_in_more_than_their_seed_are_no_point(name, values
     assert all(len(curve.rows) == 2 for curve in analysis.curves)
     assert len(analysis.shown()) == 2  # no sweep varied it, so nothing else stands for the method
     said = " ".join(sentences(analysis))
-    assert f"differ in {name}, which no sweep varied: they are series of their own" in said
+    assert f"differ in {name}, not only in their seed. They are series of their own" in said
     assert "have the method, size, budget, settings and seed" not in said
 
 
 def sweep_of_rates(directory, rate, *, minimum, seeds=(0, 1), **fields):
-    """Rates fall with the width, as those of a sweep do."""
+    """Runs of a sweep whose rates fall with the width."""
     rows = parabola("peer", minimum=minimum, at=1e5, seeds=seeds, directory=Path(directory) / "run", **fields)
     return [
         dataclasses.replace(
@@ -358,7 +358,7 @@ def test_settings_of_one_last_name_are_told_by_their_whole_names():
 
 
 def test_sizes_of_equal_parameters_are_points_of_their_own():
-    """Such as two numbers of experts, of which a token uses as many."""
+    """Two sizes can differ in the number of experts while a token uses equally many."""
     rows = [row("peer", loss=loss, size=size) for size, loss in (("n64", 1.0), ("n128", 2.0))]
     (curve,) = analyse(rows, resamples=0).curves
     assert [(x, [r.loss for r in own]) for x, own in curve.points("params_active")] == [(1e5, [2.0]), (1e5, [1.0])]

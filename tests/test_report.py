@@ -1,4 +1,4 @@
-"""The report of synthetic sweeps, written here as a sweep leaves them: files, page, figures, words."""
+"""The files, page, figures and words of a report on synthetic sweeps, whose files are written here."""
 
 import base64
 import csv
@@ -28,7 +28,7 @@ HEADLINE = {"budgets": (3e11, 3e12), "widths": (16, 24, 32, 48, 64), "seeds": (0
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a model of a method and width counts."""
+    """The parameters and FLOPs of a model with a method and a width."""
 
     total: int
     active: int
@@ -73,9 +73,9 @@ def write_run(
     label=None,
     **said,
 ):
-    """A finished run: result.json and metrics.jsonl, with point.json where it has settings (None: no sweep).
+    """Writes a finished run, which belongs to a sweep if ``settings`` is not None.
 
-    ``label`` is what the sweep calls the method, ``said`` what only results of this version say.
+    ``label`` is what the sweep calls the method. ``said`` is what only results of this version say.
     """
     shape = Shape.of(method, d, experts)
     flops = sum(shape.parts.values())
@@ -121,7 +121,7 @@ def write_run(
 
 
 def write_headline(root, *, budgets, widths, seeds, methods=tuple(GAINS), lines=True):
-    """Methods at equal FLOPs."""
+    """Writes runs of methods at equal FLOPs."""
     for budget in budgets:
         for method in methods:
             for d in widths:
@@ -132,14 +132,14 @@ def write_headline(root, *, budgets, widths, seeds, methods=tuple(GAINS), lines=
 
 
 def describe(root, **fields):
-    """The sweep.json beside the runs."""
+    """Writes what a sweep of an earlier version says of itself."""
     sweep = {"tuning": "Rates were tried at d32, 3e11 FLOPs, one seed.", "methods": ["dense", "peer"], "seeds": [0]}
     sweep |= {"rate_exponents": {"AdamW.learning_rate": -0.5}, "rates_at": 64}
     (root / "sweep.json").write_text(json.dumps(sweep | fields))
 
 
 def write_ablation(root, axes, *, methods=("PEER",), seeds=(0, 1), zipped=False, widths=(32,), budgets=(3e11,)):
-    """Runs over the combinations of the axes' values, or over the first of each, the second of each ..."""
+    """Writes runs with all combinations of the values of the axes, or with the first of each, the second of each ..."""
     grid = zip(*axes.values(), strict=True) if zipped else _product(*axes.values())
     for number, values in enumerate(grid):
         for method in methods:
@@ -164,7 +164,7 @@ def write_report(directories, out, resamples=1000):
 
 
 def write_everything(root):
-    """Sweeps of all kinds, a failed and a diverged run among them."""
+    """Writes sweeps of all kinds, with a failed and a diverged run among them."""
     write_headline(root / "headline", **HEADLINE)
     failed = root / "headline" / "peer-d128-3e12-seed0"
     failed.mkdir()
@@ -182,7 +182,7 @@ def write_everything(root):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """The directory of the runs, and of the report on them."""
+    """The directory that holds the runs and the report on them."""
     root = tmp_path_factory.mktemp("report")
     write_everything(root / "runs")
     write_report([root / "runs"], root / "out", resamples=200)
@@ -190,7 +190,7 @@ def everything(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds; complains of tags that don't match."""
+    """The content of a page. Tags that don't match are an error."""
 
     VOID = frozenset({"meta", "link", "img", "br", "hr"})
 
@@ -301,11 +301,11 @@ def test_a_browser_shows_the_page(everything, tmp_path, width):
     widths = re.search(r'data-widths="([\d ]*)"', done.stdout)[1].split()
     assert len(widths) == 12
     assert all(int(image) > 100 for image in widths)
-    # Wide tables and figures scroll within the page, the page itself doesn't.
+    # Wide tables and figures scroll within the page; the page itself does not.
     assert int(re.search(r'data-overflow="(-?\d+)"', done.stdout)[1]) <= 0
 
 
-def test_of_one_run(tmp_path):
+def test_a_report_on_one_run(tmp_path):
     write_run(tmp_path / "run", "PEER", 32, 3e11)
     text = Page(write_report([tmp_path / "run"], tmp_path / "out", resamples=0)).text
     assert "1 finished run from" in text
@@ -315,8 +315,8 @@ def test_of_one_run(tmp_path):
     assert "No run has failed" in text
 
 
-def test_of_one_size_and_seed_no_order_is_claimed(tmp_path):
-    """What the quickstart leaves: no sweep, so each run has the budget that it spent."""
+def test_one_size_and_seed_show_no_order(tmp_path):
+    """The runs belong to no sweep, so the budget of each run is what it spent."""
     for method in GAINS:
         write_run(tmp_path / method, method, 32, 3e11, lines=False)
     text = Page(write_report([tmp_path], tmp_path / "out", resamples=0)).text
@@ -327,7 +327,7 @@ def test_of_one_size_and_seed_no_order_is_claimed(tmp_path):
     assert "the run directories hold no metrics" in text
 
 
-def test_of_merged_directories(tmp_path):
+def test_a_report_on_several_directories(tmp_path):
     write_headline(tmp_path / "a", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("Dense",), lines=False)
     write_headline(tmp_path / "b", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PKM",), lines=False)
     shutil.copytree(tmp_path / "a", tmp_path / "copies")
@@ -449,7 +449,7 @@ def looks_of(root):
 
 
 def test_a_method_without_the_varied_option_is_a_level(tmp_path):
-    """A dense model has no number of experts: it is drawn beside those that have, at its own loss."""
+    """A dense model has no number of experts. It is drawn as a line at its own loss."""
     write_ablation(tmp_path, {"NUM_EXPERTS": (1024, 4096, 16384)}, seeds=(0,))
     write_run(tmp_path / "dense", "Dense", 32, 3e11, settings={}, loss=2.125)
     (found,) = ablations.find(results.read([tmp_path]))
@@ -483,7 +483,7 @@ def test_names_too_long_for_a_legend_stay_apart():
 
 
 def test_all_figures_of_a_report_draw_a_method_alike(everything):
-    """Also methods that only some of them show."""
+    """This includes methods that only some of the figures show."""
     analysis = analyse(results.read([everything / "runs"]), resamples=0)
     looks = style.looks(analysis)
     assert looks["Dense"].colour == "#000000"
@@ -529,7 +529,7 @@ def test_numbers_are_short(number, text):
 
 
 def of_class(root, name, label, loss, *, seed=0, d=32, **said):
-    """A run of a sweep that calls its methods as it likes."""
+    """Writes a run of a sweep that calls its method by a label of its own."""
     said = {"layer": name, "options": {}, "is_baseline": False} | said
     write_run(root / f"{label}-d{d}-seed{seed}", name, d, 3e11, settings={}, label=label, loss=loss, seed=seed, **said)
 
@@ -556,7 +556,7 @@ def test_the_label_of_the_sweep_is_the_method_and_the_class_a_column(tmp_path):
 
 @pytest.mark.parametrize("baseline", [None, "swiglu"])
 def test_the_page_names_the_baseline(tmp_path, baseline):
-    """Which is the one that the sweep names, else the layer that calls itself one, whatever their names."""
+    """The baseline is the method that the sweep names, else the layer that says so, whatever they are called."""
     for d, loss in ((16, 2.2), (32, 2.0), (64, 2.1)):
         for label, better, is_baseline in (("gelu", 0.0, True), ("swiglu", 0.1, False), ("peer", 0.2, False)):
             of_class(tmp_path / "runs", "Any", label, loss - better, d=d, is_baseline=is_baseline)
@@ -574,7 +574,7 @@ def test_the_page_names_the_baseline(tmp_path, baseline):
 
 
 def test_runs_of_other_rates_are_not_one_point(tmp_path):
-    """Two runs given by hand, in a directory and in two, and two sweeps that are reported together."""
+    """Neither two lone runs, in one directory or in two, nor the runs of two sweeps that are reported together."""
     for name, loss in (("0.012", 1.5), ("0.0001", 2.5)):
         config = {"AdamW.learning_rate": name, "Run.seed": "0"}
         write_run(tmp_path / "lone" / name, "PEER", 32, 3e11, loss=loss, config=config)

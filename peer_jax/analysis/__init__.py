@@ -1,1 +1,1 @@
-"""From finished runs to rows, fits, figures and a report."""
+"""Reads finished runs into rows, fits them, and makes figures and a report."""

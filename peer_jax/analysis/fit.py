@@ -1,6 +1,6 @@
 """Fits of scaling results: parabolas in ln size, power laws, loss surfaces, and the compute that a method saves.
 
-Letters: N parameters, D tokens, C training FLOPs, L loss; n rows. Logarithms are natural.
+Letters: N parameters, D tokens, C training FLOPs, L loss, n the number of rows. Logarithms are natural.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ Column = Sequence[float] | Real[np.ndarray, " n"]
 Values = float | Sequence[float] | Real[np.ndarray, "..."]
 Interval = tuple[float, float]
 
-# exp leaves float64 at 709. A fit with an optimum out there has none, and must not overflow on the way.
+# exp overflows float64 at 709. A fit whose optimum is beyond this limit has none, and must not overflow on the way.
 LARGEST_LOG = 600.0
 
 
-class NoFit(ValueError):  # noqa: N818, it says what there is not
-    """There is no such fit; the message is one short sentence with the reason."""
+class NoFit(ValueError):  # noqa: N818, it is no error but says that a fit is missing
+    """There is no such fit. The message is one short sentence with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parabola:
-    """loss = curvature * (ln size - ln optimum)^2 + minimum; isoFLOP curves (Hoffmann et al. 2022, approach 2).
+    """loss = curvature * (ln size - ln optimum)^2 + minimum, an isoFLOP curve (Hoffmann et al. 2022, approach 2).
 
     Attributes:
-        coefficients: of (ln size)^2, ln size and 1.
+        coefficients: the factors of (ln size)^2, ln size and 1.
         size: the optimum.
         loss: the minimum.
-        size_interval, loss_interval: by bootstrap; None where there is none or it has no bound (``note`` says which).
+        size_interval, loss_interval: bootstrap intervals; None if there is none or it has no bound, as ``note`` says.
         is_extrapolation: whether the optimum lies outside the sizes that the fit has seen.
-        sizes: distinct ones.
-        points: rows that entered.
-        note: what to know about the fit, in words; mostly empty.
+        sizes: the number of distinct sizes.
+        points: the number of rows that were fitted.
+        note: what a reader should know about the fit; mostly empty.
     """
 
     coefficients: tuple[float, float, float]
@@ -50,26 +50,29 @@ class Parabola:
     note: str
 
     def __call__(self, size: Values) -> float | Float[np.ndarray, "..."]:
-        """The loss at a size, or at many."""
-        # Not by the coefficients: for ln size = 20 their terms are hundreds of times what they add up to.
+        """The loss at one size or at many."""
+        # The coefficients are not used: for ln size = 20 their terms are hundreds of times as large as their sum.
         return self.coefficients[0] * (np.log(np.asarray(size, np.float64)) - math.log(self.size)) ** 2 + self.loss
 
 
 def fit_parabola(
     sizes: Column, losses: Column, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Parabola:
-    """Least squares of loss in ln size. Rows without a finite loss are left out: divergence bends no parabola.
+    """Fits loss in ln size by least squares. Rows without a finite loss are left out: diverged runs bend no parabola.
 
-    The intervals are percentiles over fits to resampled residuals, for resampled rows would often leave fewer than 3
-    sizes. The fit has made residuals too small by sqrt((n - 3) / n), which is undone, and percentiles know nothing of
-    how uncertain that is, so residuals also grow by Student's quantile over the normal one (compare Hesterberg
-    2015, The American Statistician 69:4). Of 2,000 synthetic curves with 5 points, the interval held the optimum in
-    95 per cent, without Student in 80. Residuals hold the noise of seeds at one size and whatever is not parabolic.
+    The intervals are percentiles over fits to resampled residuals, because resampled rows would often leave fewer than
+    3 sizes. The fit makes residuals too small by sqrt((n - 3) / n), which is undone. Percentiles do not include how
+    uncertain this correction is, so residuals are also multiplied by Student's quantile over the normal quantile
+    (compare Hesterberg 2015, The American Statistician 69:4). In 2,000 synthetic curves with 5 points, the interval
+    contained the optimum in 95 per cent, and without Student's quantile in 80. Residuals contain the noise of seeds at
+    one size and every deviation from a parabola.
 
     Args:
-        sizes: [n] parameters, say.
-        losses: [n], of any sign and unit.
-        resamples: 0: no intervals.
+        sizes: [n] numbers of parameters, or another measure of size.
+        losses: [n] losses of any sign and unit.
+        confidence: the probability that an interval contains the truth.
+        resamples: the number of fits to resampled residuals; 0 for no intervals.
+        seed: of the resamples.
 
     Raises:
         NoFit: if there are fewer than 3 distinct sizes with finite losses, a size is not positive, or the curve has no
@@ -89,13 +92,13 @@ def fit_parabola(
     design = np.vander((z - middle) / scale, 3)
     fitted, _, rank, _ = np.linalg.lstsq(design, losses)
     if rank < 3:
-        raise NoFit("two of the sizes are too near to each other for a parabola")
+        raise NoFit("two of the sizes are too near each other for a parabola")
     a, b, c = map(float, fitted)
     # Rounding alone bends a straight line by about 1e-16 of its height.
     flat = 1e-12 * float(np.abs(losses).max())
     if a < -flat:
         raise NoFit("the losses curve downwards, so there is no minimum")
-    # The second: no minimum that a float can hold.
+    # The second limit stands for a minimum that no float can hold.
     if a <= max(flat, scale * abs(b) / (2 * LARGEST_LOG)):
         raise NoFit("the losses have next to no curvature, so there is no minimum")
 
@@ -107,11 +110,11 @@ def fit_parabola(
         student = stats.t.ppf(tail, points - 3) / stats.norm.ppf(tail)
         residuals = (losses - design @ fitted) * math.sqrt(points / (points - 3)) * student
         drawn = np.random.default_rng(seed).integers(points, size=(points, resamples))
-        # All refits at once, for least squares is linear in the losses. einsum as it wakes no BLAS threads.
+        # Least squares is linear in the losses, so all fits are one product. einsum starts no BLAS threads.
         a_s, b_s, c_s = fitted[:, None] + np.einsum("kp,pr->kr", np.linalg.pinv(design), residuals[drawn])
         convex = a_s > np.maximum(flat, scale * np.abs(b_s) / (2 * LARGEST_LOG))
         a_s, b_s, c_s = a_s[convex], b_s[convex], c_s[convex]
-        # Past a curvature of zero the optimum has left for infinity, so more of these than a tail holds means no bound.
+        # At a curvature of zero the optimum is at infinity. If more than a tail of the fits is there, no bound exists.
         if np.mean(~convex) > tail:
             notes.append("the curvature is within its noise, so the intervals have no bounds")
         else:
@@ -135,7 +138,7 @@ def fit_parabola(
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """y = coefficient * x ** exponent, from ``points`` rows; the interval is None where two points fit exactly."""
+    """y = coefficient * x ** exponent, fitted to ``points`` rows. The interval is None where two points fit exactly."""
 
     coefficient: float
     exponent: float
@@ -143,12 +146,12 @@ class PowerLaw:
     points: int
 
     def __call__(self, x: Values) -> float | Float[np.ndarray, "..."]:
-        """y at one x, or at many."""
+        """y at one x or at many."""
         return self.coefficient * np.asarray(x, np.float64) ** self.exponent
 
 
 def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw:
-    """Least squares of ln y in ln x; the exponent's interval is Student's, with n - 2 degrees of freedom.
+    """Fits ln y in ln x by least squares. The interval of the exponent is Student's, with n - 2 degrees of freedom.
 
     Raises:
         NoFit: if there are fewer than 2 distinct x, or any number is not positive and finite.
@@ -156,7 +159,7 @@ def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw
     """
     x, y = _columns(x=x, y=y)
     _check_positive(x=x, y=y)
-    # Distinct logarithms, for neighbouring numbers can share one.
+    # Logarithms are counted, because neighbouring numbers can have the same logarithm.
     log_x = np.log(x)
     if (distinct := len(np.unique(log_x))) < 2:
         raise NoFit(f"{_count(distinct, 'distinct value')} of x, and a power law needs 2")
@@ -175,8 +178,8 @@ class LossSurface:
     """L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv:2203.15556, approach 3).
 
     Attributes:
-        intervals: of "E", "alpha" and "beta", by bootstrap; None if there were no resamples.
-        points: rows that entered.
+        intervals: bootstrap intervals of "E", "alpha" and "beta"; None if there were no resamples.
+        points: the number of rows that were fitted.
         objective: the sum of Huber losses at the optimum.
     """
 
@@ -190,7 +193,7 @@ class LossSurface:
     objective: float
 
     def __call__(self, params: Values, tokens: Values) -> float | Float[np.ndarray, "..."]:
-        """The loss of one model, or of many."""
+        """The loss of one model or of many."""
         params, tokens = np.asarray(params, np.float64), np.asarray(tokens, np.float64)
         return self.E + self.A / params**self.alpha + self.B / tokens**self.beta
 
@@ -217,16 +220,19 @@ def fit_loss_surface(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> LossSurface:
-    """Least sum of Huber losses of the residuals of ln L. Rows without a finite loss are left out.
+    """Minimises the sum of Huber losses of the residuals of ln L. Rows without a finite loss are left out.
 
-    BFGS from the best of a grid of starts. Hoffmann et al. averaged Huber losses, which made them so small that the
-    optimiser took itself to be done (Besiroglu et al. 2024, arXiv:2404.10102): here they are summed, and scaled up.
-    A fit takes some 30 ms, a resample 12 ms. Intervals are percentiles over resampled rows.
+    BFGS starts from the best points of a grid. Hoffmann et al. averaged Huber losses, which made them so small that the
+    optimiser stopped too early (Besiroglu et al. 2024, arXiv:2404.10102). Here they are summed and scaled up. A fit
+    takes about 30 ms, a resample 12 ms. Intervals are percentiles over resampled rows.
 
     Args:
         params, tokens, losses: [n] each.
-        delta: residual of ln L beyond which a row pulls no harder; far above all residuals it is least squares.
-        resamples: 0: no intervals.
+        delta: the residual of ln L beyond which the pull of a row no longer grows. A delta far above all residuals
+            makes this least squares.
+        resamples: the number of fits to resampled rows; 0 for no intervals.
+        confidence: the probability that an interval contains the truth.
+        seed: of the resamples.
 
     Raises:
         NoFit: if there are fewer than 8 rows with finite losses, fewer than 3 distinct N or D, a number is not
@@ -242,10 +248,10 @@ def fit_loss_surface(
         if (distinct := len(np.unique(column))) < 3:
             raise NoFit(f"{_count(distinct, 'distinct value')} of {name}, and a loss surface needs 3")
 
-    # Relative to the geometric means: A and alpha (B and beta) then vary nearly apart.
+    # N and D are relative to their geometric means, which makes A nearly independent of alpha, and B of beta.
     mean_n, mean_d = float(np.log(params).mean()), float(np.log(tokens).mean())
     rows = (np.log(params) - mean_n, np.log(tokens) - mean_d, np.log(losses))
-    # The optimiser takes a small gradient for the end, so residuals of this size must count as 1.
+    # The optimiser stops at a small gradient, so residuals of this size must count as 1.
     unit = np.full(len(losses), 1 / min(delta, 1e-3) ** 2)
     starts = _starts(*rows, unit, delta)
     best = min((_minimise(start, *rows, unit, delta) for start in starts), key=lambda found: found.fun)
@@ -263,7 +269,7 @@ def fit_loss_surface(
     while len(draws) < resamples:
         counts = np.bincount(rng.integers(len(losses), size=len(losses)), minlength=len(losses))
         kept = counts > 0
-        # Draws that could not be fitted say nothing: 5 parameters, 3 of N and of D.
+        # A draw with fewer than 5 rows, or fewer than 3 distinct N or D, can't be fitted and is drawn again.
         if kept.sum() < 5 or len(np.unique(params[kept])) < 3 or len(np.unique(tokens[kept])) < 3:
             continue
         found = (_minimise(start, *rows, counts * unit, delta) for start in (best.x, starts[0]))
@@ -288,8 +294,9 @@ def fit_loss_surface(
 def huber_objective(theta, log_n, log_d, log_loss, weights, delta):
     """Weighted sum of Huber losses of logsumexp(a - alpha ln N, b - beta ln D, e) - ln L, and its gradient, [5].
 
-    ``theta`` is (a, b, e, alpha, beta), with a = ln A, b = ln B, e = ln E (Hoffmann et al. 2022, equation 3), the rows
-    and ``weights`` are [n]. Without annotations, which tests would check at each of thousands of calls.
+    ``theta`` is (a, b, e, alpha, beta), with a = ln A, b = ln B, e = ln E (Hoffmann et al. 2022, equation 3). The rows
+    and ``weights`` are [n]. The arguments have no annotations, because tests would check them at each of thousands of
+    calls.
     """
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
@@ -304,29 +311,30 @@ def huber_objective(theta, log_n, log_d, log_loss, weights, delta):
 
 
 def _starts(log_n, log_d, log_loss, weights, delta) -> list[np.ndarray]:
-    """The best 4 of a grid of exponents. For given exponents L is linear in A, B and E, which are solved for."""
+    """The best 4 of a grid of exponents. For given exponents, L is linear in A, B and E, which are solved for."""
     loss = np.exp(log_loss)
     grid = []
     for alpha, beta in itertools.product(np.geomspace(0.05, 1.6, 6), repeat=2):
         terms = np.stack([np.exp(-alpha * log_n), np.exp(-beta * log_d), np.ones_like(loss)], axis=1)
         linear, _ = optimize.nnls(terms / loss[:, None], np.ones_like(loss))
-        # A term of exactly nought has no logarithm, and a tiny one no gradient to grow by.
+        # A term of exactly zero has no logarithm, and a tiny term has no gradient to grow by.
         grid.append(np.array([*np.log(np.maximum(linear, 0.01 * loss.mean())), alpha, beta]))
     return sorted(grid, key=lambda theta: huber_objective(theta, log_n, log_d, log_loss, weights, delta)[0])[:4]
 
 
 def _minimise(start, log_n, log_d, log_loss, weights, delta) -> optimize.OptimizeResult:
-    # Not L-BFGS-B, whose calls of LAPACK wake BLAS threads for matrices of a few numbers: on a busy machine a fit takes
-    # seconds.
+    # L-BFGS-B would call LAPACK, which starts BLAS threads for matrices of a few numbers: on a busy machine a fit then
+    # takes seconds.
     rows = (log_n, log_d, log_loss, weights, delta)
     return optimize.minimize(huber_objective, start, args=rows, jac=True, method="BFGS", options={"gtol": 1e-5})
 
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Compute that the baseline needs for a method's loss, in units of the method's: above 1 the method saves.
+    """The compute that the baseline needs for a method's loss, in units of the method's compute.
 
-    ``is_extrapolation``: no budget of the baseline did as badly, or none did as well.
+    A ``factor`` above 1 means that the method saves compute. ``is_extrapolation`` is True if the method's loss lies
+    outside the losses of the baseline's budgets.
     """
 
     factor: float
@@ -334,14 +342,14 @@ class Saving:
 
 
 def compute_saved(compute: float, loss: float, baseline_compute: Column, baseline_losses: Column) -> Saving:
-    """The baseline's compute at ``loss`` over ``compute``.
+    """The baseline's compute at ``loss``, divided by ``compute``.
 
-    The baseline follows power laws from budget to budget: ln C is linear in ln L between neighbours, and outside its
-    budgets as between the nearest two.
+    The baseline follows power laws from budget to budget: ln C is linear in ln L between neighbouring budgets. Outside
+    its budgets, the line through the two nearest budgets goes on.
 
     Args:
-        compute, loss: of a method at its compute-optimal size.
-        baseline_compute, baseline_losses: [n] the baseline's at its own, in any order.
+        compute, loss: the compute and loss of a method at its compute-optimal size.
+        baseline_compute, baseline_losses: [n] the same of the baseline at its compute-optimal sizes, in any order.
 
     Raises:
         NoFit: if the baseline has fewer than 2 budgets, its losses don't fall with every step of compute, or a number
@@ -357,7 +365,7 @@ def compute_saved(compute: float, loss: float, baseline_compute: Column, baselin
     )
     if (distinct := len(np.unique(baseline_compute))) < 2:
         raise NoFit(f"{_count(distinct, 'budget')} of the baseline, and a comparison needs 2")
-    # By falling compute, so rising loss.
+    # Compute falls and loss rises along the order.
     order = np.argsort(-baseline_compute)
     log_c, log_l = np.log(baseline_compute[order]), np.log(baseline_losses[order])
     if np.any(np.diff(log_l) <= 0) or np.any(np.diff(log_c) >= 0):
@@ -393,7 +401,7 @@ def _check_positive(**vectors: np.ndarray) -> None:
 
 
 def _finite(losses: np.ndarray, *others: np.ndarray) -> tuple:
-    """The other columns and the losses where these are finite, then notes: a list, empty where all are."""
+    """The rows with a finite loss: the other columns, the losses, and a list of notes on what was left out."""
     finite = np.isfinite(losses)
     left_out = int(np.sum(~finite))
     notes = [f"{_count(left_out, 'row')} without a finite loss left out"] if left_out else []

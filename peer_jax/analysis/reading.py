@@ -232,7 +232,7 @@ def cautions(analysis: Analysis) -> list[str]:
         )
     if told := sorted({_TOLD_BY.get(name, name) for row in analysis.rows for name in row.found}):
         found.append(
-            f"Some runs of one method differ in {joined(told)}, which no sweep varied: they are series of their own, "
+            f"Some runs of one method differ in {joined(told)}, not only in their seed. They are series of their own, "
             "because a point is a mean over seeds alone."
         )
     if analysis.noise:

@@ -129,6 +129,7 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
         against=f"Against {analysis.baselines[0]}" if len(analysis.baselines) == 1 else "Against the baseline",
         tuning=told,
         untold=untold,
+        table_file=SweepDirectory(out).results.name,
         split=_split(rows),
         left_out=sorted({c.series for c in analysis.shown()} - {c.series for c in pictured}),
         most_bars=figures.MOST_BARS,

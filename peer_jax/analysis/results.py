@@ -96,7 +96,7 @@ class Row:
 
     def _named(self, settings: Mapping[str, Any]) -> str:
         short = [name.split(".")[-1] for name in settings]
-        # PEER.dtype and Transformer.dtype are not both called dtype.
+        # Two names with the same last part are written in full.
         names = [last if short.count(last) == 1 else name for name, last in zip(settings, short, strict=True)]
         values = [f"{name}={value}" for name, value in zip(names, settings.values(), strict=True)]
         return ", ".join([self.method, *values, *([f"on {self.text}"] if self.text else [])])
@@ -119,9 +119,11 @@ def read(directories: Sequence[Path]) -> list[Row]:
         if not runs:
             raise InputError(f"{directory} holds no finished run (no {RESULT}): give another directory")
         for run in runs:
-            sweep_directory = SweepDirectory(run.path.parent)
-            kept = sweeps.setdefault(str(sweep_directory), sweep_directory.sweeps())
-            sweep = next((own["sweep"] for own in kept if own["runs"] is None or run.name in own["runs"]), None)
+            above = SweepDirectory(run.path.parent)
+            if str(above) not in sweeps:
+                sweeps[str(above)] = above.sweeps()
+            named = (kept["sweep"] for kept in sweeps[str(above)] if kept["runs"] is None or run.name in kept["runs"])
+            sweep = next(named, None)
             rows[Path(run).resolve()] = row(run, directory, sweep)
     return in_order(rows.values())
 
