@@ -20,17 +20,7 @@ from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
 
-__all__ = [
-    "Binding",
-    "Config",
-    "configurables_of",
-    "differences",
-    "import_module",
-    "layers_of",
-    "load",
-    "load_kept",
-    "load_sweep",
-]
+__all__ = ["BEFORE", "Binding", "Config", "layers_of", "load", "load_kept", "load_sweep"]
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.

@@ -144,12 +144,8 @@ def layers_of(imports: Sequence[str]) -> dict[str, type[layers.FeedForward]]:
     Raises:
         InputError: if a module can't be imported.
     """
-    found = {name: value for module in imports for name, value in configurables_of(import_module(module)).items()}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, type) and issubclass(value, layers.FeedForward)
-    }
+    found = (pair for module in imports for pair in configurables_of(import_module(module)).items())
+    return {name: value for name, value in found if inspect.isclass(value) and issubclass(value, layers.FeedForward)}
 
 
 class Names:
