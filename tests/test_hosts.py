@@ -127,7 +127,7 @@ def test_eight_devices_train_as_one(one, eight, two, processes):
 
 
 def test_the_last_batch_of_validation_is_uneven(tiny):
-    """Otherwise the test above would not see padding: both processes have rows of the last batch, one also has padding."""
+    """Otherwise the test above would not see padding: both processes have rows of the last batch, one has padding."""
     run = load(tiny, *BINDINGS)
     rows = open_cache(ensure_prepared(run.task, progress=False), "validation").rows
     batch = run.eval_batch_size()
@@ -336,7 +336,7 @@ def test_an_unwritable_directory_ends_all_processes_with_one_sentence(hosts, tin
 
 
 def attempts(tiny, folder):
-    """The errors of impossible runs, whose fault one of two processes may know alone; of possible runs, the last loss."""
+    """The errors of impossible runs, whose fault one of two processes may know alone; of others, the last loss."""
     tiny, folder, leads = Path(tiny), Path(folder), processes.leads()
     told = {}
 
