@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Makes the environment if needed, checks lint and format, and runs the tests.
-# Arguments go to pytest, and then pytest alone runs: bash scripts/test.sh -k product_key -x
+# Makes .venv if needed, checks lint and format, and runs the tests.
+#
+# Usage: bash scripts/test.sh [ARGUMENT ...]
+#   ARGUMENT: passed to pytest, which then runs without ruff and in one process, such as -k product_key -x
+# PEER_JAX_NEWEST=1 tests with the newest packages that requirements.txt allows, see environment.sh.
 set -euo pipefail
 start=$SECONDS
 # shellcheck source=scripts/environment.sh
@@ -11,7 +14,7 @@ lint=0
 if [ $# = 0 ]; then
   ruff check . || lint=1
   ruff format --check . || lint=1
-  # Files, not tests: those of a file share what they prepare; in the order of tests/conftest.py.
+  # Processes take whole files, because the tests of a file share what they prepare, in the order of tests/conftest.py.
   set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 status=0

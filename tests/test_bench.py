@@ -228,7 +228,7 @@ def test_layers_are_measured_by_default_or_when_they_are_named():
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 @pytest.mark.parametrize("name", ["PEER", "PKM", "Dense", cases.COMPARED])
 def test_parameters_of_a_layer_have_their_own_type(name, direction):
-    """In the floor: half the bytes of all, where they are half as wide; and in the program."""
+    """Parameters of half the width have half the bytes in the floor; the program has parameters of that type."""
     make = functools.partial(
         cases.Case,
         *("layer", name, direction),
@@ -284,7 +284,7 @@ def test_ops_from_the_command_line(bench, tmp_path):
     assert status == 0, errors
     assert "expert_mix, forward + backward" in printed
     assert "GB/s" in printed
-    assert errors.count("\n") == 12  # a line a row, as it is measured
+    assert errors.count("\n") == 12  # a line per row, printed as it is measured
 
     result = json.loads((tmp_path / "op.json").read_text())
     assert result["schema"] == measure.SCHEMA

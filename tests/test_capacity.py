@@ -32,7 +32,7 @@ LAYERS = {
     "moe": functools.partial(MoE, num_experts=8),
     "dropless": functools.partial(MoE, num_experts=8, routing="token_choice", capacity_factor=None),
 }
-# Layer, devices along data, fsdp and expert, form of the tables, d_model, length of a row, remat.
+# Layer; devices along data, fsdp and expert; how tables are split; d_model; tokens per row; remat.
 CASES = {
     "PEER, rows": ("peer", (2, 1, 4), "rows", 64, 64, False),
     "PEER, columns": ("peer", (1, 2, 4), "columns", 64, 64, False),
@@ -63,7 +63,7 @@ def planned(case):
 
 
 def compiled(case):
-    """Bytes a device that the compiled step holds, and what it sends."""
+    """Bytes per device that the compiled step holds, and the collectives that it sends."""
     run = run_of(*CASES[case])
     with use(run.sharding.place()):
         trainer = run.trainer()
@@ -85,16 +85,16 @@ def steps():
     return measured("test_capacity", "measure")
 
 
-@pytest.mark.skipif(not KEEPS_BARRIERS, reason="of a CPU that updates tables by rows")
+@pytest.mark.skipif(not KEEPS_BARRIERS, reason="needs an XLA with which tables are updated by rows")
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_that_of_the_compiled_step(steps, case):
-    """Within 15%: XLA packs arrays as well as it can, and keeps or computes again what it likes."""
+    """Within 15%, because XLA itself decides how to pack arrays, and what to keep and what to compute again."""
     assert planned(case).memory.total == pytest.approx(steps[case][0], rel=0.15)
 
 
 @pytest.mark.parametrize("case", ["PEER, rows", "PEER, whole", "PKM, rows", "MoE"])
 def test_exchanges_are_those_of_the_compiled_step(steps, case):
-    """Where they can be told apart: all over ``expert`` but all-reduces, which are over D or P devices."""
+    """Collectives tell the causes apart: all-reduces are over D or P devices, all others are over ``expert``."""
     data, fsdp, E = CASES[case][1]
     D, P = data * fsdp, data * fsdp * E
     moved = planned(case).step.interconnect
@@ -103,7 +103,7 @@ def test_exchanges_are_those_of_the_compiled_step(steps, case):
         found[kind] += size * (E if kind == "reduce-scatter" else 1)
     summed = found.pop("all-reduce")
     assert sum(found.values()) * (E - 1) / E == moved[capacity.TOKENS]
-    if case != "MoE":  # whose experts have copies, other kernels more of them
+    if case != "MoE":  # its experts and its other kernels have different numbers of copies
         of_tables = moved[capacity.TABLE_GRADIENTS] * D / (2 * (D - 1)) if D > 1 else 0
         of_others = moved[capacity.GRADIENTS] * P / (2 * (P - 1))
         # On top come batch-norm's statistics, norms and metrics.

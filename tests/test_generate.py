@@ -1,4 +1,4 @@
-"""Generation: the cache's tokens are those of recomputation and of a plain loop; sampling draws what it says."""
+"""Generation: cache, recomputation and a plain loop give the same tokens; sampling follows the probabilities."""
 
 import functools
 

@@ -150,7 +150,7 @@ def draw(rng):
 
 
 def running_of(rest):
-    """(mean, var) of the query batch norm, None where there is none."""
+    """(mean, var) of the query batch norm, None for a layer without one."""
     flat = {path[-1]: np.asarray(variable.get_value(), np.float64) for path, variable in nnx.to_flat_state(rest)}
     return (flat["mean"], flat["var"]) if "mean" in flat else None
 
@@ -305,7 +305,7 @@ def test_parameter_counts(name):
     if kind is Dense:
         active = sum(leaves.values())
     elif kind is MoE:
-        # Experts a token meets: those it chooses, or those that choose it, on average.
+        # The average number of experts that compute a token: its own choices, or the experts that choose it.
         slots = min(options.get("capacity_factor", 1.0), 3) if name in LEAKY else options.get("top_k", 1)
         expert = (3 if options.get("activation", "gelu") != "gelu" else 2) * D * 5
         active = leaves["router.kernel"] + slots * expert

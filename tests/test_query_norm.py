@@ -75,7 +75,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics(rng, params_of, runnin
 
 
 def test_padding_counts_for_nothing(rng, running):
-    """The statistics of a padded batch are those of the batch without its padding."""
+    """A padded batch has the same statistics as the batch without its padding."""
     padded, bare = retriever(), retriever()
     x = jnp.asarray(rng.normal(size=(1, 5, D)), jnp.float32)
     wide = jnp.concatenate([x, jnp.full((1, 4, D), 1e3)], axis=1)

@@ -21,7 +21,7 @@ B, S = 2, 9
 # float32 against float64 through some 15 products, 11 wide at most; partial sums are of the results' size, and RMSNorm
 # brings every block's input back to size 1. About 15 * 11**0.5 roundings of 6e-8, with room for cancellation.
 FP32 = 2e-5
-# A leak moves logits by their own size; another order of the same sums moves them by a few roundings a block.
+# A leak moves logits by their own size; another order of the same sums moves them by a few roundings per block.
 UNCHANGED = 5e-6
 
 LOSSES = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
@@ -91,7 +91,7 @@ def compiled(kind, training=False, **options):
 
 
 def evaluate(kind, tokens, segment_ids):
-    """Logits and loss in evaluation mode, the rows filled up to S with padding tokens: one compilation a kind."""
+    """Logits and loss in evaluation mode. Rows are filled up to S with padding, so that a kind is compiled once."""
     _, params, rest, run = compiled(kind)
     rows, size = tokens.shape
     fill = ((0, 0), (0, S - size))
@@ -223,7 +223,7 @@ def test_training_forward_and_gradient_equal_those_of_the_numpy_decoder(rng, par
 
 
 def test_tied_embeddings(rng, params_of):
-    """The table's gradient is that of lookup and logits together."""
+    """The gradient of the table is the sum of the gradients of lookup and logits."""
     model, params, rest, gradient = compiled("dense", training=True, tie_embeddings=True)
     tokens, segments = packed(rng)
     weights = np.where((segments > 0)[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Seconds of a call, of competitors in turn, and what the machine can do: bandwidth and products."""
+"""Seconds per call, of competitors that take turns; and the bandwidth and the rate of products of the machine."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ SHORTEST_SAMPLE = 0.02  # seconds; a faster call is repeated within a sample
 
 
 class Times(NamedTuple):
-    """Median and quartiles of the samples, in seconds a call."""
+    """Median and quartiles of the samples, in seconds per call."""
 
     median: float
     low: float
@@ -37,9 +37,10 @@ def summarise(samples: Sequence[float]) -> Times:
 
 
 def sampler(call: Callable[[], object]) -> Callable[[], float]:
-    """A function that measures the seconds of a call. It has been called twice then: to warm up, and for its length.
+    """A function that measures the seconds per call; ``call`` is run twice first, to warm up and to see its length.
 
-    On CPU a call waits for the one before: XLA would run both at once, and what uses one core would seem twice as fast.
+    On CPU a call waits for the previous one. XLA would run both at once otherwise, and a program that uses one core
+    would seem twice as fast.
     """
     wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda result: result
     jax.block_until_ready(call())
@@ -58,7 +59,7 @@ def sampler(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def interleaved(samplers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Times]:
-    """Times of each competitor; they take turns, so that what disturbs the machine disturbs all alike."""
+    """Times of each competitor. They take turns, so that a disturbance of the machine meets all of them."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats):
         for name, sample in samplers.items():
@@ -67,10 +68,10 @@ def interleaved(samplers: Mapping[str, Callable[[], float]], repeats: int) -> di
 
 
 def measure_machine(dtype: str = "float32", *, megabytes: int = 256, width: int = 2048, repeats: int = 5) -> Machine:
-    """The best of some repeats, as these are ceilings.
+    """Measures bandwidth and the rate of products; the best of some repeats counts, because both are ceilings.
 
-    Bandwidth is that of ``a += s * b``: two arrays read and one written, each of ``megabytes``, all cores. The rate of
-    products is that of a square matrix product at JAX's default precision.
+    Bandwidth is measured by ``a += s * b`` on all cores, which reads two arrays of ``megabytes`` each and writes one.
+    The rate of products is measured by a square matrix product at JAX's default precision.
     """
     n = megabytes * 2**20 // 4
     add = jax.jit(lambda a, b: a + 0.5 * b, donate_argnums=0)

@@ -75,9 +75,10 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b s S"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "b s d"], KVCache | None]:
-        """Attends where ``mask`` is True; without a cache to the keys of x, S = s.
+        """Attends where ``mask`` is True.
 
-        With a cache x continues it, S is its size, and it is returned with x in it.
+        Without a cache, tokens attend to the keys of x, and S = s. With a cache, x continues the cached tokens, S is
+        the size of the cache, and the cache is returned with x in it.
         """
         b, s, d = x.shape
         qkv = self.query_key_value(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
@@ -93,6 +94,6 @@ class Attention(nnx.Module):
         return self.out(y.reshape(b, s, d)), cache
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Projections, scores and weighted values, all ``seq_len`` keys counted, as they are computed."""
+        """Forward FLOPs per token: projections, and scores and weighted values of all ``seq_len`` keys."""
         d = self.out.in_features
         return 2 * 4 * d * d + 4 * seq_len * d

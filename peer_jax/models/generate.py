@@ -31,19 +31,20 @@ def generate(
 
     Args:
         model: in evaluation mode.
-        prompts: token ids, at least one a prompt (the id that begins a document, if nothing else).
-        max_new_tokens: a continuation ends there, or with ``eos_id``.
-        temperature: 0 is greedy.
+        prompts: token ids, at least one per prompt (the id that begins a document, if nothing else).
+        max_new_tokens: length at which a continuation ends, unless ``eos_id`` ends it earlier.
+        temperature: temperature of the softmax; 0 is greedy.
         top_p: sample among the most probable tokens whose probabilities add up to this (nucleus sampling).
-        eos_id: ends a continuation and is not part of it.
-        key: for sampling; needed if temperature > 0.
-        use_cache: False computes the whole sequence again for every token. Both give the same tokens.
+        eos_id: token that ends a continuation and is not part of it.
+        key: random key for sampling, required if temperature > 0.
+        use_cache: whether to use a key-value cache. Without it the whole sequence is computed again for every token,
+            which gives the same tokens.
 
     Returns:
         The new tokens of each prompt.
 
     Raises:
-        InputError: if a value is out of range, or a cache is asked for with a layer that mixes tokens.
+        InputError: if a value is out of range, or ``use_cache`` is True and a layer mixes tokens.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not min(lengths):
@@ -57,7 +58,7 @@ def generate(
     if temperature > 0 and key is None:
         raise InputError(f"temperature={temperature} samples, which needs a key")
     if use_cache and model.mixes_tokens:
-        raise InputError("a layer of this model mixes tokens, which a cache can't do: pass use_cache=False")
+        raise InputError("a layer of this model mixes tokens, so a cache can't be used: pass use_cache=False")
 
     size = max(lengths) + max_new_tokens
     tokens = np.zeros((len(prompts), size), np.int32)
@@ -77,7 +78,7 @@ def generate(
 def sample(
     logits: Float[Array, "b V"], key: Array, temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float
 ) -> Int[Array, " b"]:
-    """A token a row: the most probable for temperature 0, else drawn from the smallest set that holds ``top_p``."""
+    """A token per row: the most probable one if temperature is 0, else one of the smallest set that holds ``top_p``."""
     order = jnp.argsort(-logits, axis=-1, stable=True)
     scaled = jnp.take_along_axis(logits, order, axis=-1) / jnp.maximum(temperature, 1e-6)
     probability = jax.nn.softmax(scaled)
@@ -88,7 +89,7 @@ def sample(
 
 
 def _place(tokens: Array, lengths: Array, index: Array, logits: Array, key: Array, *how: Array) -> Array:
-    """Writes the token after position ``index`` where the prompt doesn't give it."""
+    """Writes the token after position ``index`` in the rows whose prompt ends before it."""
     new = sample(logits, jax.random.fold_in(key, index), *how)
     given = index + 1 < lengths
     return tokens.at[:, index + 1].set(jnp.where(given, tokens[:, index + 1], new))

@@ -1,17 +1,18 @@
-"""The least that the ops have to move and to compute: what a measured time is compared with.
+"""The fewest bytes and FLOPs that the ops need; measured times are compared with the time that these take.
 
-Every input is read once and every output written once; rows of a table are read once per use in token order, and once
-per touched row in expert order, which holds a table row while all its tokens pass by. Gradients of tables are dense
-and written whole. Nothing else is counted: no sorting, no activation, no second pass.
+Every input is read once and every output is written once. In token order, rows of a table are read once per use; in
+expert order they are read once per touched row, as a row is held while all its tokens pass by. Gradients of tables are
+dense and written whole. Nothing else is counted: no sorting, no activation, no second pass.
 
-t  tokens     r  retrieved rows a token, r = h * k     d  row width     N  rows of a table     n  sub-keys a half
+t  tokens     r  rows retrieved per token, r = h * k     d  width of a row     N  rows of a table
+n  sub-keys per half
 """
 
 import dataclasses
 import math
 
 ORDERS = ("token", "expert")
-INDEX = 4  # bytes of an index, and of a score
+INDEX = 4  # bytes of an index or a score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +31,19 @@ class Floor:
 
 
 def touched_rows(num_rows: int, retrieved: int) -> float:
-    """Rows that ``retrieved`` uniform independent draws touch in expectation, N (1 - (1 - 1/N)^retrieved)."""
+    """The expected number of rows that ``retrieved`` uniform independent draws touch, N (1 - (1 - 1/N)^retrieved)."""
     if num_rows == 1:
         return float(retrieved > 0)
     return -num_rows * math.expm1(retrieved * math.log1p(-1 / num_rows))
 
 
 def rows_read(order: str, num_rows: int, retrieved: int) -> float:
-    """Rows of one table that cross the memory bus: a row per use, or each touched row once."""
+    """Rows of one table that are read from memory: one per use in token order, touched rows once in expert order."""
     return float(retrieved) if order == "token" else touched_rows(num_rows, retrieved)
 
 
 def product_key_top_k(t: int, h: int, n: int, d_key: int, k: int, *, key_sets: int = 1, size: int = 4) -> Floor:
-    """Forward: queries and sub-keys in, k scores (float32) and indices a head out. The same in both orders."""
+    """Forward: queries and sub-keys in; k scores (float32) and indices per head out. It is the same in both orders."""
     moved = size * (t * h * d_key + key_sets * n * d_key) + 2 * INDEX * t * h * k
     return Floor(moved, 2.0 * t * h * n * d_key)
 
@@ -70,7 +71,8 @@ def expert_mix_backward(
 ) -> Floor:
     """Backward: x, dy, indices, gates and the rows in; dx, the gates' gradients and both dense tables' gradients out.
 
-    The projections u . x are taken to be kept from the forward pass. Products: dy . v, dx, and a row of either table.
+    The projections u . x are assumed to be kept from the forward pass. The products are dy . v, dx, and the gradients
+    of a row of either table.
     """
     rows = 2 * row_size * d * rows_read(order, num_experts, t * r)
     pairs = (INDEX + size + 4 + size) * t * r  # index, gate, projection; the gate's gradient
@@ -109,5 +111,5 @@ def linear_passes(t: int, d_in: int, d_out: int, *, backward: bool, size: int, w
 
 
 def training_step(num_params: int, flops: float) -> Floor:
-    """AdamW on float32: gradients written and read; parameters and both moments read and written. FLOPs as trained."""
+    """A step of AdamW in float32: gradients, parameters and both moments are written and read once each."""
     return Floor(8.0 * 4 * num_params, flops)

@@ -1,22 +1,22 @@
-"""What the ops on split tables exchange and hold, bytes by collective and memory a device, as in docs/sharding.md.
+"""What the ops on split tables exchange and hold: bytes by collective, and memory per device (docs/sharding.md).
 
-``expert_mix`` and ``value_bag`` of ``peer_jax.ops.sharded``, tables split by rows or by columns. A collective is
-counted by the bytes of its whole array: of what a device has after an all-gather or an all-reduce, before a
-reduce-scatter, and before or after an all-to-all. ``received`` says how much of it a device receives, and sends as
-much, on a ring of the devices that take part: (E - 1) / E of it, an all-reduce twice that. Indices are int32; what is
-summed is float32.
+The ops are ``expert_mix`` and ``value_bag`` of ``peer_jax.ops.sharded``, with tables split by rows or by columns. A
+collective is counted by the bytes of its whole array, which a device has after an all-gather or an all-reduce, before a
+reduce-scatter, and before or after an all-to-all. ``received`` computes which part of it a device receives, and sends,
+on a ring of the devices that take part: (E - 1) / E of it, and twice that for an all-reduce. Indices are int32; sums
+are float32.
 
-t  tokens of a device     r  retrieved rows a token     d  row width     N  rows of a table
+t  tokens of a device     r  rows retrieved per token     d  width of a row     N  rows of a table
 E  devices along ``expert``     D  devices that hold the same part of a table, data * fsdp
 """
 
 from typing import NamedTuple
 
-INDEX, FLOAT = 4, 4  # bytes of an index, and of an element of what is summed
+INDEX, FLOAT = 4, 4  # bytes of an index, and of an element of a sum
 
 
 class Collectives(NamedTuple):
-    """Bytes of one device by kind of collective: over ``expert``, but ``copies``, all-reduces over data and fsdp."""
+    """Bytes of one device by kind of collective, over ``expert``; ``copies`` are all-reduces over data and fsdp."""
 
     all_gather: float = 0.0
     reduce_scatter: float = 0.0
@@ -25,11 +25,11 @@ class Collectives(NamedTuple):
     copies: float = 0.0
 
     def plus(self, other: "Collectives", times: float = 1.0) -> "Collectives":
-        """Both, ``other`` as many times."""
+        """The sum of these and ``times`` times ``other``."""
         return Collectives(*(mine + times * more for mine, more in zip(self, other, strict=True)))
 
     def received(self, E: int, D: int) -> "Collectives":
-        """The part of the arrays that a device receives."""
+        """The bytes that a device receives."""
         over_expert, over_copies = (E - 1) / E, (D - 1) / D
         gathered, scattered, exchanged, summed, copies = self
         return Collectives(
@@ -42,10 +42,10 @@ class Collectives(NamedTuple):
 
 
 def expert_mix(t: int, r: int, d: int, E: int, tables: str, *, size: int = 4, gate_size: int = 4) -> Collectives:
-    """Forward, with elements of x of ``size`` bytes and of gates of ``gate_size``.
+    """Forward pass; an element of x has ``size`` bytes, an element of the gates ``gate_size``.
 
-    Rows: tokens, indices and gates go to all devices, sums of outputs back. Columns: tokens and outputs are exchanged
-    by columns; of the products u . x, sums over devices are needed.
+    With tables by rows, tokens, indices and gates go to all devices, and sums of outputs come back. With tables by
+    columns, tokens and outputs are exchanged by columns, and the products u . x are summed over devices.
     """
     if E == 1:
         return Collectives()
@@ -59,10 +59,11 @@ def expert_mix(t: int, r: int, d: int, E: int, tables: str, *, size: int = 4, ga
 def expert_mix_backward(
     t: int, r: int, d: int, N: int, E: int, D: int, tables: str, *, size: int = 4, gate_size: int = 4
 ) -> Collectives:
-    """Backward of the whole op, given its arguments, dy and, by columns, the products u . x of the device's tokens.
+    """Backward pass of the whole op, given its arguments, dy and, with tables by columns, u . x of the device's tokens.
 
-    Rows: x and dy go to all devices, sums of dx and of the gates' gradients back. Columns: x, dy and dx by columns; the
-    products u . x, and sums of dy . v. Either: gradients of both tables, summed over their copies.
+    With tables by rows, x and dy go to all devices, and sums of dx and of the gates' gradients come back. With tables
+    by columns, x, dy and dx are exchanged by columns, the products u . x are gathered, and dy . v is summed. In both
+    cases the gradients of both tables are summed over their copies.
     """
     copies = _copies(2, N, d, E, D)
     if E == 1:
@@ -78,7 +79,7 @@ def expert_mix_backward(
 
 
 def value_bag(t: int, r: int, d: int, E: int, tables: str, *, size: int = 4, gate_size: int = 4) -> Collectives:
-    """Forward: indices and gates go to all devices; sums of outputs back by rows, their columns by columns."""
+    """Forward pass: indices and gates go to all devices; sums of outputs (or columns of outputs) come back."""
     if E == 1:
         return Collectives()
     gathered = (INDEX + gate_size) * E * t * r
@@ -90,7 +91,7 @@ def value_bag(t: int, r: int, d: int, E: int, tables: str, *, size: int = 4, gat
 def value_bag_backward(
     t: int, r: int, d: int, N: int, E: int, D: int, tables: str, *, size: int = 4, gate_size: int = 4
 ) -> Collectives:
-    """Backward: dy goes to all devices, by columns its columns; sums of the gates' gradients come back."""
+    """Backward pass: dy (or its columns) goes to all devices; sums of the gates' gradients come back."""
     copies = _copies(1, N, d, E, D)
     if E == 1:
         return Collectives(copies=copies)
@@ -102,7 +103,7 @@ def value_bag_backward(
 
 
 def _copies(number: int, N: int, d: int, E: int, D: int) -> float:
-    """Gradients of the device's parts of so many tables, in float32."""
+    """Bytes of the float32 gradients of a device's parts of ``number`` tables, if there are copies to sum over."""
     return number * FLOAT * N * d / E if D > 1 else 0.0
 
 
@@ -122,10 +123,10 @@ def expert_mix_step(
     gate_size: int = 4,
     remat: bool = False,
 ) -> Collectives:
-    """Forward and backward in one program, where XLA exchanges once what both need: x, indices and gates.
+    """Forward and backward pass in one program, where XLA exchanges x, indices and gates once for both.
 
-    With ``remat`` they don't share it, as the forward pass forgets it; by columns the products u . x are then summed
-    once more. Of the output, which the backward pass doesn't need, nothing is.
+    With ``remat`` the passes don't share them, because the forward pass doesn't keep them; with tables by columns, the
+    products u . x are then summed once more. The output is not computed again: the backward pass does not need it.
     """
     sizes = {"size": size, "gate_size": gate_size}
     both = expert_mix(t, r, d, E, tables, **sizes).plus(expert_mix_backward(t, r, d, N, E, D, tables, **sizes))
@@ -152,7 +153,7 @@ def value_bag_step(
     gate_size: int = 4,
     remat: bool = False,
 ) -> Collectives:
-    """Forward and backward in one program, where indices and gates are gathered once, but with ``remat``."""
+    """Forward and backward pass in one program. Indices and gates are gathered once, or twice with ``remat``."""
     sizes = {"size": size, "gate_size": gate_size}
     both = value_bag(t, r, d, E, tables, **sizes).plus(value_bag_backward(t, r, d, N, E, D, tables, **sizes))
     if E == 1 or remat:
@@ -164,11 +165,11 @@ def value_bag_step(
 
 
 class Memory(NamedTuple):
-    """Bytes a device for an op's tables, and for what it holds beside them in the backward pass, where that is most.
+    """Bytes per device for the tables of an op, and for what its backward pass holds beside them at the fullest moment.
 
-    ``gradients`` has the device's part and, where there are copies to sum over, the part summed. ``gathered`` are
-    tokens, pairs and their gradients; kept between the passes is ``kept`` of it. ``chunks`` are the rows that are
-    worked on at a time.
+    ``gradients`` are the device's part of the gradients and, if there are copies to sum over, the sum. ``gathered`` are
+    tokens, pairs and their gradients, ``kept`` the part of them that is kept between the passes. ``chunks`` are the
+    rows that are worked on at a time.
     """
 
     tables: float
@@ -194,10 +195,11 @@ def expert_mix_memory(
     row_size: int = 4,
     moments: float = 2.0,
 ) -> Memory:
-    """Of ``expert_mix``; ``budget`` is what a chunk of rows may hold (``peer_jax.ops.chunks``), a row float32.
+    """Memory of ``expert_mix``; ``budget`` is what a chunk of float32 rows may hold (``peer_jax.ops.chunks``).
 
-    Rows: x, dy and the sum of dx of all g = E t tokens; index, gate, row, two places and the gate's gradient a pair.
-    Columns: a device's columns of x, dy and dx of them; index, gate, u . x, dy . v, and two weights a pair.
+    There are g = E t tokens. With tables by rows, a device holds x, dy and the sum of dx; and per pair its index, gate,
+    row, two places and the gate's gradient. With tables by columns, it holds its columns of x, dy and dx; and per pair
+    its index, gate, u . x, dy . v, and two weights.
     """
     g, pairs = E * t, E * t * r
     if tables == "rows" and E > 1:
@@ -228,7 +230,7 @@ def value_bag_memory(
     row_size: int = 4,
     moments: float = 2.0,
 ) -> Memory:
-    """Of ``value_bag``, as ``expert_mix_memory``; of tokens there is dy alone."""
+    """Memory of ``value_bag``, as in ``expert_mix_memory``; dy is the only array of tokens."""
     g, pairs = E * t, E * t * r
     by_rows = tables == "rows" and E > 1
     tokens = size * g * d / (1 if by_rows else E)
@@ -240,7 +242,7 @@ def value_bag_memory(
 
 
 def _width(d: int, E: int, tables: str) -> float:
-    """Of the rows that a device has."""
+    """Width of the rows that a device has."""
     return d if tables == "rows" else d / E
 
 
@@ -256,7 +258,7 @@ def _memory(
     kept: float,
     chunks: float,
 ) -> Memory:
-    """Of so many tables."""
+    """Memory for ``number`` tables."""
     part = number * N * d / E
     return Memory(
         row_size * part, (2 if D > 1 else 1) * FLOAT * part, moments * row_size * part, gathered, kept, chunks

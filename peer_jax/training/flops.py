@@ -1,7 +1,7 @@
 """Training FLOPs: 3 x forward FLOPs x tokens, the same for every method.
 
-A backward pass costs twice the forward pass. Every position of a batch counts as a token, padding too, for it is
-computed. What counts in a forward pass: ``Transformer.flops_by_part``.
+A backward pass costs twice the forward pass. Every position of a batch counts as a token, padding included, because it
+is computed. ``Transformer.flops_by_part`` says what counts in a forward pass.
 """
 
 import math
@@ -14,15 +14,15 @@ TRAINING_TO_FORWARD = 3
 
 
 def training_flops(model: Transformer, tokens: int, seq_len: int) -> float:
-    """FLOPs of training on ``tokens`` tokens in rows of ``seq_len``."""
+    """FLOPs of training on ``tokens`` tokens in rows of ``seq_len`` tokens."""
     return TRAINING_TO_FORWARD * model.flops_per_token(seq_len) * tokens
 
 
 def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) -> int:
-    """Steps of ``batch_size`` rows whose training FLOPs come nearest to the budget, so within half a step of it.
+    """The number of steps of ``batch_size`` rows whose training FLOPs are nearest to the budget, within half a step.
 
     Raises:
-        InputError: if the budget is less than a step, or infinite.
+        InputError: if the budget is less than one step or infinite, or a layer doesn't define its FLOPs.
     """
     if not math.isfinite(budget):
         raise InputError(f"training_flops={budget} is not finite: give a budget such as 1e15")
