@@ -1,4 +1,4 @@
-"""Every test runs with peer_jax's shapes and types checked, and JAX refusing to promote ranks or types in silence."""
+"""All tests run with peer_jax's shapes and types checked, and JAX raises where it would promote ranks or types."""
 
 import hashlib
 import os
@@ -28,29 +28,35 @@ PROGRAMS_BYTES = 2**30
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Before anything imports peer_jax: what was imported earlier stays unchecked. An int passes for a float (PEP 484).
+# This comes before any import of peer_jax, because modules that are imported earlier stay unchecked. An int may stand
+# for a float (PEP 484).
 install_import_hook("peer_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from flax import nnx  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# Files of minutes: they come first, or one process would still be at the last of them when the others have done.
-LONG = ("test_hosts", "test_sharded_training", "test_sweep_processes", "test_quickstart", "test_capacity", "test_loop")
+# The files that take longest come first, or one process would still be at the last of them when the others have ended.
+LONG = (
+    *("hosts", "evaluate", "sharded_training", "checkpoint", "loop", "sweep_processes", "quickstart", "capacity"),
+    *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers", "transformer", "isoflop", "fit"),
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def pytest_sessionstart(session):
-    """Removes the programs that were unused for longest where there are too many of them."""
+    """Removes the programs that were not used for longest if all of them take more than PROGRAMS_BYTES."""
     if hasattr(session.config, "workerinput") or not PROGRAMS.is_dir():
         return
     kept = 0
@@ -68,7 +74,7 @@ def rng():
 
 @pytest.fixture
 def unchecked_types():
-    """Annotations are not checked, as with users, who see the errors of the functions themselves."""
+    """Switches the check of annotations off, so that a test sees the errors that a user would see."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -76,7 +82,10 @@ def unchecked_types():
 
 @pytest.fixture
 def params_of():
-    """layer -> {"query_proj.kernel": float64 array, ...}, what the oracle takes; `kind` picks other variables."""
+    """A function from a layer to {"query_proj.kernel": float64 array, ...}, as the oracle takes its parameters.
+
+    ``kind`` picks another type of variables.
+    """
 
     def params_of(layer, kind=nnx.Param):
         flat = nnx.to_flat_state(nnx.state(layer, kind))
@@ -87,15 +96,19 @@ def params_of():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A config file of a model and a text of seconds."""
+    """The config file of a model that trains in seconds, with a text that one process prepares for all."""
     from small_runs import tiny_config
 
-    return tiny_config(tmp_path_factory.getbasetemp())
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with FileLock(base / "tiny.lock"):
+        return tiny_config(base)
 
 
 @pytest.fixture(scope="module")
 def trains():
-    """For a module of tests that train."""
+    """The settings of JAX for a module of tests that train."""
     from small_runs import training
 
     with training(PROGRAMS.parent):
@@ -104,8 +117,7 @@ def trains():
 
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
-    """Runs a command in this process; its exit status, standard output and standard error."""
-
+    """A function that runs a command in this process and returns its exit status, standard output and error."""
     from peer_jax import cli
 
     def run_cli(*arguments):

@@ -42,7 +42,7 @@ def test_stdlib_splits_share_no_text_and_hold_every_module_once():
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """An interpreter's folders with files of our own: (stdlib, purelib, platlib)."""
+    """The folders stdlib, purelib and platlib of an interpreter, for a test to fill."""
     roots = {name: tmp_path / name for name in ("stdlib", "purelib", "platlib")}
     for root in roots.values():
         root.mkdir()
@@ -81,13 +81,13 @@ def test_packages_and_stdlib_are_read_once_and_split_by_path(environment, tmp_pa
     alone = {d.name for d in corpora.python_stdlib(validation_share=0.3).documents("validation")}
     assert alone == {name for name in held_out if name.startswith("json/")}
 
-    # A copy of a held-out file doesn't train, wherever it is; a new release of another package moves nothing.
+    # A copy of a held-out file is not trained on, wherever it is. A new release of another package moves no file.
     copied = next(document for document in corpus.documents("validation") if document.name.startswith("numpy/"))
     held = set(texts(corpus, "validation"))
     for i in range(5):
         (platlib / f"vendored{i}.py").write_bytes((purelib / copied.name).read_bytes())
     (purelib / "numpy" / "m0.py").write_text("another release")
-    corpora.text_files.python_sources.cache_clear()  # as a process that starts after the installation
+    corpora.text_files.python_sources.cache_clear()  # a process that starts after the installation has an empty cache
     again = corpora.python_packages(validation_share=0.3)
     assert not [d.name for d in again.documents("train") if d.name.startswith("vendored")]
     assert held_out <= {d.name for d in again.documents("validation")}
@@ -121,7 +121,7 @@ def test_interpreter_without_sources_is_named(environment):
 
 
 def test_validation_of_installed_packages_is_spread_over_them():
-    """What is left of it by the cut in configs/data/python_packages.gin."""
+    """Where configs/data/python_packages.gin cuts validation, the text that is left is from many packages."""
     sizes, total, taken = {}, 0, 2**18
     for document in corpora.python_packages().documents("validation"):
         size = len(document.text.encode())
@@ -342,7 +342,7 @@ for make, says in [
     else:
         raise AssertionError(says)
 """
-    # In a process of its own: here the import hook of conftest.py would report the types first.
+    # This runs in another process, because here the import hook of conftest.py would report the types first.
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading a cache: order, hosts, position, shards, and what is refused. None of it imports TensorFlow."""
+"""Reading a cache: the order of rows, hosts, position, shards, errors, and that TensorFlow is not imported."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ COUNTS = {"documents": 1, "bytes": 1, "words": 1}
 
 
 def random_rows(rows, seed=0, seq_len=SEQ_LEN):
-    """Rows as packing makes them: segments 1, 2, ..., then padding; the first token tells the row."""
+    """Rows as packing makes them, with segments 1, 2, ... and then padding. The first token identifies the row."""
     rng = np.random.default_rng(seed)
     tokens, segment_ids = np.zeros((2, rows, seq_len), np.int32)
     for row in range(rows):
@@ -51,7 +51,7 @@ def train(prepared):
 
 
 def rows_of(batch):
-    """Which rows a batch holds."""
+    """The rows that a batch holds, identified by their first tokens."""
     return (batch["targets"][:, 0] - 1).tolist()
 
 
@@ -105,7 +105,7 @@ def test_every_epoch_is_a_new_order_of_all_rows(train, batch_size):
     for epoch in epochs:
         assert sorted(epoch) == list(range(37))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    # not merely shuffled within windows: rows of the first half of the epoch come from the whole split
+    # The shuffle is global and not within windows: rows of the first half of the epoch come from the whole split.
     assert max(epochs[0][:18]) > 30
     assert min(epochs[0][18:]) < 6
 
@@ -147,7 +147,7 @@ def test_position_is_saved_and_restored_mid_epoch(train):
     later.set_state(state)
     assert take(later, 13) == whole[7:]
 
-    # on another number of hosts, too
+    # The same holds on another number of hosts.
     half = pipeline.train_batches(train, batch_size=8, seed=3, process_index=1, process_count=2)
     half.set_state(state)
     assert take(half, 13) == [rows[4:] for rows in whole[7:]]

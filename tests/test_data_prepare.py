@@ -1,4 +1,4 @@
-"""Preparing: nothing lost, packed as seqio packs, ids as seqio's, and safe against other processes and their deaths."""
+"""Preparing loses no text, and packs and numbers tokens as seqio does; its errors name what is wrong."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from peer_jax.data import cache, corpora, pipeline, tasks, vocabulary
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
 
-# TensorFlow, seqio and TFDS warn of their own deprecated calls when they are imported, which the first test here does.
+# TensorFlow, seqio and TFDS warn of deprecated calls of their own while the first test here imports them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -20,7 +20,7 @@ SEQ_LEN = 32
 
 
 class Given:
-    """A corpus of given texts."""
+    """A corpus of texts that a test gives."""
 
     def __init__(self, name, train, validation):
         self.name, self.splits = name, {"train": train, "validation": validation}
@@ -63,7 +63,7 @@ def segments(path, split):
 
 
 def documents(pieces):
-    """Pieces joined up to each EOS."""
+    """The documents: pieces joined up to each EOS."""
     joined, current = [], []
     for piece in pieces:
         assert 1 not in piece[:-1]  # EOS ends a piece: no piece holds parts of two documents
@@ -113,7 +113,7 @@ def test_training_rows_are_full_and_validation_documents_whole(corpus, prepared,
         expected += [ids[start : start + SEQ_LEN] for start in range(0, len(ids), SEQ_LEN)]
     assert pieces == expected
 
-    # documents shorter than rows, more of them than seqio packs at a time
+    # Documents are shorter than rows, and there are more of them than seqio packs at a time.
     short = Given("short", random_texts(3000, 3, 5), ["validation"])
     _, fill = segments(tasks.prepare(TextTask(short, SEQ_LEN, cache_dir=folder)), "train")
     assert fill > 0.98
@@ -200,7 +200,7 @@ def test_limits_stop_after_the_document_that_passes_them(folder):
 
 
 def write_tfds(root, splits):
-    """What TFDS would have written, so that it need not download anything."""
+    """Writes what TFDS would have written, so that nothing is downloaded."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -227,7 +227,7 @@ def decoded(path, split):
 
 
 @pytest.fixture(scope="module")
-def tfds_data(prepared, tmp_path_factory):  # `prepared`: TensorFlow is imported by then, in silence
+def tfds_data(prepared, tmp_path_factory):  # `prepared` has imported TensorFlow and silenced its warnings
     root = tmp_path_factory.mktemp("tfds")
     texts = [f"example {i} " + "word " * (i % 50) for i in range(300)]
     write_tfds(root, {"train": ["", *texts[:250]], "validation": texts[240:]})
@@ -244,7 +244,7 @@ def test_tfds_builder(tfds_data, folder):
     assert sizes[-2] < 5000 <= sizes[-1] == pipeline.open_cache(path, "train").counts["tokens"]
     assert decoded(path, "validation") == texts[240:]
 
-    # the ten examples that both splits have are left out of training
+    # The ten examples that both splits have are left out of training.
     whole = tasks.prepare(TextTask(corpus, SEQ_LEN, cache_dir=folder))
     assert decoded(whole, "train") == texts[:240]
     assert json.loads((whole / "manifest.json").read_text())["splits"]["train"]["repeated"] == 10

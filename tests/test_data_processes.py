@@ -1,4 +1,4 @@
-"""Preparing among other processes: killed ones, one at the same time, and the one that keeps TensorFlow away."""
+"""Preparing beside other processes: two at once, killed ones, and the process that keeps TensorFlow out of training."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from peer_jax.data import corpora, pipeline, tasks
 from peer_jax.data.text_task import TextTask
 
-# TensorFlow, seqio and TFDS warn of their own deprecated calls when they are imported.
+# TensorFlow, seqio and TFDS warn of deprecated calls of their own when they are imported.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -23,7 +23,7 @@ def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-# A process that prepares as usual, but with rows from a stand-in for TensorFlow, and stops for long while writing them.
+# A program that prepares as usual, but takes rows from a stand-in for TensorFlow and pauses while it writes them.
 SLOW = """
 import sys, time, types
 import numpy as np
@@ -119,4 +119,4 @@ else:
 assert not {{"tensorflow", "seqio"}} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stderr == ""  # nothing of TensorFlow's chatter, and no bar where there is no terminal
+    assert result.stderr == ""  # no messages of TensorFlow, and no progress bar without a terminal

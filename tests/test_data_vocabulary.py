@@ -1,4 +1,4 @@
-"""Ids without TensorFlow: what they decode to. That they are seqio's is tested with preparing."""
+"""Encoding and decoding without TensorFlow. test_data_prepare.py compares the ids with those of seqio."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The README's first command, on less text and fewer FLOPs, as a person gives it."""
+"""The first command of the README, as a person gives it, on less text and fewer FLOPs."""
 
 import csv
 import subprocess
@@ -7,7 +7,7 @@ from small_runs import ROOT, environment
 
 
 def test_quickstart_from_end_to_end(tmp_path):
-    """It makes the runs, draws the report and ends by naming it; given again, it trains nothing."""
+    """The script trains the runs, draws the report and prints its path. A second time, it trains nothing."""
     runs = tmp_path / "runs"
     shrunk = (
         *("Sweep.methods=('dense', 'peer')", "Sweep.budgets=(1e9,)", "Sweep.min_steps=1", "Sweep.max_epochs=1e3"),
