@@ -69,10 +69,10 @@ def test_no_layer_is_named_outside_of_layers(path):
     """What is asked of layers is asked of all of them: a family is added by its own file."""
     if room(path) == "layers":
         return
-    tree = ast.parse(path.read_text())
-    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & NAMES
-    brought = {name.rpartition(".")[2] for name in imported(path) if name.startswith("peer_jax.layers.")} & NAMES
-    assert not named | brought
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    foreign = {name.rpartition(".")[2] for name in imported(path) if not name.startswith("peer_jax.")}
+    brought = {name.rpartition(".")[2] for name in imported(path) if name.startswith("peer_jax.layers.")}
+    assert not ((names - foreign) | brought) & NAMES
 
 
 RUN_FILES = ("config.gin", "metrics.jsonl", "result.json", "point.json", "failure.json", "sweep.json", "results.csv")

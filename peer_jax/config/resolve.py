@@ -35,6 +35,9 @@ _CONFIGURABLES: tuple[Configurable, ...] = (
 )
 
 
+LONGEST_SHOWN = 120  # characters of a binding in a message
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Bindings in order, later ones over earlier ones, and the modules that are imported."""
@@ -69,7 +72,8 @@ def on_top(binding: str | Binding) -> Binding:
     """A binding over the files. A text in a sweep that begins with @ or % is a reference or a macro."""
     if isinstance(binding, str):
         parsed = parse_binding(binding)
-        return dataclasses.replace(parsed, where=repr(binding))
+        shown = binding if len(binding) <= LONGEST_SHOWN else f"{binding[:LONGEST_SHOWN]}..."
+        return dataclasses.replace(parsed, where=repr(shown))
     if isinstance(binding.value, str) and binding.value[:1] in ("@", "%"):
         return dataclasses.replace(binding, value=parse_value(binding.value))
     return binding
