@@ -16,9 +16,13 @@ from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
 from peer_jax.training.flops import training_flops
 from peer_jax.training.run import Run
+from peer_jax.training.step import Trainer
 
 Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
 """Makes a run, with its config, of files, bindings and imported modules; a module's function, so that it is pickled."""
+
+
+NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,11 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
         InputError: if a run can't be built, naming it.
     """
     planned: dict[str, Planned] = {}
+    trainers: dict[frozenset, Trainer] = {}
     corpora: dict[TextTask, tuple[int | None, bool]] = {}
     for point in points:
         try:
-            run = _build(point, load, corpora)
+            run = _build(point, load, trainers, corpora)
         except InputError as error:
             raise InputError(f"{point.name}: {error}") from error
         planned.setdefault(run.config.text, run)
@@ -76,9 +81,18 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
     return list(planned.values())
 
 
-def _build(point: Point, load: Load, corpora: dict[TextTask, tuple[int | None, bool]]) -> Planned:
+def _build(
+    point: Point,
+    load: Load,
+    trainers: dict[frozenset, Trainer],
+    corpora: dict[TextTask, tuple[int | None, bool]],
+) -> Planned:
     run = load(point.files, point.bindings, point.imports)
-    trainer = run.trainer()
+    # Runs that differ in their place alone have one trainer, whose abstract model takes most of the time of planning.
+    same = frozenset(field for field in run.config.identity.items() if field[0] not in NOT_OF_TRAINER)
+    if same not in trainers:
+        trainers[same] = run.trainer()
+    trainer = trainers[same]
     model, seq_len = trainer.abstract_model, run.task.seq_len
     steps, step_tokens = run.num_steps(model), run.batch_size * seq_len
     state = trainer.abstract_state()
