@@ -198,8 +198,9 @@ class Checkpoints:
         """Waits for the checkpoint that is being written and ends Orbax's threads. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
-            self.wait()
-            self._manager.close()
+            for _ in range(3):  # as in save(): until Orbax has raised what it has to say of earlier checkpoints
+                if self._succeeds(self._manager.close):
+                    break
 
     def __enter__(self) -> "Checkpoints":
         return self
