@@ -59,13 +59,12 @@ class Factory:
         self._node = node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and not inspect.isclass(self._node.configurable):
+        names, hints = list(signature_of(self._node.configurable).parameters), hints_of(self._node.configurable)
+        by_place = dict(zip(names, args, strict=False))
+        fits = all(_is_of(value, hints.get(name, Any)) for name, value in by_place.items())
+        if len(args) > len(names) or not (fits or inspect.isclass(self._node.configurable)):
             raise InputError(f"{self} stands where what it makes is needed: did you mean {self}()?")
-        names = list(signature_of(self._node.configurable).parameters)
-        if len(args) > len(names):
-            raise InputError(f"{self} is called with {len(args)} arguments, but it takes {', '.join(names)}")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return call(self._node, self._node.values() | given)
+        return call(self._node, self._node.values() | by_place | kwargs)
 
     def __repr__(self) -> str:
         return str(self._node)

@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
         def block(index: int) -> Block:
             attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
             make = sparse_ffw if index in sparse else ffw
-            layer = make(d_model=d_model, **types)
+            layer = make(d_model, **types)
             if layer.routes and layer.num_experts is None:
                 raise InputError(f"{layer.name} defines route: set self.num_experts in its constructor too")
             return Block(attention, layer, d_model, norm)
