@@ -1,5 +1,6 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -103,8 +104,9 @@ def train(
     if show_table and processes.leads():
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
+        from peer_jax.run_directory import local
 
-        table(results.read([Path(workdir)]))
+        table(results.read([local(workdir)]))
 
 
 @app.command()
@@ -276,8 +278,8 @@ def report(
     from peer_jax.analysis.report import minima_table, table, write_report
     from peer_jax.run_directory import local
 
-    paths = [Path(local(directory)) for directory in directories]
-    target = Path(local(out)) if out is not None else paths[0]
+    paths = [local(directory) for directory in directories]
+    target = local(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
     table(rows)
     analysis = isoflop.analyse(rows)
@@ -382,7 +384,7 @@ def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequenc
     return config.load(files, bindings, imports)
 
 
-def _kept(workdir: str) -> Path:
+def _kept(workdir: str) -> os.PathLike:
     """The config of a run directory."""
     from peer_jax.run_directory import RunDirectory
 
@@ -391,7 +393,7 @@ def _kept(workdir: str) -> Path:
         raise InputError(
             f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument="workdir"
         )
-    return Path(kept)
+    return kept
 
 
 def _keep_off_accelerators() -> None:

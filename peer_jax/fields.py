@@ -7,8 +7,10 @@ bookkeeping.
 """
 
 import dataclasses
+import functools
+import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 
@@ -43,6 +45,43 @@ def given_to(annotation: object) -> Mapping[str, str]:
     else:  # a union, such as that of a factory and None
         found = (given for part in typing.get_args(annotation) if (given := given_to(part)))
     return next(found, {})
+
+
+@functools.cache
+def arguments_of(configurable: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function, or of a class's constructor, by name, their annotations evaluated.
+
+    A constructor that takes ``**`` hands it on to that of its base class, whose arguments are among the class's then.
+    An annotation that names what isn't there when the program runs (an import for type checkers) is left empty.
+    """
+    if not inspect.isclass(configurable):
+        return _own_arguments(configurable, skip=0)[0]
+    found: dict[str, inspect.Parameter] = {}
+    for cls in configurable.__mro__:
+        if "__init__" in vars(cls):
+            own, hands_on = _own_arguments(cls.__init__, skip=1)
+            found = own | found
+            if not hands_on:
+                break
+    return found
+
+
+def _own_arguments(function: Callable[..., object], *, skip: int) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The named arguments of a function after the first ``skip``, and whether it takes ``**``."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    found = {p.name: p.replace(annotation=_evaluated(p.annotation, names)) for p in named}
+    return found, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _evaluated(annotation: object, names: Mapping[str, object]) -> object:
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, dict(names))  # what ``from __future__ import annotations`` has made a string
+    except Exception:
+        return inspect.Parameter.empty
 
 
 def kind_of(annotation: object) -> Kind:

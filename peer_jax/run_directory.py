@@ -24,6 +24,8 @@ from etils import epath
 
 from peer_jax.errors import InputError, InUse
 
+AnyPath = Path | epath.Path
+
 CONFIG = "config.gin"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -379,17 +381,6 @@ class SweepDirectory:
                 if kept is not None:
                     found.append(kept if "sweep" in kept else {"sweep": kept, "runs": None})
         return found
-
-    def sweep_of(self, run: str) -> dict[str, Any] | None:
-        """The fields of the sweep that a run belongs to; None if no sweep names the run."""
-        for kept in self.sweeps():
-            if kept["runs"] is None or run in kept["runs"]:
-                return kept["sweep"]
-        return None
-
-    def write_results(self, text: str) -> None:
-        """Writes ``results.csv``."""
-        write_whole(self.path / RESULTS, text)
 
     @property
     def results(self) -> epath.Path:

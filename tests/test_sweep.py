@@ -280,15 +280,15 @@ def test_runs_of_equal_shape_share_a_program(tiny):
 
 def test_workers_divide_the_cores(monkeypatch):
     taken = []
-    monkeypatch.setattr(workers, "_cores", lambda: [3, 5, 7, 8, 9])
+    monkeypatch.setattr(workers, "cores", lambda: [3, 5, 7, 8, 9])
     monkeypatch.setattr(workers, "accelerators", list)
     monkeypatch.setattr(workers.os, "sched_setaffinity", lambda _, cores: taken.append(list(cores)), raising=False)
     for number in range(2):
-        workers._take_share(number, 2)
+        workers.take_share(number, 2)
     assert sorted(itertools.chain(*taken)) == [3, 5, 7, 8, 9]
     taken.clear()
     for number in range(7):  # more workers than cores
-        workers._take_share(number, 7)
+        workers.take_share(number, 7)
     assert all(len(cores) == 1 for cores in taken)
 
 

@@ -222,10 +222,10 @@ def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
 def test_a_worker_that_finished_as_it_was_asked_to_stop_ends(tmp_path):
     """The signal that came with the last step ended no run; the worker must not wait for another."""
     worker = Worker(load, (0, 1), tmp_path / "worker.log")
-    worker._process.terminate = lambda: None  # the signal was taken by the run that is over
+    worker.process.terminate = lambda: None  # the signal was taken by the run that is over
     worker.stop()
     worker.join(60)
-    assert worker._process.exitcode == 0
+    assert worker.process.exitcode == 0
 
 
 def test_two_sweeps_share_a_directory_and_never_a_run(sweep, tmp_path):
@@ -310,7 +310,7 @@ def test_a_worker_that_dies_before_it_has_read_its_task_is_replaced(tmp_path, nu
     """Whether it dies before the task is sent or while it starts; the task is then answered as if nothing had been."""
     worker = Worker(load, (0, 1), tmp_path / "worker.log")
     time.sleep(pause)
-    os.kill(worker._process.pid, number)
+    os.kill(worker.process.pid, number)
     worker.give(Task((str(tmp_path / "no.gin"),), (), ()))
     answer = told(worker)
     worker.kill()
@@ -324,7 +324,7 @@ def test_an_idle_worker_that_was_killed_is_replaced(tmp_path):
     for _ in range(2):
         worker.give(task)
         assert told(worker).state == "failed"
-        os.kill(worker._process.pid, signal.SIGKILL)
+        os.kill(worker.process.pid, signal.SIGKILL)
     worker.give(task)
     assert told(worker).state == "failed"
     worker.kill()

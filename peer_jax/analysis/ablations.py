@@ -4,11 +4,11 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from peer_jax.analysis.pooling import SWEEP
 from peer_jax.analysis.results import Row
+from peer_jax.run_directory import AnyPath
 
 # A name for an axis, and a short name for labels that hold several.
 NAMES = {
@@ -59,7 +59,7 @@ class Ablation:
         not_causal: the methods that see later tokens.
     """
 
-    directory: Path
+    directory: AnyPath
     text: str
     varied: tuple[str, ...]
     values: tuple[Values, ...]
@@ -88,7 +88,7 @@ def find(rows: Sequence[Row]) -> list[Ablation]:
     return [ablation for ablation in found if ablation is not None]
 
 
-def _ablation(directory: Path, text: str, rows: Sequence[Row]) -> Ablation | None:
+def _ablation(directory: AnyPath, text: str, rows: Sequence[Row]) -> Ablation | None:
     seen = defaultdict(dict)
     for row in rows:
         for name, value in row.settings.items():

@@ -237,7 +237,9 @@ def _usage_panels(
     """Draws means over seeds, joined within a method and budget. Against the number of experts, sizes are apart too."""
     lines = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        lines[row.family, row.budget, row.size if x == "num_experts" else ""][getattr(row, x)].append(row)
+        # A setting that is not on the axis makes a line of its own.
+        apart = row.size if x == "num_experts" else row.series
+        lines[row.family, row.budget, apart][getattr(row, x)].append(row)
     titles = {"usage": "usage: share of experts", "unevenness": "unevenness [nats]"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for (family, value, _), points in lines.items():

@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from peer_jax.analysis.fit import (
 )
 from peer_jax.analysis.pooling import tell_apart
 from peer_jax.analysis.results import Row
+from peer_jax.run_directory import AnyPath
 
 MEASURES = ("params_active", "params_total", "tokens")
 # Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.
@@ -60,7 +60,7 @@ class Curve:
     budget: float
     compute: float
     rows: tuple[Row, ...]
-    directories: frozenset[Path]
+    directories: frozenset[AnyPath]
     diverged: int
     fits: dict[str, Parabola]
     reasons: dict[str, str]

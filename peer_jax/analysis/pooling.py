@@ -8,10 +8,10 @@ import ast
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from peer_jax.analysis.results import Row
+from peer_jax.run_directory import AnyPath
 
 SWEEP = "sweep"
 """The name of the setting that tells sweeps apart; its value is the directory."""
@@ -67,7 +67,7 @@ def _are_sweeps(rows: Sequence[Row]) -> bool:
 
 
 def _by_directory(rows: Sequence[Row]) -> list[list[Row]]:
-    found: dict[Path, list[Row]] = defaultdict(list)
+    found: dict[AnyPath, list[Row]] = defaultdict(list)
     for row in rows:
         found[row.directory.parent].append(row)
     return list(found.values())

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,7 +15,7 @@ from peer_jax.analysis import ablations, curves, reading, results, tables
 from peer_jax.analysis.isoflop import MEASURES, Analysis
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.tables import Table
-from peer_jax.run_directory import SweepDirectory, find_runs, make_folder, write_whole
+from peer_jax.run_directory import AnyPath, SweepDirectory, find_runs, make_folder, write_whole
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -53,7 +52,7 @@ class Tuning:
     rules: list[str]
 
 
-def write_report(analysis: Analysis, directories: Sequence[Path], out: Path) -> Path:
+def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> AnyPath:
     """Writes the table of rows, the figures, and a page that needs no other file. Returns the path of the page.
 
     Args:
@@ -70,7 +69,7 @@ def write_report(analysis: Analysis, directories: Sequence[Path], out: Path) -> 
     return out / REPORT
 
 
-def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
+def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> str:
     """Draws the figures into their files, and returns the page."""
     import jinja2
 
@@ -139,7 +138,7 @@ def _page(analysis: Analysis, directories: Sequence[Path], out: Path) -> str:
     )
 
 
-def _draw(folder: Path, name: str, alt: str, figure: Any) -> Drawing:
+def _draw(folder: AnyPath, name: str, alt: str, figure: Any) -> Drawing:
     from peer_jax.analysis import style
 
     vector = style.svg(figure)
@@ -148,7 +147,7 @@ def _draw(folder: Path, name: str, alt: str, figure: Any) -> Drawing:
     return Drawing(name, alt, "data:image/svg+xml;base64," + base64.b64encode(vector).decode(), figure.get_figwidth())
 
 
-def _summary(analysis: Analysis, directories: Sequence[Path]) -> str:
+def _summary(analysis: Analysis, directories: Sequence[AnyPath]) -> str:
     rows = analysis.rows
     methods = sorted({reading.named(row.method, row.is_causal) for row in rows})
     budgets = [reading.budget(value) for value in analysis.budgets]
@@ -213,13 +212,13 @@ def _tuning(directory: str, runs: int, sweep: Mapping[str, Any]) -> Tuning:
     return Tuning(directory, runs, sweep.get("tuning") or "", rates, rules)
 
 
-def failures(directories: Sequence[Path]) -> Table:
+def failures(directories: Sequence[AnyPath]) -> Table:
     """The runs that failed and have not been finished since."""
     cells = {}
     for directory in directories:
         for run in find_runs(directory):
             if not run.has_result and (failure := run.read_failure()) is not None:
-                folder = Path(run)
+                folder = run.path
                 place = folder.relative_to(directory)
                 name = str(place) if place.name else folder.name
                 cells[folder.resolve()] = [name, str(failure.get("reason", "no reason was written"))]

@@ -6,11 +6,10 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from peer_jax.errors import InputError
-from peer_jax.run_directory import POINT, RESULT, RunDirectory, SweepDirectory, find_runs, write_whole
+from peer_jax.run_directory import POINT, RESULT, AnyPath, RunDirectory, SweepDirectory, find_runs, local, write_whole
 
 # A result of an earlier version does not say whether its layer is the baseline. There the baseline has this method.
 EARLIER_BASELINE = "Dense"
@@ -39,7 +38,7 @@ class Row:
     """
 
     run: str
-    directory: Path
+    directory: AnyPath
     method: str
     layer: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -106,15 +105,16 @@ NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "is_sweep", "found", "co
 SEVERAL_COLUMNS = {"settings", "other_losses", "flops_by_part"}
 
 
-def read(directories: Sequence[Path]) -> list[Row]:
+def read(directories: Sequence[AnyPath]) -> list[Row]:
     """Reads the finished runs in the directories and below; sorted by budget, method, size, settings and seed.
 
     Raises:
         InputError: if a directory holds no finished run, or a result that this version can't read.
     """
-    rows: dict[Path, Row] = {}
+    rows: dict[AnyPath, Row] = {}
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for directory in directories:
+        directory = local(directory)
         runs = [run for run in find_runs(directory) if run.has_result]
         if not runs:
             raise InputError(f"{directory} holds no finished run (no {RESULT}): give another directory")
@@ -124,7 +124,7 @@ def read(directories: Sequence[Path]) -> list[Row]:
                 sweeps[str(above)] = above.sweeps()
             named = (kept["sweep"] for kept in sweeps[str(above)] if kept["runs"] is None or run.name in kept["runs"])
             sweep = next(named, None)
-            rows[Path(run).resolve()] = row(run, directory, sweep)
+            rows[run.path.resolve()] = row(run, directory, sweep)
     return in_order(rows.values())
 
 
@@ -145,7 +145,7 @@ def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | N
         InputError: if the run has no result, or one that this version can't read.
     """
     try:
-        return _row(run, Path(base), sweep or {})
+        return _row(run, local(base), sweep or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{run.path / RESULT} or {POINT} beside it was not written by this version: "
@@ -153,7 +153,7 @@ def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | N
         ) from error
 
 
-def _row(run: RunDirectory, base: Path, sweep: Mapping[str, Any]) -> Row:
+def _row(run: RunDirectory, base: AnyPath, sweep: Mapping[str, Any]) -> Row:
     result, point = run.read_result(), run.read_point()
     if result is None:
         raise ValueError("there is no result, or only part of one")
@@ -164,7 +164,7 @@ def _row(run: RunDirectory, base: Path, sweep: Mapping[str, Any]) -> Row:
     def mean(name: str) -> float | None:
         return sum(block[name] for block in experts) / len(experts) if experts else None
 
-    folder = Path(run)
+    folder = run.path
     copied = [
         *("is_causal", "seed", "training_flops", "tokens", "steps", "params_total", "params_active", "d_model"),
         *("num_blocks", "num_experts", "batch_size", "seq_len", "tokens_per_second", "wall_seconds"),

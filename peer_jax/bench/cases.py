@@ -9,8 +9,8 @@ from typing import Any
 from flax import nnx
 
 from peer_jax.errors import InputError
+from peer_jax.fields import arguments_of
 from peer_jax.layers import FeedForward
-from peer_jax.layers.interface import constructor_arguments
 from peer_jax.ops import floor
 from peer_jax.ops.floor import ORDERS, Floor
 
@@ -54,7 +54,7 @@ class Case:
         side = round(N**0.5)
         values = (self.tokens, self.d_model, f"{side}^2" if side * side == N else N, self.heads, self.top_k)
         if self.layer is not None:
-            taken = {"tokens", "d_model", *constructor_arguments(self.layer)} - {*self.layer.benchmark.ignored}
+            taken = {"tokens", "d_model", *arguments_of(self.layer)} - {*self.layer.benchmark.ignored}
         else:
             taken = SYMBOLS.keys() - ({"d_model"} if self.name == "product_key_top_k" else set())
         return {symbol: value for (name, symbol), value in zip(SYMBOLS.items(), values, strict=True) if name in taken}
@@ -84,7 +84,7 @@ def cases(
     table_dtype: str,
 ) -> Iterator[list[Case]]:
     """The competitors of each problem: directions by sizes, each problem once, from small to large."""
-    if layer is not None and "implementation" not in constructor_arguments(layer):
+    if layer is not None and "implementation" not in arguments_of(layer):
         implementations = (ONLY_ONE,)
     seen = set()
     for direction in (BOTH,) if what == "step" else DIRECTIONS:
@@ -104,7 +104,7 @@ def layer_factory(case: Case) -> Callable[..., FeedForward]:
         InputError: if the constructor needs what a case doesn't have.
     """
     assert case.layer is not None
-    arguments = constructor_arguments(case.layer)
+    arguments = arguments_of(case.layer)
     given = {
         "num_experts": case.num_experts,
         "num_heads": case.heads,
@@ -126,7 +126,7 @@ def build_layer(case: Case) -> FeedForward:
         InputError: as ``layer_factory``, or if the sizes don't fit.
     """
     types = {"dtype": case.dtype, "param_dtype": case.table_dtype}
-    types = {name: value for name, value in types.items() if name in constructor_arguments(case.layer)}
+    types = {name: value for name, value in types.items() if name in arguments_of(case.layer)}
     return layer_factory(case)(case.d_model, **types, rngs=nnx.Rngs(0))
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.errors import InputError
+from peer_jax.run_directory import local
 
 Row = dict[str, Any]
 MIB = 2**20
@@ -115,7 +116,7 @@ def make_folder(folder: Path) -> None:
         InputError: if the folder can't be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        local(folder, "out").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -20,7 +20,7 @@ import numpy as np
 from peer_jax.bench.cases import PYTORCH, PYTORCH_KEEPING, Case
 from peer_jax.errors import InputError
 from peer_jax.ops.floor import Floor
-from peer_jax.startup import keep_freed_memory, return_freed_memory
+from peer_jax.startup import accelerators, keep_freed_memory, return_freed_memory
 
 
 class Worker:
@@ -135,7 +135,7 @@ def main() -> None:
         print(json.dumps(value), file=pipe, flush=True)
 
     sent = json.loads(sys.stdin.readline())
-    if sent["implementation"] != PYTORCH:
+    if sent["implementation"] != PYTORCH and not accelerators():
         keep_freed_memory()
     import jax
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from peer_jax.config.resolve import Resolver, Source, layers_of
 from peer_jax.config.tree import Node, call, flat, symbolic, text_of
+from peer_jax.errors import InputError
 from peer_jax.fields import Difference
 from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
 from peer_jax.sweeps.sweep import Sweep
@@ -56,7 +57,10 @@ def load_kept(
     Raises:
         InputError: as ``load``.
     """
-    return _run(Source.read([kept, *files], bindings, imports, before=BEFORE))
+    try:
+        return _run(Source.read([kept, *files], bindings, imports, before=BEFORE))
+    except InputError as error:  # no flag has given what stands in that file
+        raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
 
 
 def load_sweep(
@@ -68,7 +72,7 @@ def load_sweep(
         InputError: as ``load``.
     """
     parsed = [parse_binding(binding) if isinstance(binding, str) else binding for binding in bindings]
-    own = [binding for binding in parsed if binding.name.split("/")[-1].startswith("Sweep.")]
+    own = [binding for binding in parsed if binding.name.removeprefix("peer_jax.").startswith("Sweep.")]
     source = Source.read(files, own, imports)
     root = source.resolver().node(Reference("Sweep", called=True), "")
     sweep = call(root, {name: symbolic(value) for name, value in root.arguments.items() if name in root.bound})

@@ -15,12 +15,12 @@ from typing import Any
 from flax import nnx
 
 from peer_jax import layers
-from peer_jax.config.tree import CONSTANTS, Configurable, Node, hints_of, is_literal, signature_of
+from peer_jax.config.tree import CONSTANTS, Configurable, Node, is_literal
 from peer_jax.data.corpora import local_files, python_packages, python_stdlib, tfds_corpus
 from peer_jax.data.pipeline import TextTask
 from peer_jax.data.prepared import prepared
 from peer_jax.errors import InputError
-from peer_jax.fields import given_to
+from peer_jax.fields import arguments_of, given_to
 from peer_jax.gin_syntax import Binding, Macro, Parsed, Reference, parse_binding, parse_file, parse_value, symbols
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding
@@ -216,7 +216,7 @@ class Resolver:
         scope, _, selector = place.rpartition("/")
         try:
             configurable = self._names.find(selector)
-            parameters = signature_of(configurable).parameters
+            parameters = arguments_of(configurable)
             if argument not in parameters:
                 raise InputError(
                     f"{configurable.__name__} has no argument {argument[:80]!r}: it takes {', '.join(parameters)}"
@@ -234,7 +234,7 @@ class Resolver:
 
         Args:
             reference: to a class or function.
-            scope: of what has the reference among its arguments; a reference with a scope has its own.
+            scope: of the node that has the reference among its arguments; the reference's own scope replaces it.
             given: the arguments that the caller of a factory passes, and what to set instead.
             within: what is being resolved.
 
@@ -254,9 +254,9 @@ class Resolver:
         for argument in given:
             if argument in bound:
                 raise InputError(f"{name}.{argument} is given by its caller: set {given[argument]} instead")
-        hints, arguments = hints_of(configurable), {}
-        for argument, parameter in signature_of(configurable).parameters.items():
-            factory = given_to(hints.get(argument))
+        arguments = {}
+        for argument, parameter in arguments_of(configurable).items():
+            factory = given_to(parameter.annotation)
             if argument in bound:
                 self.used.add(bound[argument].name.removeprefix("peer_jax."))
                 arguments[argument] = self._value(bound[argument].value, scope, factory, (*within, name))

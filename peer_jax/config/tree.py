@@ -1,7 +1,6 @@
 """A run's config as a tree: classes and functions with their arguments, from which objects and the text are made."""
 
 import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from peer_jax.errors import InputError
-from peer_jax.fields import IDENTITY, kind_of
+from peer_jax.fields import IDENTITY, arguments_of, kind_of
 from peer_jax.gin_syntax import Macro, Reference, literal
 
 Configurable = Callable[..., Any]
@@ -39,7 +38,7 @@ class Node:
     bound: frozenset[str]
 
     def build(self) -> Any:
-        """What it stands for: its value if it is called, else a factory."""
+        """The value of the call if it is called, else a factory."""
         if not self.called:
             return Factory(self)
         return call(self, self.values())
@@ -59,10 +58,10 @@ class Factory:
         self._node = node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names, hints = list(signature_of(self._node.configurable).parameters), hints_of(self._node.configurable)
-        by_place = dict(zip(names, args, strict=False))
-        fits = all(_is_of(value, hints.get(name, Any)) for name, value in by_place.items())
-        if len(args) > len(names) or not (fits or inspect.isclass(self._node.configurable)):
+        parameters = arguments_of(self._node.configurable)
+        by_place = dict(zip(parameters, args, strict=False))
+        fits = all(_is_of(value, parameters[name].annotation) for name, value in by_place.items())
+        if len(args) > len(parameters) or not (fits or inspect.isclass(self._node.configurable)):
             raise InputError(f"{self} stands where what it makes is needed: did you mean {self}()?")
         return call(self._node, self._node.values() | by_place | kwargs)
 
@@ -85,26 +84,29 @@ def _build(value: Any) -> Any:
 
 def call(node: Node, arguments: Mapping[str, Any]) -> Any:
     """The call, with missing arguments and arguments of the wrong type refused by name."""
-    signature, hints = signature_of(node.configurable), hints_of(node.configurable)
-    if unknown := sorted(arguments.keys() - signature.parameters.keys()):
-        raise InputError(f"{node.name} has no argument {unknown[0]!r}: it takes {', '.join(signature.parameters)}")
-    for argument, parameter in signature.parameters.items():
+    parameters = arguments_of(node.configurable)
+    if unknown := sorted(arguments.keys() - parameters.keys()):
+        raise InputError(f"{node.name} has no argument {unknown[0]!r}: it takes {', '.join(parameters)}")
+    for argument, parameter in parameters.items():
         if argument not in arguments:
-            if parameter.default is parameter.empty and parameter.kind not in _VARIADIC:
-                raise InputError(f"{node.name}.{argument} is not set: add it to the config, or --set it")
-        elif argument in hints and not _is_of(arguments[argument], hints[argument]):
-            value, expected = arguments[argument], _shown(hints[argument])
+            if parameter.default is parameter.empty:
+                is_layer = node.called and inspect.isclass(node.configurable) and "rngs" in parameters
+                hint = f" (or did you mean @{node.name}, without brackets?)" if is_layer else ""
+                raise InputError(f"{node.name}.{argument} is not set: add it to the config, or --set it{hint}")
+        elif not _is_of(arguments[argument], parameter.annotation):
+            value, expected = arguments[argument], _shown(parameter.annotation)
             hint = f": did you mean {value}()?" if isinstance(value, Factory) else ""
             raise InputError(f"{node.name}.{argument} = {_brief(value)} is not of type {expected}{hint}")
     return node.configurable(**arguments)
 
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a float, too
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; True and False are no numbers."""
+    """Whether a value is of a type, if there is one; True and False are no numbers."""
+    if hint is inspect.Parameter.empty:
+        return True
     if isinstance(value, bool) and not is_bearable("", hint) and is_bearable(1, hint) and "bool" not in str(hint):
         return False
     return is_bearable(value, hint, conf=_TOWER)
@@ -119,22 +121,6 @@ def _shown(hint: Any) -> str:
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@functools.cache
-def signature_of(configurable: Configurable) -> inspect.Signature:
-    """The arguments of a call; those of ``__init__`` for a class, since a Flax module's metaclass hides them."""
-    if not inspect.isclass(configurable):
-        return inspect.signature(configurable)
-    signature = inspect.signature(configurable.__init__)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-@functools.cache
-def hints_of(configurable: Configurable) -> dict[str, Any]:
-    """The annotations of the arguments, with what ``peer_jax.fields`` says of them."""
-    function = configurable.__init__ if inspect.isclass(configurable) else configurable
-    return typing.get_type_hints(function, include_extras=True)
 
 
 def is_literal(value: Any) -> bool:
@@ -174,9 +160,9 @@ def _nodes(value: Any) -> Iterator[Node]:
 
 def flat(node: Node, *, identity: bool = False) -> Iterator[tuple[str, str]]:
     """Name and value of the arguments of a node and of all nodes among them; only those of identity if wanted."""
-    hints = hints_of(node.configurable)
+    parameters = arguments_of(node.configurable)
     for argument, value in node.arguments.items():
-        if identity and kind_of(hints.get(argument)) is not IDENTITY:
+        if identity and kind_of(parameters[argument].annotation) is not IDENTITY:
             continue
         yield f"{node.name}.{argument}", literal(symbolic(value))
         for inner in _nodes(value):

@@ -26,6 +26,7 @@ from peer_jax.data.corpora import SPLITS, Corpus, TfdsCorpus
 from peer_jax.data.prepare_progress import PrepareProgress
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
+from peer_jax.run_directory import local
 
 
 def prepare(task: TextTask, *, progress: bool = True) -> Path:
@@ -182,7 +183,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    path, model = Path(model_path).expanduser(), io.BytesIO()
+    path, model = Path(local(model_path, "model")).expanduser(), io.BytesIO()
     if type(vocab_size) is not int or vocab_size <= 259:
         raise InputError(f"vocab_size is {vocab_size!r}; give a number above 259 (the bytes and three special ids).")
     texts = _limited(_training_texts(corpus), max_bytes)

@@ -31,9 +31,9 @@ class TextTask:
         cache_dir: a local folder; None: $PEER_JAX_CACHE, or else ~/.cache/peer_jax.
     """
 
-    corpus: Corpus | TfdsCorpus
+    corpus: Placed[Corpus | TfdsCorpus]
     seq_len: int
-    vocabulary: str = vocabularies.BYTES
+    vocabulary: Placed[str] = vocabularies.BYTES
     max_train_tokens: int | None = None
     max_validation_tokens: int | None = 2**20
     cache_dir: Placed[str | os.PathLike | None] = None

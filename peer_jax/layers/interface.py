@@ -1,8 +1,7 @@
 """What every feed-forward layer has in common."""
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.fields import IDENTITY, kind_of
+from peer_jax.fields import IDENTITY, arguments_of, kind_of
 from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.ops.floor import Floor
 
@@ -67,6 +66,7 @@ class FeedForward(nnx.Module):
         is_causal: False if the output of a token can depend on later tokens.
         mixes_tokens: True if, at evaluation, the output of a token depends on other tokens at all. Such a layer can't
             generate token by token with a cache.
+        needs_whole_batch: True if training takes statistics over the whole batch, which micro-batches don't have.
         is_baseline: True for the layer that others are compared with by default, the plain dense one.
         num_experts: number of experts; a layer that routes must set it.
         variant: a word for the most important option, which labels show without the option's name.
@@ -76,6 +76,7 @@ class FeedForward(nnx.Module):
 
     is_causal: bool = True
     mixes_tokens: bool = False
+    needs_whole_batch: bool = False
     is_baseline: bool = False
     num_experts: int | None = None
     variant: str | None = None
@@ -103,7 +104,7 @@ class FeedForward(nnx.Module):
         not options. A layer that keeps an option in another form overrides this method.
         """
         found = {}
-        for name, argument in constructor_arguments(type(self)).items():
+        for name, argument in arguments_of(type(self)).items():
             if kind_of(argument.annotation) is IDENTITY and not name.endswith("dtype") and _is_plain(argument.default):
                 value = getattr(self, name, argument.default)
                 if _is_plain(value) and value != argument.default:
@@ -161,21 +162,6 @@ class FeedForward(nnx.Module):
             weight_size: bytes of an element of the parameters.
         """
         return None
-
-
-def constructor_arguments(layer: type) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a class's constructor by name, with those that it hands on to its base class by ``**``."""
-    found: dict[str, inspect.Parameter] = {}
-    for cls in layer.__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        arguments = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        for argument in arguments:
-            if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-                found.setdefault(argument.name, argument)
-        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-            break
-    return found
 
 
 def _is_plain(value: object) -> bool:

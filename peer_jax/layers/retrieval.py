@@ -79,6 +79,7 @@ class ProductKeyRetrieval(FeedForward):
             rngs=rngs,
         )
         self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None
+        self.needs_whole_batch = query_norm == "batch"
         if query_norm == "batch":
             self.query_norm = nnx.BatchNorm(
                 num_heads * d_key,

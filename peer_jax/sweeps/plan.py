@@ -22,6 +22,10 @@ Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
 """Makes a run, with its config, of files, bindings and imported modules; a module's function, so that it is pickled."""
 
 
+NOT_COMPILED = {
+    *("Run.seed", "Run.steps", "Run.training_flops", "Run.eval_tasks", "Run.log_every", "Run.evaluate_every"),
+    *("Run.checkpoint_every", "Run.keep_checkpoints"),
+}
 NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size"}
 
 
@@ -66,7 +70,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
     Raises:
         InputError: if a run can't be built, naming it.
     """
-    planned: dict[str, Planned] = {}
+    planned: dict[tuple[str, str, str], Planned] = {}
     trainers: dict[frozenset, Trainer] = {}
     corpora: dict[TextTask, tuple[int | None, bool]] = {}
     for point in points:
@@ -74,7 +78,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
             run = _build(point, load, trainers, corpora)
         except InputError as error:
             raise InputError(f"{point.name}: {error}") from error
-        planned.setdefault(run.config.text, run)
+        planned.setdefault((point.method, point.size, run.config.text), run)
     names = [run.point.name for run in planned.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two runs of the sweep would be named {twice[0]!r}: give their sizes or budgets other labels")
@@ -90,6 +94,7 @@ def _build(
     run = load(point.files, point.bindings, point.imports)
     # Runs that differ in their place alone have one trainer, whose abstract model takes most of the time of planning.
     same = frozenset(field for field in run.config.identity.items() if field[0] not in NOT_OF_TRAINER)
+    same |= {("Run.accumulation", str(run.accumulation))}
     if same not in trainers:
         trainers[same] = run.trainer()
     trainer = trainers[same]
@@ -110,16 +115,20 @@ def _build(
         steps=steps,
         step_tokens=step_tokens,
         step_flops=training_flops(model, step_tokens, seq_len),
-        program=_program(state, run.batch_size, seq_len),
+        program=_program(run, state),
         task=run.task,
         corpus_tokens=corpus_tokens,
         is_prepared=is_prepared,
     )
 
 
-def _program(state: object, batch_size: int, seq_len: int) -> str:
+def _program(run: Run, state: object) -> str:
+    """A digest of what a run compiles: its arguments but for those that a compiled step takes or doesn't see."""
+    schedule = getattr(run.optimizer, "schedule_arguments", ())
+    left_out = NOT_COMPILED | {f"{type(run.optimizer).__name__}.{name}" for name in schedule}
+    fields = {name: value for name, value in run.config.fields.items() if name not in left_out}
     shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
-    return hashlib.sha256(f"{shapes} {batch_size} x {seq_len}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{shapes} {sorted(fields.items())}".encode()).hexdigest()[:12]
 
 
 def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:

@@ -1,6 +1,7 @@
 """Running a sweep: worker processes train every run in its directory; finished runs are skipped, begun ones go on."""
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from pathlib import Path
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
-from peer_jax.run_directory import SweepDirectory
+from peer_jax.run_directory import SweepDirectory, find_runs
 from peer_jax.sweeps.board import Board
 from peer_jax.sweeps.plan import Load, Planned, to_measure
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.sweeps.workers import Answer, Task, Worker
 from peer_jax.training.signals import StopOnSignal
+
+logger = logging.getLogger(__name__)
 
 TICK = 0.5
 RETRY_SECONDS = 5.0
@@ -126,7 +129,7 @@ class _Runner:
         folder = self._directory.run(run.point.name)
         with contextlib.suppress(OSError, InputError):  # a full disk is the run's failure, and it will say so
             folder.write_point(run.point.describe())
-        worker.give(Task(run.point.files, run.point.bindings, run.point.imports, Path(folder)))
+        worker.give(Task(run.point.files, run.point.bindings, run.point.imports, str(folder)))
         self._running[worker] = run
         self._board.started(run)
 
@@ -158,16 +161,21 @@ class _Runner:
         self._board.failed(run, reason)
 
     def _keep_failure(self, run: Planned, answer: Answer) -> None:
-        with contextlib.suppress(InputError):  # it is said all the same
+        with contextlib.suppress(InputError):  # the sweep's last sentence has it, too
             self._directory.run(run.point.name).write_failure(answer.reason, answer.details)
 
 
 def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
     """The finished runs that are in a directory, by their folders' names."""
-    try:
-        return {row.run: row for row in results.read([Path(directory)])}
-    except InputError:  # there is none yet
-        return {}
+    rows = {}
+    for run in find_runs(directory):
+        try:
+            if run.has_result:
+                row = results.row(run, directory)
+                rows[row.run] = row
+        except InputError as error:
+            logger.warning("%s has no row for it: %s", directory.results, error)
+    return rows
 
 
 def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -> None:

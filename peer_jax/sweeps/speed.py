@@ -10,6 +10,7 @@ import numpy as np
 
 from peer_jax.data.pipeline import vocabulary_size
 from peer_jax.errors import InputError
+from peer_jax.ops import checked as with_checks
 from peer_jax.sharding import split_batch, use
 from peer_jax.training.flops import training_flops
 from peer_jax.training.run import Run
@@ -37,7 +38,7 @@ def _measure(run: Run) -> float:
     tokens = np.random.default_rng(0).integers(3, vocabulary_size(run.task.vocabulary), (rows, seq_len), np.int32)
     batch = split_batch({"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)})
     rates = run.optimizer.rates(trainer.labels, 0, 10)
-    step = trainer.compiled_step()
+    step = with_checks(trainer.step) if run.checked else trainer.compiled_step()
     state, metrics = step(trainer.init(0), batch, rates)
     jax.block_until_ready(metrics)
     times: list[float] = []

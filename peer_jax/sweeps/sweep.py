@@ -31,7 +31,7 @@ class Sweep:
         configs: gin files that every run is stacked from, relative to the folder of the sweep's own file. The
             method's file comes after the first of them: base, layer, size, data.
         bindings: of every run.
-        layers: folder of the methods' gin files, relative to the same.
+        layers: folder of the methods' gin files, relative to the folder of the sweep's own file.
         methods: labels, each with bindings of its own, such as rates that were tuned for it. A label is the name of a
             file in ``layers``, unless ``method_files`` names another.
         method_files: the file of a method, by its label: a name in ``layers``, or the path of a gin file, relative to
@@ -49,7 +49,7 @@ class Sweep:
         baseline: the method that the others are compared with; None: the method whose layers are plain dense ones.
         min_steps: a run of fewer steps says nothing and is refused.
         max_epochs: a run that needs more passes over the corpus is refused. Up to 4 repeated text is worth nearly as
-            much as new text (Muennighoff et al. 2023, arXiv:2305.16264); more than one is said.
+            much as new text (Muennighoff et al. 2023, arXiv:2305.16264); more than one is mentioned.
     """
 
     configs: Sequence[str]
@@ -87,7 +87,7 @@ class Sweep:
                     )
         for budget, sizes in self.sizes_at.items():
             if budget not in self.budgets:
-                raise InputError(f"Sweep.sizes_at has the budget {budget:g}, which Sweep.budgets has not")
+                raise InputError(f"Sweep.sizes_at has the budget {budget:g}, which is not in Sweep.budgets")
             if isinstance(sizes, str) or not sizes:
                 raise InputError(f"Sweep.sizes_at has {sizes!r} at {budget:g}, but it takes a list of names of sizes")
             if unknown := [size for size in sizes if size not in self.sizes]:
@@ -110,7 +110,7 @@ class Sweep:
                 f"Sweep.baseline = {self.baseline!r} is not one of Sweep.methods: {', '.join(self.methods)}"
             )
         if strange := sorted(self.method_files.keys() - set(self.methods)):
-            raise InputError(f"Sweep.method_files names {strange[0]!r}, which Sweep.methods has not")
+            raise InputError(f"Sweep.method_files names {strange[0]!r}, which is not in Sweep.methods")
         axes = (self.methods, self.sizes, self.budgets)
         each = [bindings for axis in axes for bindings in _axis(axis).values()]
         for bindings in (self.bindings, *each, self.cross, self.zip):
@@ -178,6 +178,7 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: S
             that no run binds; if ``extra`` binds what an axis says.
     """
     _refuse_places(binding.name for binding in extra)
+    _refuse_axes(sweep, extra)
     methods, budgets = _axis(sweep.methods), _axis(sweep.budgets)
     bound: set[str] = set()
     shared = [_path(folder / file) for file in sweep.configs]
@@ -228,6 +229,20 @@ def _refuse_places(names: Iterable[str]) -> None:
     for name in names:
         if axis := PLACES.get(name.strip().removeprefix("peer_jax.")):
             raise InputError(f"{name.strip()} can't be bound in a sweep, whose runs are named by it: use Sweep.{axis}")
+
+
+def _refuse_axes(sweep: Sweep, extra: Sequence[Binding]) -> None:
+    """An InputError for a binding of all runs that would make some of them another run than their names say."""
+    axes = {"methods": _axis(sweep.methods), "sizes": sweep.sizes, "budgets": _axis(sweep.budgets)}
+    bound = {name: axis for axis, labels in axes.items() for bindings in labels.values() for name in bindings}
+    bound |= dict.fromkeys(sweep.cross, "cross") | dict.fromkeys(sweep.zip, "zip")
+    bound |= dict.fromkeys(sweep.rate_exponents, "rate_exponents")
+    for binding in extra:
+        if axis := bound.get(binding.name.removeprefix("peer_jax.")):
+            raise InputError(
+                f"{binding.name} can't be bound for all runs, which differ in it by Sweep.{axis}: change Sweep.{axis}",
+                argument="set",
+            )
 
 
 def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple[str, Any]]:

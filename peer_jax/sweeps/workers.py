@@ -32,12 +32,12 @@ class Task:
     files: tuple[str, ...]
     bindings: tuple[Binding, ...]
     imports: tuple[str, ...]
-    workdir: Path | None = None
+    workdir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of it: "begun", "finished" (with seconds per step, if asked), "failed", "busy" or "interrupted"."""
+    """A task's outcome: "begun", "finished" (with seconds per step, if asked), "failed", "busy" or "interrupted"."""
 
     state: str
     reason: str = ""
@@ -57,6 +57,7 @@ class Worker:
     def __init__(self, load: Any, share: tuple[int, int], log: Path) -> None:
         self._arguments = (load, share, log)
         self.task: Task | None = None
+        self._stopped = False
         self._start()
 
     def _start(self) -> None:
@@ -65,8 +66,8 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_AT_START)
         try:
             self.connection, theirs = _spawn.Pipe()
-            self._process = _spawn.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-            self._process.start()
+            self.process = _spawn.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+            self.process.start()
             theirs.close()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -78,7 +79,7 @@ class Worker:
     def give(self, task: Task) -> None:
         """Starts a task; a worker that has died since its last one is replaced."""
         self.task, self._has_begun, self._starts = task, False, 0
-        if not self._process.is_alive():
+        if not self.process.is_alive():
             self._restart()
         self._send()
 
@@ -103,31 +104,30 @@ class Worker:
         return None
 
     def _died(self) -> Answer | None:
-        self._process.join()
+        self.process.join()
         self._starts += 1
-        again = not self._has_begun and self._starts < MOST_STARTS
-        answer = None if again else _death(self._process.exitcode)
-        self._restart()
-        if again:
+        if not self._has_begun and self._starts < MOST_STARTS and not self._stopped:
+            self._restart()
             self._send()
-        else:
-            self.task = None
-        return answer
+            return None
+        self.task = None
+        return _death(self.process.exitcode)
 
     def stop(self) -> None:
         """Asks the worker to save its run and end; it may just have made the last step, and then it has no run."""
-        if self._process.is_alive():
-            self._process.terminate()
+        self._stopped = True
+        if self.process.is_alive():
+            self.process.terminate()
         with contextlib.suppress(OSError):  # it is gone
             self.connection.send(None)
 
     def kill(self) -> None:
         """Ends it at once."""
-        self._process.kill()
+        self.process.kill()
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until it has ended."""
-        self._process.join(timeout)
+        self.process.join(timeout)
 
 
 def _death(exitcode: int | None) -> Answer:
@@ -144,7 +144,7 @@ def _death(exitcode: int | None) -> Answer:
 def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path) -> None:
     """The life of a worker."""
     os.setsid()  # Ctrl-C is for the sweep, which asks its workers to stop
-    _take_share(*share)
+    take_share(*share)
     with log.open("ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -202,21 +202,22 @@ def _stop_with_parent() -> None:
 
 def default_workers() -> int:
     """One per GPU, one for all chips of a TPU host, or else one per core: runs on a core each beat one on all cores."""
-    return len(accelerators()) or len(_cores())
+    return len(accelerators()) or len(cores())
 
 
-def _cores() -> list[int]:
+def cores() -> list[int]:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def _take_share(number: int, workers: int) -> None:
+def take_share(number: int, workers: int) -> None:
     """Limits this process to its part of the cores or GPUs. It must not have started JAX yet."""
     devices = accelerators()
     if "tpu" not in devices and len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-    cores = _cores()
+    all_cores = cores()
     if not devices and workers > 1 and hasattr(os, "sched_setaffinity"):
-        own = cores[number * len(cores) // workers : (number + 1) * len(cores) // workers]
-        os.sched_setaffinity(0, own or [cores[number % len(cores)]])
+        own = all_cores[number * len(all_cores) // workers : (number + 1) * len(all_cores) // workers]
+        os.sched_setaffinity(0, own or [all_cores[number % len(all_cores)]])

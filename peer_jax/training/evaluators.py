@@ -63,25 +63,33 @@ def of_run(run: Run, *, progress: bool) -> list[Evaluator]:
     Raises:
         InputError: if two of the texts have the same name, or if one can't be prepared.
     """
-    evaluators: dict[str, Evaluator] = {}
+    check_names([run.task, *run.eval_tasks])
+    how = {"batch_size": run.eval_batch_size(), "prepare_progress": progress}
+    own = of_task(run.task, METRIC, run.evaluate_every, **how, progress=False)  # it has the bar of training beside it
+    others = (of_task(task, f"{METRIC}/{task.corpus.name}", None, **how, progress=progress) for task in run.eval_tasks)
+    return [own, *others]
 
-    def add(task: TextTask, metric: str, every: int | None, *, progress_of_evaluation: bool) -> None:
-        if (name := task.corpus.name) in evaluators:
-            raise InputError(f"two of the tasks to evaluate are named {name!r}: rename a file or folder")
-        evaluators[name] = Validation(
-            name=name,
-            metric=metric,
-            every=every,
-            source=open_cache(ensure_prepared(task, progress=progress), "validation"),
-            fingerprint=task.fingerprint(),
-            batch_size=run.eval_batch_size(),
-            progress=progress_of_evaluation,
-        )
 
-    add(run.task, METRIC, run.evaluate_every, progress_of_evaluation=False)  # it has the bar of training beside it
-    for task in run.eval_tasks:
-        add(task, f"{METRIC}/{task.corpus.name}", None, progress_of_evaluation=progress)
-    return list(evaluators.values())
+def check_names(tasks: Sequence[TextTask]) -> None:
+    """An InputError if two of the tasks to evaluate have texts of the same name."""
+    names = [task.corpus.name for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two of the tasks to evaluate are named {twice!r}: rename a file or folder")
+
+
+def of_task(
+    task: TextTask, metric: str, every: int | None, *, batch_size: int, prepare_progress: bool, progress: bool
+) -> Validation:
+    """The evaluator for the validation split of a task, which is prepared first if need be."""
+    return Validation(
+        name=task.corpus.name,
+        metric=metric,
+        every=every,
+        source=open_cache(ensure_prepared(task, progress=prepare_progress), "validation"),
+        fingerprint=task.fingerprint(),
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 class Evaluations:

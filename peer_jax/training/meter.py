@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from peer_jax.errors import TrainingFailed
+from peer_jax.sharding import current
 from peer_jax.training.checkpoint import Checkpoints
 from peer_jax.training.metrics import MetricsLog, ProgressBar
 from peer_jax.training.step import Metrics
@@ -115,7 +116,8 @@ def _not_finite(step: int, watched: Mapping[str, float], checkpoints: Checkpoint
     steps = checkpoints.steps()
     saved = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
     shown = ", ".join(f"{name} {value}" for name, value in watched.items())
+    on_one_device = " on one device (Sharding.data=1, fsdp=1, expert=1)" if current() is not None else ""
     return TrainingFailed(
-        f"step {step} has {shown}; {saved}. Try a lower learning_rate or table_learning_rate, more warmup_steps or a "
-        "smaller clip_norm; the same command with Run.checked=True tells where NaN starts"
+        f"step {step} has {shown}; {saved}. Try a lower learning rate, a longer warm-up or a smaller norm to clip at; "
+        f"the same command with Run.checked=True{on_one_device} tells where NaN starts"
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,11 @@ class AdamW:
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
         b1, b2, eps: as in Adam.
     """
+
+    # The compiled step takes rates as arguments, so these make no other program.
+    schedule_arguments: ClassVar[tuple[str, ...]] = (
+        *("learning_rate", "table_learning_rate", "warmup_steps", "final_fraction"),
+    )
 
     learning_rate: float
     table_learning_rate: float | Mapping[str, float] | None = None

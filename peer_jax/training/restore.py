@@ -7,13 +7,13 @@ from typing import Any
 import jax
 
 from peer_jax.data import vocabulary as vocabularies
-from peer_jax.data.pipeline import START_ID, ensure_prepared, open_cache
+from peer_jax.data.pipeline import START_ID
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer, generate
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import current, use
-from peer_jax.training.checkpoint import Checkpoints
-from peer_jax.training.evaluate import evaluate
+from peer_jax.training import evaluators
+from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.result import add_evaluations
 from peer_jax.training.run import Run
 
@@ -86,16 +86,13 @@ def _evaluate_run(
             raise InputError(
                 f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
             )
-    names = [run.task.corpus.name for run in runs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two of the tasks to evaluate are named {twice!r}: rename a file or folder")
-    evaluations = {}
-    for name, run in zip(names, runs, strict=True):
-        source = open_cache(ensure_prepared(run.task, progress=progress), "validation")
-        rows = batch_size or run.eval_batch_size()
-        measured = evaluate(model, source, batch_size=rows, progress=progress)
-        evaluations[name] = measured | {"fingerprint": run.task.fingerprint()}
-    return step, evaluations
+    evaluators.check_names([run.task for run in runs])
+    measured = {}
+    for run in runs:
+        how = {"batch_size": batch_size or run.eval_batch_size(), "prepare_progress": progress, "progress": progress}
+        evaluator = evaluators.of_task(run.task, METRIC, None, **how)
+        measured[evaluator.name] = evaluator(model, ended=True)
+    return step, measured
 
 
 def continue_text(

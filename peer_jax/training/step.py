@@ -61,10 +61,11 @@ class Trainer:
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         if not isinstance(abstract, Transformer):
             raise InputError(f"the model is a {type(abstract).__name__}, but only a Transformer can be trained")
-        if accumulation > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(abstract)):
+        whole = next((block.ffw for block in abstract.blocks if block.ffw.needs_whole_batch), None)
+        if accumulation > 1 and whole is not None:
             raise InputError(
-                f"accumulation={accumulation} can't give query batch-norm the statistics of the whole batch: "
-                "set query_norm to 'layer' or None, or accumulation to 1"
+                f"accumulation={accumulation} can't give {whole.label} its statistics of the whole batch: set "
+                f"accumulation to 1, or options of {whole.name} that need none, such as query_norm='layer'"
             )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
