@@ -373,13 +373,16 @@ class SweepDirectory:
         write_whole(self.path / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json", text)
 
     def sweeps(self) -> list[dict[str, Any]]:
-        """Each sweep's description: ``sweep`` has its fields, ``runs`` the names of its runs (None: not known)."""
+        """Each sweep's description: ``name``, ``sweep`` with its fields, ``runs`` with the names of its runs.
+
+        Earlier versions did not keep the names of the runs, which are None then.
+        """
         found = []
         for pattern in SWEEP_FILES:
             for path in sorted(self.path.glob(pattern)):
                 kept = read_json(path)
                 if kept is not None:
-                    found.append(kept if "sweep" in kept else {"sweep": kept, "runs": None})
+                    found.append({"name": path.stem} | (kept if "sweep" in kept else {"sweep": kept, "runs": None}))
         return found
 
     @property

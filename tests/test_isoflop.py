@@ -303,7 +303,7 @@ def sweep_of_rates(directory, rate, *, minimum, seeds=(0, 1), **fields):
     return [
         dataclasses.replace(
             r,
-            is_sweep=True,
+            sweep=str(directory),
             config={RATE: repr(rate * r.params_active**-0.5), "Run.seed": str(r.seed), "PEER.num_heads": str(r.steps)},
         )
         for r in rows
@@ -322,7 +322,7 @@ def test_rates_that_follow_the_size_split_no_curve():
 def test_sweeps_with_other_rates_are_series_named_by_their_directory():
     first = sweep_of_rates("runs/a", 0.01, minimum=2.0)
     second = sweep_of_rates("runs/b", 0.02, minimum=1.8)
-    dense = parabola(minimum=2.1, at=1e5, is_sweep=True, config={RATE: "0.01"}, directory=Path("runs/a/run"))
+    dense = parabola(minimum=2.1, at=1e5, sweep="runs/a", config={RATE: "0.01"}, directory=Path("runs/a/run"))
     analysis = analyse([*first, *second, *dense], resamples=0)
     losses = {"peer, sweep=runs/a": 2.0, "peer, sweep=runs/b": 1.8, "Dense": 2.1}
     assert {curve.series: curve.fit.loss for curve in analysis.curves} == pytest.approx(losses)
@@ -336,7 +336,7 @@ def test_sweeps_with_other_rates_are_series_named_by_their_directory():
 
 def test_a_directory_that_is_not_uniform_in_itself_is_told_apart_by_its_arguments():
     rows = [
-        row("peer", loss=1.0, seed=seed, is_sweep=True, directory=Path(f"runs/{place}/x"), config={RATE: rate})
+        row("peer", loss=1.0, seed=seed, sweep=f"runs/{place}", directory=Path(f"runs/{place}/x"), config={RATE: rate})
         for place, seed, rate in (("a", 0, "0.1"), ("a", 1, "0.2"), ("b", 2, "0.2"))
     ]
     found = {curve.series: curve.seeds for curve in analyse(rows, resamples=0).curves}

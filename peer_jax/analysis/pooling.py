@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peer_jax.analysis.results import Row
-from peer_jax.run_directory import AnyPath
 
 SWEEP = "sweep"
-"""The name of the setting that tells sweeps apart; its value is the directory."""
+"""The name of the setting that tells sweeps apart; its value is the sweep's directory, and its name where need be."""
 
 # A point is a mean over seeds. Budgets that count as one may differ by some steps.
 MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
@@ -23,19 +22,16 @@ MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
 def tell_apart(rows: Sequence[Row]) -> list[Row]:
     """Adds to the settings of the rows what runs of a group differ in.
 
-    If all runs of a group belong to sweeps in several directories, and those of each directory agree, the directory
-    becomes the setting: rates that follow the width then split no curve. Otherwise the arguments become settings, of
+    If all runs of a group belong to several sweeps, and those of each sweep agree, the sweep becomes the setting: rates
+    that follow the width then split no curve. Otherwise the arguments become settings, of
     all rows of the method that have them. Rows without a config agree with all others.
     """
     methods = {
         group[0].method
         for group in _groups(rows)
-        if _differing(group) and _are_sweeps(group) and not any(map(_differing, _by_directory(group)))
+        if _differing(group) and _are_sweeps(group) and not any(map(_differing, _by_sweep(group)))
     }
-    rows = [
-        _with(row, {SWEEP: str(row.directory.parent)}) if row.method in methods and row.is_sweep else row
-        for row in rows
-    ]
+    rows = [_with(row, {SWEEP: row.sweep}) if row.method in methods and row.sweep is not None else row for row in rows]
     arguments = defaultdict(set)
     for group in _groups(rows):
         arguments[group[0].method] |= _differing(group)
@@ -62,14 +58,15 @@ def _differing(rows: Sequence[Row]) -> set[str]:
 
 
 def _are_sweeps(rows: Sequence[Row]) -> bool:
-    """Whether the runs belong to sweeps in more than one directory."""
-    return all(row.is_sweep for row in rows) and len({row.directory.parent for row in rows}) > 1
+    """Whether all runs belong to sweeps, and to more than one."""
+    sweeps = {row.sweep for row in rows}
+    return None not in sweeps and len(sweeps) > 1
 
 
-def _by_directory(rows: Sequence[Row]) -> list[list[Row]]:
-    found: dict[AnyPath, list[Row]] = defaultdict(list)
+def _by_sweep(rows: Sequence[Row]) -> list[list[Row]]:
+    found = defaultdict(list)
     for row in rows:
-        found[row.directory.parent].append(row)
+        found[row.sweep].append(row)
     return list(found.values())
 
 

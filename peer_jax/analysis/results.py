@@ -25,7 +25,8 @@ class Row:
         options: the options of the layer that differ from their defaults.
         is_baseline: whether the layer says that others are compared with it.
         baseline: the label of the method that the sweep names as its baseline.
-        is_sweep: whether the run belongs to a sweep. Its folder is then in the sweep's directory.
+        sweep: the sweep that the run belongs to, by its directory, and by its name where there are several in it; None
+            if the run belongs to none.
         budget: the training FLOPs that the run was given; ``training_flops`` is what it spent.
         settings: what the sweep varies beside method, size, budget and seed, and after ``isoflop.analyse`` also the
             arguments in which runs were found to differ.
@@ -44,7 +45,7 @@ class Row:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_baseline: bool = False
     baseline: str | None = None
-    is_sweep: bool = False
+    sweep: str | None = None
     is_causal: bool
     size: str
     budget: float
@@ -101,7 +102,7 @@ class Row:
         return ", ".join([self.method, *values, *([f"on {self.text}"] if self.text else [])])
 
 
-NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "is_sweep", "found", "config", "text"}
+NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "sweep", "found", "config", "text"}
 SEVERAL_COLUMNS = {"settings", "other_losses", "flops_by_part"}
 
 
@@ -122,9 +123,8 @@ def read(directories: Sequence[AnyPath]) -> list[Row]:
             above = SweepDirectory(run.path.parent)
             if str(above) not in sweeps:
                 sweeps[str(above)] = above.sweeps()
-            named = (kept["sweep"] for kept in sweeps[str(above)] if kept["runs"] is None or run.name in kept["runs"])
-            sweep = next(named, None)
-            rows[run.path.resolve()] = row(run, directory, sweep)
+            named = (kept for kept in sweeps[str(above)] if kept["runs"] is None or run.name in kept["runs"])
+            rows[run.path.resolve()] = row(run, directory, next(named, None), alone=len(sweeps[str(above)]) < 2)
     return in_order(rows.values())
 
 
@@ -133,19 +133,22 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda r: (r.budget, r.method, r.params_active, str(r.settings), r.seed, r.run))
 
 
-def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | None = None) -> Row:
+def row(
+    run: RunDirectory, base: str | os.PathLike, kept: Mapping[str, Any] | None = None, *, alone: bool = True
+) -> Row:
     """Reads one finished run.
 
     Args:
         run: the directory of the run.
         base: the directory that the name of the run is relative to.
-        sweep: what the sweep that the run belongs to says of itself, if anything.
+        kept: what ``SweepDirectory.sweeps`` has of the sweep that the run belongs to, if anything.
+        alone: whether that sweep is the only one of its directory.
 
     Raises:
         InputError: if the run has no result, or one that this version can't read.
     """
     try:
-        return _row(run, local(base), sweep or {})
+        return _row(run, local(base), kept or {"name": "", "sweep": {}}, alone)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{run.path / RESULT} or {POINT} beside it was not written by this version: "
@@ -153,7 +156,7 @@ def row(run: RunDirectory, base: str | os.PathLike, sweep: Mapping[str, Any] | N
         ) from error
 
 
-def _row(run: RunDirectory, base: AnyPath, sweep: Mapping[str, Any]) -> Row:
+def _row(run: RunDirectory, base: AnyPath, kept: Mapping[str, Any], alone: bool) -> Row:
     result, point = run.read_result(), run.read_point()
     if result is None:
         raise ValueError("there is no result, or only part of one")
@@ -176,8 +179,8 @@ def _row(run: RunDirectory, base: AnyPath, sweep: Mapping[str, Any]) -> Row:
         layer=result.get("layer"),
         options=dict(result.get("options") or {}),
         is_baseline=bool(result.get("is_baseline", result["method"] == EARLIER_BASELINE)),
-        baseline=sweep.get("baseline"),
-        is_sweep=bool(point),
+        baseline=kept["sweep"].get("baseline"),
+        sweep=str(folder.parent if alone else folder.parent / kept["name"]) if point else None,
         size=point.get("size", f"d{result['d_model']}"),
         budget=float(point.get("budget", result["training_flops"])),
         settings=point.get("settings", {}),
