@@ -220,6 +220,10 @@ def test_identity_binds_a_run_directory(binding, name):
     [
         *("Run.checked=True", "Run.log_every=1", "Run.checkpoint_every=7", "Run.keep_checkpoints=5"),
         *("Run.evaluate_every=3", "Run.accumulation=2", "Sharding.expert=4", "Sharding.tables='columns'"),
+        *(
+            "TextTask.corpus=@prepared()",
+            "TextTask.vocabulary='my.model'",
+        ),  # the text's fingerprint guards what they are
         *("Transformer.remat=True", "PEER.implementation='reference'", "TextTask.cache_dir='/elsewhere'"),
     ],
 )
@@ -298,6 +302,30 @@ def test_classes_and_functions_of_an_imported_module_can_be_named(my_layers):
     assert f"import {my_layers}\n" in run.config.text
     run = load("Transformer.sparse_ffw=@scaled", layer="dense", imports=[my_layers])
     assert run.trainer().abstract_model.method.scale == 2.0
+
+
+def test_a_subclass_that_hands_its_arguments_on_can_be_configured(my_layers, tmp_path):
+    text = (
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nfrom peer_jax.layers import PEER\n"
+        "from peer_jax.fields import Placed\nif TYPE_CHECKING:\n    from somewhere import Thing\n\n\n"
+        "class MyPEER(PEER):\n"
+        "    def __init__(self, d_model: int, *, extra: Thing = 1, where: Placed[str] = 'here', **kwargs):\n"
+        "        super().__init__(d_model, **kwargs)\n        self.extra, self.where = extra, where\n"
+    )
+    (tmp_path / f"{my_layers}.py").write_text(text)
+    bindings = ["Transformer.sparse_ffw=@MyPEER", "MyPEER.num_experts=64", "MyPEER.extra=3", "MyPEER.where='there'"]
+    run = load(*bindings, layer="dense", imports=[my_layers])
+    method = run.trainer().abstract_model.method
+    assert (method.num_experts, method.extra, method.label) == (64, 3, "MyPEER (extra=3)")
+    assert run.config.fields["MyPEER.top_k"] == "16"
+    assert "MyPEER.where" in run.config.fields.keys() - run.config.identity.keys()
+    with pytest.raises(InputError, match=r"MyPEER\.top_k = 2\.5"):
+        load(*bindings, "MyPEER.top_k=2.5", layer="dense", imports=[my_layers]).trainer()
+
+
+def test_a_layer_that_is_called_too_early_is_explained():
+    with pytest.raises(InputError, match="did you mean @Dense, without brackets"):
+        load("Transformer.ffw=@Dense()").trainer()
 
 
 def test_a_config_can_import_too(my_layers, tmp_path):

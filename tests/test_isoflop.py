@@ -334,6 +334,13 @@ def test_sweeps_with_other_rates_are_series_named_by_their_directory():
     assert (curve.series, curve.seeds) == ("peer", 4)
 
 
+def test_two_sweeps_of_one_directory_are_told_apart_by_their_names():
+    first = sweep_of_rates("runs/a", 0.01, minimum=2.0)
+    second = [dataclasses.replace(r, sweep="runs/a/sweep-2") for r in sweep_of_rates("runs/a", 0.02, minimum=1.8)]
+    losses = {"peer, sweep=runs/a": 2.0, "peer, sweep=runs/a/sweep-2": 1.8}
+    assert {c.series: c.fit.loss for c in analyse([*first, *second], resamples=0).curves} == pytest.approx(losses)
+
+
 def test_a_directory_that_is_not_uniform_in_itself_is_told_apart_by_its_arguments():
     rows = [
         row("peer", loss=1.0, seed=seed, sweep=f"runs/{place}", directory=Path(f"runs/{place}/x"), config={RATE: rate})

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "training": {"errors", "fields", "run_directory", "sharding", "processes", "ops", "layers", "models", "data"},
     "analysis": {"errors", "run_directory", "training"},
     "planning": {"errors", "sharding", "ops", "layers", "models", "training"},
-    "bench": {"errors", "startup", "ops", "layers", "models", "training", "analysis"},
-    "sweeps": LEAVES | {"layers", "data", "models", "training", "analysis"},
+    "bench": {"errors", "fields", "run_directory", "startup", "ops", "layers", "models", "training", "analysis"},
+    "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},
     "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
     "cli": LEAVES | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
 }

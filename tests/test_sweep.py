@@ -158,6 +158,29 @@ def test_what_an_axis_says_can_t_be_set_for_all_runs(tiny):
         expand(sweep(tiny), FOLDER, [parse_binding("Run.steps=5")])
 
 
+@pytest.mark.parametrize(
+    ("binding", "axis"),
+    [
+        ("Transformer.d_model=64", "sizes"),
+        ("peer_jax.Transformer.d_model=64", "sizes"),
+        ("PEER.score_activation='relu'", "cross"),
+        ("AdamW.learning_rate=0.1", "methods"),
+        ("AdamW.eps=0.1", "zip"),
+        ("Run.batch_size=8", "budgets"),
+    ],
+)
+def test_a_binding_of_all_runs_can_t_belie_their_names(tiny, binding, axis):
+    axes = {
+        "methods": {"peer": {"AdamW.learning_rate": 0.01}},
+        "budgets": {1e8: {"Run.batch_size": 4}},
+        "cross": {"PEER.score_activation": ("softmax", "sigmoid")},
+        "zip": {"AdamW.eps": (1e-8, 1e-6)},
+    }
+    with pytest.raises(InputError, match=rf"Sweep\.{axis}"):
+        expand(sweep(tiny, **axes), FOLDER, [parse_binding(binding)])
+    assert len(expand(sweep(tiny, **axes), FOLDER, [parse_binding("AdamW.b1=0.8")])) == 2 * 2 * 2
+
+
 def test_a_macro_that_no_config_has_is_no_axis(tiny):
     values = {"TABEL_RATE": (0.1, 0.2)}
     with pytest.raises(InputError, match=r"TABEL_RATE.*TABLE_RATE"):
@@ -275,6 +298,26 @@ def test_runs_of_equal_shape_share_a_program(tiny):
     assert len({run.program for run in runs}) == 4  # two methods, two sizes
 
 
+def test_what_compiles_to_another_program_is_another_program(tiny):
+    one = {"methods": ("peer",), "sizes": {"d8": {"Transformer.d_model": 8}}}
+    for binding, values, programs in (
+        ("PEER.score_activation", ("softmax", "sigmoid", "relu"), 3),
+        ("PEER.top_k", (2, 4), 2),
+        ("Transformer.dtype", ("%float32", "%bfloat16"), 2),
+        ("AdamW.weight_decay", (0.1, 0.2), 2),
+        ("TABLE_RATE", (0.1, 0.2), 1),
+        ("Run.log_every", (1, 2), 1),
+    ):
+        runs = planned(tiny, **one, cross={binding: values})
+        assert (len(runs), len({run.program for run in runs})) == (len(values), programs), binding
+
+
+@pytest.mark.parametrize("accumulations", [(1, 2), (2, 1)])
+def test_what_can_not_be_accumulated_is_refused_whatever_was_planned_before(tiny, accumulations):
+    with pytest.raises(InputError, match=r"accumulation=2 can't give PEER"):
+        planned(tiny, methods=("peer",), cross={"Run.accumulation": accumulations})
+
+
 # Shares of the machine
 
 
@@ -340,7 +383,7 @@ def test_the_paper_s_sweep_has_the_paper_s_layers():
 
 def test_sweep_bindings_are_told_from_those_of_runs(tiny):
     described, others, _ = config.load_sweep(
-        [FOLDER / "isoflop_quick.gin"], ["Sweep.seeds=(3,)", "AdamW.b1=0.8", " Sweep.min_steps = 7"]
+        [FOLDER / "isoflop_quick.gin"], ["peer_jax.Sweep.seeds=(3,)", "AdamW.b1=0.8", " Sweep.min_steps = 7"]
     )
     assert (tuple(described.seeds), described.min_steps, others) == ((3,), 7, [parse_binding("AdamW.b1=0.8")])
     assert dataclasses.is_dataclass(described)
@@ -363,6 +406,13 @@ def test_two_methods_of_one_class_keep_their_names(tiny):
         )
         assert [run.point.method for run in runs] == ["peer", "peer_layer"]
         assert [run.config.fields["PEER.query_norm"] for run in runs] == ["'batch'", "'layer'"]
+
+
+def test_two_methods_of_equal_configs_are_both_trained(tiny):
+    """One of them may be the baseline of the other, or be changed later; a name that was given is not dropped."""
+    named = {"methods": ("peer", "same"), "method_files": {"same": "peer"}}
+    runs = planned(tiny, **named, sizes={"d8": {"Transformer.d_model": 8}}, cross={"PKM.top_k": (1, 2)})
+    assert [run.point.name for run in runs] == ["peer-d8-1e8-seed0", "same-d8-1e8-seed0"]
 
 
 def test_the_baseline_is_a_method():

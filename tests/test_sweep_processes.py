@@ -318,6 +318,16 @@ def test_a_worker_that_dies_before_it_has_read_its_task_is_replaced(tmp_path, nu
     assert (answer.state, "no.gin does not exist" in answer.reason) == ("failed", True)
 
 
+def test_a_worker_that_was_asked_to_stop_is_not_replaced(tmp_path):
+    worker = Worker(load, (0, 1), tmp_path / "worker.log")
+    worker.give(Task((str(tmp_path / "no.gin"),), (), ()))
+    worker.stop()
+    worker.join(60)
+    for _ in range(3):
+        worker.answer()
+    assert not worker.process.is_alive()
+
+
 def test_an_idle_worker_that_was_killed_is_replaced(tmp_path):
     worker = Worker(load, (0, 1), tmp_path / "worker.log")
     task = Task((str(tmp_path / "no.gin"),), (), ())
