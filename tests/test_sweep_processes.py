@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from small_runs import CONFIGS, ROOT, environment, tiny_config
+from small_runs import CONFIGS, ROOT, environment
 
 from peer_jax.config import load
 from peer_jax.run_directory import RunDirectory
@@ -31,10 +31,10 @@ RUNS = {f"{method}-d8-2e8-seed{seed}" for method in ("dense", "peer") for seed i
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tiny, tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     path = base / "sweep.gin"
-    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "tiny": tiny_config(base)}
+    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "tiny": tiny}
     path.write_text(SWEEP.format(layers=str(CONFIGS / "layers"), **{name: str(file) for name, file in files.items()}))
     return path
 
@@ -350,8 +350,9 @@ def test_a_task_that_kills_its_worker_is_not_given_again(tmp_path):
     assert answer.state == "failed"
 
 
-@pytest.mark.parametrize("seconds", [0.5, 3.0, 5.0, 6.5, 8.0])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGINT, 0.5), (signal.SIGTERM, 3.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 6.5)]
+)
 def test_a_signal_in_the_first_seconds_ends_a_sweep_without_a_traceback(sweep, tmp_path, number, seconds):
     process = sweep(*LONG)
     time.sleep(seconds)
