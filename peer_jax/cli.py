@@ -1,10 +1,12 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -406,6 +408,10 @@ def _keep_off_accelerators() -> None:
 def main() -> None:
     """Runs a command; bad input is one sentence on standard error and exit status 2."""
     try:
+        before = signal.signal(signal.SIGINT, _interrupt)
+    except ValueError:  # not in the main thread, which gets the signals
+        before = None
+    try:
         app()
     except InputError as error:
         _exit(error, 2)
@@ -413,6 +419,14 @@ def main() -> None:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends a command that has nothing to save; a run or a sweep in progress handles the signal itself."""
+    raise Interrupted(number, "interrupted")
 
 
 def _exit(error: Exception, status: int) -> None:
