@@ -407,6 +407,7 @@ def _keep_off_accelerators() -> None:
 
 def main() -> None:
     """Runs a command; bad input is one sentence on standard error and exit status 2."""
+    startup.interrupts.clear()
     try:
         before = signal.signal(signal.SIGINT, _interrupt)
     except ValueError:  # not in the main thread, which gets the signals
@@ -426,6 +427,7 @@ def main() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ends a command that has nothing to save; a run or a sweep in progress handles the signal itself."""
+    startup.interrupts.append(number)
     raise Interrupted(number, "interrupted")
 
 
