@@ -249,7 +249,7 @@ def test_parameters_of_a_layer_have_their_own_type(name, direction):
     wide, narrow = (cases.floors(make(table_dtype=dtype))["token"] for dtype in ("float32", "bfloat16"))
     assert wide.bytes - narrow.bytes == 2 * elements
     if name != cases.COMPARED:  # which is given float32 weights
-        _, (params, _), _ = programs._layer(make(table_dtype="bfloat16"))
+        _, (params, _), _ = programs.layer_function(make(table_dtype="bfloat16"))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
@@ -349,7 +349,7 @@ def test_a_refused_competitor_of_a_step_is_left_out(monkeypatch):
 
     monkeypatch.setattr(measure, "Worker", Worker)
     (competitors,) = Options(what="step", quick=True, implementation=("xla", "mosaic_gpu")).competitors()
-    measured, notes = measure._apart(competitors, 1)
+    measured, notes = measure.apart(competitors, 1)
     assert [case.implementation for case in measured] == ["xla"]
     assert notes == ["mosaic_gpu: runs on GPUs"]
 
@@ -372,7 +372,7 @@ def test_steps_are_drawn_against_the_number_of_experts():
         for side in (4, 8)
         for case in [cases.Case("step", cases.STEP, cases.BOTH, 8, 8, side * side, 1, 2, layer=families()["PEER"])]
     ]
-    (axes,) = report._figure("training step", rows).axes
+    (axes,) = report.figure_of("training step", rows).axes
     assert axes.get_xlabel() == "experts N"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4²", "8²"]
 

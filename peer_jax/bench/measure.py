@@ -155,7 +155,7 @@ def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda r
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for competitors in options.competitors():
-        measure = _apart if options.what == "step" or options.against else _together
+        measure = apart if options.what == "step" or options.against else _together
         measured, refused = measure(competitors, 3 if options.quick else options.repeats)
         notes += [note for note in refused if note not in notes]
         first = next(iter(measured.values()))[0] if measured else None
@@ -197,7 +197,7 @@ def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list
     return {case: (times[name], made.floors, {"memory": made.memory}) for name, (case, made) in programs.items()}, notes
 
 
-def _apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
+def apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
     """Measures competitors in a process each, in turn, and so the memory of each; leaves out as ``_together`` does."""
     workers: dict[str, Worker] = {}
     notes = []

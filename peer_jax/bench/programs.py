@@ -35,7 +35,7 @@ def program(case: Case) -> Program:
     _check_is_taken(case)
     if case.what == "step":
         return _step(case)
-    function, variables, fixed = _op(case) if case.what == "op" else _layer(case)
+    function, variables, fixed = _op(case) if case.what == "op" else layer_function(case)
     y = jax.eval_shape(lambda variables, fixed: function(variables, fixed)[0], variables, fixed)
     dy = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
 
@@ -110,7 +110,7 @@ def _op(case: Case) -> tuple[Function, Any, Any]:
     return mix, (normal(t, d), *tables, gates), indices
 
 
-def _layer(case: Case) -> tuple[Function, Any, Any]:
+def layer_function(case: Case) -> tuple[Function, Any, Any]:
     t, d = case.tokens, case.d_model
     x = jax.random.normal(jax.random.key(2), (1, t, d), case.dtype)
     layer = build_layer(case)

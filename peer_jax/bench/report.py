@@ -139,11 +139,11 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     for title, rows in tables(result["rows"]):
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         written.append(folder / f"{stem}-{slug}.png")
-        written[-1].write_bytes(png(_figure(title, rows)))
+        written[-1].write_bytes(png(figure_of(title, rows)))
     return written
 
 
-def _figure(title: str, rows: Sequence[Row]):
+def figure_of(title: str, rows: Sequence[Row]):
     """Seconds of each implementation with quartiles and floors: a line per size or, for steps, a curve against N."""
     from matplotlib.lines import Line2D
 
