@@ -77,8 +77,12 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         raise InputError(f"{path} can't be written ({error.strerror}): free space, or choose another place") from error
 
 
-def make_folder(path: str | os.PathLike) -> epath.Path:
+def make_folder(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
     """Makes a folder and the folders above it, unless they exist.
+
+    Args:
+        path: the folder.
+        argument: the argument of the caller that holds the path, for the error.
 
     Raises:
         InputError: if it can't be made.
@@ -87,7 +91,9 @@ def make_folder(path: str | os.PathLike) -> epath.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"the folder {path} can't be made ({error.strerror}): choose another") from error
+        raise InputError(
+            f"{path} can't be made ({error.strerror}): choose another folder", argument=argument
+        ) from error
     return path
 
 
@@ -368,7 +374,7 @@ class SweepDirectory:
         Raises:
             InputError: if the directory can't be written to.
         """
-        make_folder(self.path)
+        make_folder(self.path, "workdir")
         text = json.dumps({"sweep": described, "runs": list(runs)}, indent=2, default=str) + "\n"
         write_whole(self.path / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json", text)
 

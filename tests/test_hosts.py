@@ -321,7 +321,7 @@ def test_a_process_that_cannot_start_ends_the_others(bad_start):
     (first, of_first), (second, of_second) = (end.result() for end in bad_start)
     assert first != 0
     assert second == 2
-    assert "peer-jax: --set 'Run.stepz=6': Configurable 'Run' doesn't have a parameter named 'stepz'" in of_second
+    assert "peer-jax: --set 'Run.stepz=6': Run has no argument 'stepz'" in of_second
     assert "This most likely indicates that another task died" in of_first
 
 

@@ -399,7 +399,7 @@ def test_second_process_is_kept_out(tiny, tmp_path):
 
 def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_path):
     bindings = ["Run.steps=20", "Run.checkpoint_every=1", "AdamW.learning_rate=1e16", "AdamW.warmup_steps=3"]
-    with pytest.raises(TrainingFailed, match=r"step (\d+) has loss .* learning_rate") as failed:
+    with pytest.raises(TrainingFailed, match=r"step (\d+) has loss .* learning rate") as failed:
         train(tiny, tmp_path, *bindings)
     steps = saved_steps(tmp_path)
     assert steps

@@ -227,19 +227,17 @@ def test_points_and_failures_are_read_back(tmp_path):
 def test_two_sweeps_share_a_directory(tmp_path):
     directory = SweepDirectory(tmp_path)
     assert directory.sweeps() == []
-    assert directory.sweep_of("a") is None
     directory.keep_sweep({"name": "one"}, ["a", "b"])
     directory.keep_sweep({"name": "two"}, ["c"])
     directory.keep_sweep({"name": "two"}, ["c"])
-    assert sorted(kept["sweep"]["name"] for kept in directory.sweeps()) == ["one", "two"]
-    assert (directory.sweep_of("b"), directory.sweep_of("c")) == ({"name": "one"}, {"name": "two"})
-    assert directory.sweep_of("d") is None
+    found = {kept["sweep"]["name"]: kept for kept in directory.sweeps()}
+    assert {name: kept["runs"] for name, kept in found.items()} == {"one": ["a", "b"], "two": ["c"]}
+    assert found["one"]["name"] != found["two"]["name"]
 
 
 def test_the_sweep_that_an_earlier_version_kept_is_that_of_all_runs(tmp_path):
     (tmp_path / "sweep.json").write_text('{"name": "old"}')
-    assert SweepDirectory(tmp_path).sweeps() == [{"sweep": {"name": "old"}, "runs": None}]
-    assert SweepDirectory(tmp_path).sweep_of("any") == {"name": "old"}
+    assert SweepDirectory(tmp_path).sweeps() == [{"name": "sweep", "sweep": {"name": "old"}, "runs": None}]
 
 
 def names(found, base):

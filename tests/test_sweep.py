@@ -314,7 +314,7 @@ def test_what_compiles_to_another_program_is_another_program(tiny):
 
 @pytest.mark.parametrize("accumulations", [(1, 2), (2, 1)])
 def test_what_can_not_be_accumulated_is_refused_whatever_was_planned_before(tiny, accumulations):
-    with pytest.raises(InputError, match=r"accumulation=2 can't give PEER"):
+    with pytest.raises(InputError, match=r"accumulation=2 can't give the query batch-norm of PEER"):
         planned(tiny, methods=("peer",), cross={"Run.accumulation": accumulations})
 
 

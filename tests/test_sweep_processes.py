@@ -166,7 +166,7 @@ def test_a_failing_run_is_recorded_and_the_rest_goes_on(sweep, tmp_path):
     for seed in (0, 1):
         failure = json.loads((folder / f"dense-d8-2e8-seed{seed}" / "failure.json").read_text())
         assert "nan" in failure["reason"] or "inf" in failure["reason"]
-        assert "learning_rate" in failure["reason"]
+        assert "learning rate" in failure["reason"]
 
 
 def test_a_killed_worker_fails_its_run_alone_and_the_next_sweep_mends_it(sweep, tmp_path):

@@ -79,8 +79,8 @@ class ProductKeyRetrieval(FeedForward):
             rngs=rngs,
         )
         self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None
-        self.needs_whole_batch = query_norm == "batch"
         if query_norm == "batch":
+            self.needs_whole_batch = ("query batch-norm", "set query_norm to 'layer' or None")
             self.query_norm = nnx.BatchNorm(
                 num_heads * d_key,
                 momentum=0.9,

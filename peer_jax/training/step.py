@@ -61,11 +61,11 @@ class Trainer:
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         if not isinstance(abstract, Transformer):
             raise InputError(f"the model is a {type(abstract).__name__}, but only a Transformer can be trained")
-        whole = next((block.ffw for block in abstract.blocks if block.ffw.needs_whole_batch), None)
+        whole = next((block.ffw for block in abstract.blocks if block.ffw.needs_whole_batch is not None), None)
         if accumulation > 1 and whole is not None:
             raise InputError(
-                f"accumulation={accumulation} can't give {whole.label} its statistics of the whole batch: set "
-                f"accumulation to 1, or options of {whole.name} that need none, such as query_norm='layer'"
+                f"accumulation={accumulation} can't give the {whole.needs_whole_batch[0]} of {whole.name} the statistics of "
+                f"the whole batch: {whole.needs_whole_batch[1]}, or accumulation to 1"
             )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
