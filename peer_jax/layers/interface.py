@@ -66,8 +66,8 @@ class FeedForward(nnx.Module):
         is_causal: False if the output of a token can depend on later tokens.
         mixes_tokens: True if, at evaluation, the output of a token depends on other tokens at all. Such a layer can't
             generate token by token with a cache.
-        needs_whole_batch: in words, the part that takes statistics over the whole batch in training, which micro-batches
-            don't have, and the way to do without it; None if no part does.
+        needs_whole_batch: the part that, in training, takes statistics over the whole batch, which micro-batches don't
+            have, and the way to do without it, both in words; None if no part does.
         is_baseline: True for the layer that others are compared with by default, the plain dense one.
         num_experts: number of experts; a layer that routes must set it.
         variant: a word for the most important option, which labels show without the option's name.

@@ -64,8 +64,8 @@ class Trainer:
         whole = next((block.ffw for block in abstract.blocks if block.ffw.needs_whole_batch is not None), None)
         if accumulation > 1 and whole is not None:
             raise InputError(
-                f"accumulation={accumulation} can't give the {whole.needs_whole_batch[0]} of {whole.name} the statistics of "
-                f"the whole batch: {whole.needs_whole_batch[1]}, or accumulation to 1"
+                f"accumulation={accumulation} can't give the {whole.needs_whole_batch[0]} of {whole.name} the statistics "
+                f"of the whole batch: {whole.needs_whole_batch[1]}, or accumulation to 1"
             )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
