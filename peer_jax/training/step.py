@@ -61,11 +61,13 @@ class Trainer:
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         if not isinstance(abstract, Transformer):
             raise InputError(f"the model is a {type(abstract).__name__}, but only a Transformer can be trained")
-        whole = next((block.ffw for block in abstract.blocks if block.ffw.needs_whole_batch is not None), None)
-        if accumulation > 1 and whole is not None:
+        layers = (block.ffw for block in abstract.blocks)
+        needing = next((layer for layer in layers if layer.needs_whole_batch is not None), None)
+        if accumulation > 1 and needing is not None:
+            part, way_out = needing.needs_whole_batch
             raise InputError(
-                f"accumulation={accumulation} can't give the {whole.needs_whole_batch[0]} of {whole.name} the statistics "
-                f"of the whole batch: {whole.needs_whole_batch[1]}, or accumulation to 1"
+                f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the whole batch: "
+                f"{way_out}, or accumulation to 1"
             )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
