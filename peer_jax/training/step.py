@@ -66,8 +66,8 @@ class Trainer:
         if accumulation > 1 and needing is not None:
             part, way_out = needing.needs_whole_batch
             raise InputError(
-                f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the whole batch: "
-                f"{way_out}, or accumulation to 1"
+                f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the "
+                f"whole batch: {way_out}, or accumulation to 1"
             )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
