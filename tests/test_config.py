@@ -221,7 +221,7 @@ def test_identity_binds_a_run_directory(binding, name):
         *("Run.checked=True", "Run.log_every=1", "Run.checkpoint_every=7", "Run.keep_checkpoints=5"),
         *("Run.evaluate_every=3", "Run.accumulation=2", "Sharding.expert=4", "Sharding.tables='columns'"),
         *(
-            "TextTask.corpus=@prepared()",
+            "TextTask.corpus=@python_packages()",
             "TextTask.vocabulary='my.model'",
         ),  # the text's fingerprint guards what they are
         *("Transformer.remat=True", "PEER.implementation='reference'", "TextTask.cache_dir='/elsewhere'"),
