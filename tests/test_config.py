@@ -323,6 +323,11 @@ def test_a_subclass_that_hands_its_arguments_on_can_be_configured(my_layers, tmp
         load(*bindings, "MyPEER.top_k=2.5", layer="dense", imports=[my_layers]).trainer()
 
 
+def test_an_initialiser_wants_a_number():
+    with pytest.raises(InputError, match=r"up/normal\.stddev = 'a' is not of type float"):
+        load("UP_STDDEV='a'").trainer()
+
+
 def test_a_layer_that_is_called_too_early_is_explained():
     with pytest.raises(InputError, match="did you mean @Dense, without brackets"):
         load("Transformer.ffw=@Dense()").trainer()

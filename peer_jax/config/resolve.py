@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from flax import nnx
+from flax.typing import Initializer
 
 from peer_jax import layers
 from peer_jax.config.tree import CONSTANTS, Configurable, Node, is_literal
@@ -28,10 +29,16 @@ from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.optimizer import AdamW
 from peer_jax.training.run import Run
 
+
+def normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
+    """``nnx.initializers.normal``, whose own annotations let any value pass for a number."""
+    return nnx.initializers.normal(stddev, dtype)
+
+
 _CONFIGURABLES: tuple[Configurable, ...] = (
     *(Run, Sharding, Sweep, AdamW, Transformer, *layers.families().values()),
     *(TextTask, python_stdlib, python_packages, local_files, tfds_corpus, prepared),
-    *(nnx.initializers.normal, nnx.initializers.variance_scaling),
+    *(normal, nnx.initializers.variance_scaling),
 )
 
 
