@@ -167,8 +167,8 @@ def _whole_lines(path: epath.Path) -> list[str]:
     return path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else []
 
 
-class RunDirectory:
-    """The directory of a run.
+class _Directory:
+    """A local folder, as a path-like object.
 
     Args:
         path: of the folder, which need not exist yet.
@@ -185,6 +185,10 @@ class RunDirectory:
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+class RunDirectory(_Directory):
+    """The directory of a run."""
 
     @property
     def name(self) -> str:
@@ -345,24 +349,8 @@ class RunDirectory:
         (self.path / FAILURE).unlink(missing_ok=True)
 
 
-class SweepDirectory:
-    """The directory of one or several sweeps: a folder per run, and a description of each sweep.
-
-    Args:
-        path: of the folder, which need not exist yet.
-
-    Raises:
-        InputError: for an address instead of a local path.
-    """
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = local(path, "workdir")
-
-    def __fspath__(self) -> str:
-        return os.fspath(self.path)
-
-    def __str__(self) -> str:
-        return str(self.path)
+class SweepDirectory(_Directory):
+    """The directory of one or several sweeps: a folder per run, and a description of each sweep."""
 
     def run(self, name: str) -> RunDirectory:
         """The directory of a run."""

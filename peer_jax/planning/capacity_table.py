@@ -44,8 +44,8 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
     console.print(f"{verdict}: {least}{share:.0%} of {device.memory / GIB:.1f} GiB, most in {memory.fullest.name}.")
     if share > 1:
         console.print(
-            "Try a larger expert axis, Transformer.remat=True, a smaller Run.batch_size or a higher Run.accumulation, "
-            "or AdamW.table_second_moment='row'."
+            "Try a larger expert axis, Transformer.remat=True, a smaller Run.batch_size, a higher Run.accumulation, or "
+            "an optimiser with a smaller state, such as AdamW with table_second_moment='row'."
         )
 
     step = plan.step
