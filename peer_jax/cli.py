@@ -407,7 +407,6 @@ def _keep_off_accelerators() -> None:
 
 def main() -> None:
     """Runs a command; bad input is one sentence on standard error and exit status 2."""
-    startup.interrupts.clear()
     try:
         before = signal.signal(signal.SIGINT, _interrupt)
     except ValueError:  # not in the main thread, which gets the signals
@@ -427,8 +426,9 @@ def main() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ends a command that has nothing to save; a run or a sweep in progress handles the signal itself."""
-    startup.interrupts.append(number)
-    raise Interrupted(number, "interrupted")
+    # An exception would be lost or become another one in the code of libraries that are being imported.
+    os.write(2, b"peer-jax: interrupted\n")
+    os._exit(128 + number)
 
 
 def _exit(error: Exception, status: int) -> None:

@@ -11,10 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-# Signals that asked a command to end before its work began. While libraries are imported the exception that a handler
-# raises can be lost in their code, so the work looks here when it begins.
-interrupts: list[int] = []
-
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
 
 

@@ -32,7 +32,6 @@ from small_runs import (
     write_text,
 )
 
-from peer_jax import startup
 from peer_jax.data.corpora import local_files
 from peer_jax.data.pipeline import TextTask, ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
@@ -516,12 +515,3 @@ def test_restored_model_is_that_of_the_step(tiny, tmp_path):
     for wrong in ("3", "newest", "-1"):
         with pytest.raises(InputError, match=rf"checkpoint '{wrong}'.*\[2, 4\]"):
             restore_model(run, tmp_path, wrong)
-
-
-def test_an_interrupt_that_was_lost_before_the_first_step_stops_the_run(tiny, tmp_path, monkeypatch):
-    """While libraries are imported, what a handler raises can be lost in their code."""
-    monkeypatch.setattr(startup, "interrupts", [signal.SIGINT])
-    with pytest.raises(Interrupted, match="stopped at step 1 and saved"):
-        train(tiny, tmp_path, "Run.steps=40")
-    assert startup.interrupts == []
-    assert train(tiny, tmp_path, "Run.steps=40")["steps"] == 40

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from peer_jax import startup
-
 
 class StopOnSignal:
     """Turns the first SIGTERM or SIGINT into a request to stop; a second SIGINT interrupts at once.
@@ -28,8 +26,6 @@ class StopOnSignal:
             self._before = {number: signal.signal(number, self._request) for number in numbers}
         except ValueError:  # outside the main thread, signals belong to the caller
             self._before = {}
-        if startup.interrupts and self._before:
-            self._request(startup.interrupts.pop(), None)
         return self
 
     def __exit__(self, *exception: object) -> None:
