@@ -220,7 +220,7 @@ def sweep(
     for note in plan.check(described, planned):
         typer.echo(note, err=True)
     directory = SweepDirectory(workdir)
-    plan.check_kept_configs(planned, directory)
+    plan.check_begun_runs(planned, directory)
     runner.run_sweep(described, planned, directory, load=configs.load, workers=workers, progress=not quiet)
     typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
 

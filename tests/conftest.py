@@ -94,6 +94,20 @@ def params_of():
     return params_of
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prepares_quickly(tmp_path_factory):
+    """Texts are prepared by a process that stays, instead of one each that loads TensorFlow anew."""
+    from preparing import Preparing
+
+    from peer_jax.data import pipeline
+
+    preparing = Preparing(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "preparing_command", preparing.command)
+        yield
+    preparing.stop()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The config file of a model that trains in seconds, with a text that one process prepares for all."""

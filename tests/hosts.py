@@ -35,23 +35,22 @@ def flags(host, port):
 class Hosts:
     """Starts processes, and kills those that still run at the end of a test."""
 
-    def __init__(self, compiled):
+    def __init__(self):
         self._started = []
-        self._cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
-    def start(self, command, devices=DEVICES):
-        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **self._cache}
+    def start(self, command, devices=DEVICES, variables=None):
+        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | (variables or {})
         process = subprocess.Popen(
             command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self._started.append(process)
         return process
 
-    def start_all(self, command, **more):
-        """Starts two processes of one run: the command with ``more["first"]`` and with ``more["second"]`` appended."""
+    def start_all(self, command, second=(), variables=None):
+        """Starts two processes of one run: the command, and the command with ``second`` appended."""
         port = free_port()
-        own = [more.get("first", []), more.get("second", [])]
-        return [self.start([*command, *own[host], *flags(host, port)]) for host in range(HOSTS)]
+        own = [(), second]
+        return [self.start([*command, *own[host], *flags(host, port)], variables=variables) for host in range(HOSTS)]
 
     def measured(self, folder, module, function, *arguments, hosts=HOSTS):
         """What ``module.function(*arguments)`` returns in each of two processes, or in one with all devices."""

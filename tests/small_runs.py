@@ -93,6 +93,10 @@ def train(tiny, folder, *bindings, layer="dense"):
     return loop.train(load(tiny, *bindings, layer=layer), folder, progress=False)
 
 
+# For processes that are killed, which could leave half of a program for others: JAX does not write programs whole.
+KEEPS_NO_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e6"}
+
+
 def environment(**more):
     """The environment of processes that tests start. It lets them keep bytecode: importing takes most of their time."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import (
+    KEEPS_NO_PROGRAMS,
     arrays,
     assert_same,
     environment,
@@ -83,11 +84,6 @@ def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
     never, killed = tmp_path / "never", tmp_path / "killed"
     finish(start(tiny, never))
 
-    # Programs compiled by the first of these serve the others: that saves time, and the run above compiles its own.
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     moments = (
         (lambda: (killed / "config.gin").exists(), signal.SIGKILL),  # nothing is trained yet
         (lambda: logged(killed) >= 10 and being_written(killed), signal.SIGKILL),
@@ -95,7 +91,7 @@ def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
         (lambda: logged(killed) >= 115, signal.SIGTERM),
     )
     for condition, number in moments:
-        process = start(tiny, killed, **compiled)
+        process = start(tiny, killed, **KEEPS_NO_PROGRAMS)
         errors = signal_when(process, condition, number)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], errors
         assert not (killed / "result.json").exists()
@@ -103,7 +99,7 @@ def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
     assert errors == f"peer-jax: stopped at step {stopped} and saved; the same command resumes\n"
     assert (killed / "checkpoints" / str(stopped)).is_dir()
 
-    finish(start(tiny, killed, **compiled))
+    finish(start(tiny, killed))
     assert losses(killed) == losses(never)  # and none twice
     run = load(tiny, *BINDINGS, layer="peer")
     assert_same(leaves(killed, run), leaves(never, run))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hosts import HOSTS, Hosts, ended, finish, flags, free_port, train_command
 from small_runs import (
+    KEEPS_NO_PROGRAMS,
     arrays,
     lines,
     load,
@@ -51,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("trains")
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    hosts = Hosts(tmp_path_factory.getbasetemp() / "compiled-by-hosts")
+def hosts():
+    hosts = Hosts()
     yield hosts
     hosts.kill()
 
@@ -167,7 +168,7 @@ def saved(folder):
 
 def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp_path):
     def start():
-        return hosts.start_all(train_command(tiny, tmp_path, *BINDINGS))
+        return hosts.start_all(train_command(tiny, tmp_path, *BINDINGS), variables=KEEPS_NO_PROGRAMS)
 
     kill, term = signal.SIGKILL, signal.SIGTERM
     for step, numbers in ((5, (None, kill)), (10, (kill, None)), (13, (kill, kill))):

@@ -8,9 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from peer_jax.analysis.ablations import UNUSED, Ablation, Panel, readable, value_text
 from peer_jax.analysis.reading import budget
-from peer_jax.analysis.style import WIDTH, Style, brief, figure, house_style, legend, loss_limits, value_axis
-
-LOSS = "validation loss [nats/token]"
+from peer_jax.analysis.style import LOSS, WIDTH, Style, brief, figure, house_style, legend, loss_limits, value_axis
 
 
 @house_style()

@@ -19,6 +19,7 @@ from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, named, si
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.style import (
+    LOSS,
     PALETTE,
     QUIET,
     WIDTH,
@@ -36,7 +37,6 @@ from peer_jax.analysis.style import (
 SIZES = dict(zip(MEASURES, ("active parameters", "parameters", "training tokens"), strict=True))
 # A minimum further outside the sizes tried than this factor is only in the table.
 NEARBY = 1.6
-LOSS = "validation loss [nats/token]"
 # A picture of more series than this is unreadable. It then leaves out the settings that sweeps varied.
 MOST_SERIES = 8
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.reading import named, si
 
+LOSS = "validation loss [nats/token]"
 SETTINGS = {
     "font.size": 10.5,
     "axes.titlesize": 11,

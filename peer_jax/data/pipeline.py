@@ -138,6 +138,11 @@ class _Steps(Sequence):
         return f"batches of {self._share} rows of {self._source!r}"
 
 
+def preparing_command() -> list[str]:
+    """Starts the process that prepares a text; the paths of its request and its answer follow, see `tasks.main`."""
+    return [sys.executable, "-P", "-m", "peer_jax.data.tasks"]
+
+
 def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
     """The path of the task's cache, which is prepared if it isn't there yet.
 
@@ -155,7 +160,7 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
         request.write_bytes(pickle.dumps((task, progress)))
         search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.run(
-            [sys.executable, "-P", "-m", "peer_jax.data.tasks", str(request), str(answer)],
+            [*preparing_command(), str(request), str(answer)],
             env={**os.environ, "PYTHONPATH": search},
             check=False,
         )

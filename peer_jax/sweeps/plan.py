@@ -15,6 +15,7 @@ from peer_jax.gin_syntax import Binding
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
 from peer_jax.training.flops import training_flops
+from peer_jax.training.ownership import check_begun
 from peer_jax.training.run import Run
 from peer_jax.training.step import Trainer
 
@@ -178,21 +179,10 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
     return notes
 
 
-def check_kept_configs(planned: Sequence[Planned], directory: SweepDirectory) -> None:
-    """Compares the planned runs with those that were begun in the directory.
-
-    Raises:
-        InputError: if a run was begun with another config than is planned now.
-    """
+def check_begun_runs(planned: Sequence[Planned], directory: SweepDirectory) -> None:
+    """An InputError if a run was begun in the directory with another config than is planned now."""
     for run in planned:
-        folder = directory.run(run.point.name)
-        kept = folder.read_config()
-        if kept is not None and (found := run.config.difference(kept)) is not None:
-            raise InputError(
-                f"{folder} holds a run with {found.name} = {found.before}, now it is {found.now}: use its config, or "
-                "another directory",
-                argument="workdir",
-            )
+        check_begun(directory.run(run.point.name), run.config)
 
 
 def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> dict[str, float | None]:

@@ -70,18 +70,22 @@ def check_same(config: RunConfig | None, text: str) -> None:
             )
 
 
+def check_begun(directory: RunDirectory, config: RunConfig) -> None:
+    """An InputError if the directory holds a run that was begun with a config of another identity."""
+    kept = directory.read_config()
+    if kept is not None and (found := config.difference(kept)) is not None:
+        raise InputError(
+            f"{directory} holds a run with {found.name} = {found.before}, now it is {found.now}: use its config, or "
+            "choose another directory",
+            argument="workdir",
+        )
+
+
 def check_config(directory: RunDirectory, config: RunConfig | None) -> None:
-    """An InputError, in all processes, if the directory holds a run that was begun with a config of other identity."""
+    """``check_begun`` by the first process, whose error all processes raise."""
     with together():
-        kept = directory.read_config() if leads() and config is not None else None
-        found = None if kept is None else config.difference(kept)
-        if found is not None:
-            name, before, now = found
-            raise InputError(
-                f"{directory} holds a run with {name} = {before}, now it is {now}: use its config, or choose another "
-                "directory",
-                argument="workdir",
-            )
+        if leads() and config is not None:
+            check_begun(directory, config)
 
 
 def keep_config(directory: RunDirectory, config: RunConfig | None) -> None:
