@@ -44,7 +44,7 @@ pytestmark = [
 # Processes that are killed
 
 STEPS = 150
-BINDINGS = (f"Run.steps={STEPS}", "Run.checkpoint_every=15", "Run.evaluate_every=50")
+BINDINGS = ("Transformer.num_blocks=1", f"Run.steps={STEPS}", "Run.checkpoint_every=15", "Run.evaluate_every=50")
 
 
 def start(tiny, folder, **variables):

@@ -11,6 +11,7 @@ def test_quickstart_from_end_to_end(tmp_path):
     runs = tmp_path / "runs"
     shrunk = (
         *("Sweep.methods=('dense', 'peer')", "Sweep.budgets=(1e9,)", "Sweep.min_steps=1", "Sweep.max_epochs=1e3"),
+        "Transformer.num_blocks=1",
         "Sweep.rate_exponents={}",  # the methods by name alone have no rates of their own
         *("TextTask.max_train_tokens=200000", "TextTask.max_validation_tokens=5000"),
     )

@@ -22,7 +22,7 @@ Sweep.methods = ("dense", "peer")
 Sweep.sizes = {{"d8": {{"Transformer.d_model": 8}}}}
 Sweep.budgets = (2e8,)
 Sweep.seeds = (0, 1)
-Sweep.bindings = {{"Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
+Sweep.bindings = {{"Transformer.num_blocks": 1, "Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
 Sweep.min_steps = 1
 Sweep.max_epochs = 1e6
 """
