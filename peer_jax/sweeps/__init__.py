@@ -1,1 +1,1 @@
-"""A sweep as data, its plan, the worker processes that train its runs, and what is seen of them meanwhile."""
+"""A sweep as data, its plan, the worker processes that train its runs, and the display of their progress."""

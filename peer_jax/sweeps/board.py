@@ -1,4 +1,4 @@
-"""What a sweep shows: its plan as a table; while it runs, a live table in a terminal and plain lines elsewhere."""
+"""What a sweep prints: its plan as a table, and its progress as a live table in a terminal or as lines elsewhere."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from rich.table import Table
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds
 
-RECENT = 8
+RECENT = 8  # ended runs that the live table lists
 
 
 def plan_table(
@@ -51,8 +51,8 @@ def plan_table(
     console.print(f"{flops:.3g} training FLOPs in all; {programs} programs to compile.")
     if measured and not math.isnan(total):
         console.print(
-            f"About {duration(total / workers)} with {workers} at a time here, by steps measured on random tokens; "
-            "compilation and evaluation come on top."
+            f"About {duration(total / workers)} with {workers} at a time on this machine, estimated from steps on "
+            "random tokens; compilation and evaluation come on top."
         )
     for name, reason in reasons.items():
         console.print(f"{name} was not measured: {reason}")
@@ -96,29 +96,29 @@ class Board:
             self._live.stop()
 
     def started(self, run: Planned) -> None:
-        """A worker has begun the run, or goes on with it."""
+        """Notes that a worker has begun or continued the run."""
         self._running[run.point.name] = run
         self._flops_at_start[run.point.name] = self._progress(run)[0] * run.step_flops
         self._note = None
 
     def finished(self, run: Planned) -> None:
-        """The run has its result."""
+        """Notes that the run has its result."""
         result = self._directory.run(run.point.name).read_result()
         own = result["evaluations"][result["corpus"]["name"]]
         self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
 
     def failed(self, run: Planned, reason: str) -> None:
-        """The run has failed."""
+        """Notes that the run has failed, and why."""
         self._failures += 1
         self._end(run, f"failed: {reason}")
 
     def elsewhere(self, run: Planned) -> None:
-        """Another process trains the run."""
+        """Notes that another process trains the run."""
         self._running.pop(run.point.name, None)
         self._note = f"{run.point.name} is being trained by another process"
 
     def say(self, note: str | None) -> None:
-        """A line below the table."""
+        """Shows a line below the table, or prints it where there is no table; None removes the line."""
         self._note = note
         if note and self._enabled and not self._is_live:
             print(note, file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ class Board:
             print(f"{run.point.name}: {outcome}   [{self._summary()}]", file=sys.stderr, flush=True)
 
     def _progress(self, run: Planned) -> tuple[int, float | None]:
-        """The step a run is at and its training loss, as its log has them."""
+        """The last step in the metrics of a run, and the loss at that step."""
         line = self._directory.run(run.point.name).last_metrics() or {}
         return line.get("step", 0), line.get("loss", line.get("validation_loss"))
 
@@ -152,7 +152,7 @@ class Board:
         return ", ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """Estimated from the FLOPs spent since the start; None while too few were spent."""
+        """Seconds until all runs have ended, estimated from the FLOPs spent so far; None while these are too few."""
         total = sum(run.training_flops for run in self._planned)
         ended = sum(run.training_flops for run in self._planned if run.point.name in self._ended)
         current = sum(self._progress(run)[0] * run.step_flops for run in self._running.values())
@@ -176,7 +176,7 @@ class Board:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3.2 h, 2.1 days."""
+    """Writes seconds in a readable unit: 45 s, 12 min, 3.2 h, 2.1 days."""
     for size, unit in ((86400, "days"), (5400, "h"), (90, "min")):
         if seconds >= size:
             value = seconds / {"days": 86400, "h": 3600, "min": 60}[unit]

@@ -1,4 +1,4 @@
-"""What a sweep would do: its runs, built abstractly, with their sizes, FLOPs, steps and passes over the corpus."""
+"""What a sweep would do: its runs, built without memory, with their sizes, FLOPs, steps and passes over the corpus."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,17 @@ from peer_jax.training.run import Run
 from peer_jax.training.step import Trainer
 
 Load = Callable[[Sequence[str], Sequence[Binding], Sequence[str]], Run]
-"""Makes a run, with its config, of files, bindings and imported modules; a module's function, so that it is pickled."""
+"""Makes a run, with its config, from files, bindings and names of modules to import.
 
+It must be a function at the top of a module, so that it can be pickled.
+"""
 
+# Fields that do not change the compiled program of a run.
 NOT_COMPILED = {
     *("Run.seed", "Run.steps", "Run.training_flops", "Run.eval_tasks", "Run.log_every", "Run.evaluate_every"),
     *("Run.checkpoint_every", "Run.keep_checkpoints"),
 }
+# Fields that do not change the trainer of a run.
 NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size"}
 
 
@@ -34,8 +38,8 @@ NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size
 class Planned:
     """A run before it starts.
 
-    ``program`` is equal for runs of equal shapes, which one compiled program serves. ``corpus_tokens`` is the size of
-    the task's training split, which is known exactly once the task is prepared; None if nothing is known.
+    Runs with the same ``program`` can share one compiled program. ``corpus_tokens`` is the size of the task's training
+    split: exact once the task is prepared, an estimate before, None if nothing is known.
     """
 
     point: Point
@@ -69,7 +73,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
     """Builds every run abstractly. Settings that a run doesn't use are dropped; runs that are the same are listed once.
 
     Raises:
-        InputError: if a run can't be built, naming it.
+        InputError: if a run can't be built, or two runs would have the same name. The message names the run.
     """
     planned: dict[tuple[str, str, str], Planned] = {}
     trainers: dict[frozenset, Trainer] = {}
@@ -93,7 +97,7 @@ def _build(
     corpora: dict[TextTask, tuple[int | None, bool]],
 ) -> Planned:
     run = load(point.files, point.bindings, point.imports)
-    # Runs that differ in their place alone have one trainer, whose abstract model takes most of the time of planning.
+    # Building abstract models takes most of the time of planning, so runs that differ in nothing else share a trainer.
     same = frozenset(field for field in run.config.identity.items() if field[0] not in NOT_OF_TRAINER)
     same |= {("Run.accumulation", str(run.accumulation))}
     if same not in trainers:
@@ -124,7 +128,7 @@ def _build(
 
 
 def _program(run: Run, state: object) -> str:
-    """A digest of what a run compiles: its arguments but for those that a compiled step takes or doesn't see."""
+    """A digest of what a run compiles: shapes, and the fields that are built into the step."""
     schedule = getattr(run.optimizer, "schedule_arguments", ())
     left_out = NOT_COMPILED | {f"{type(run.optimizer).__name__}.{name}" for name in schedule}
     fields = {name: value for name, value in run.config.fields.items() if name not in left_out}
@@ -135,8 +139,8 @@ def _program(run: Run, state: object) -> str:
 def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
     """The number of training tokens of a task, padding included, and whether the task is prepared.
 
-    Before a task is prepared the number is an estimate: each byte is a token. How much text a corpus of TFDS holds is
-    not known then, but its limit is, if it has one.
+    Before a task is prepared, the number is an estimate that takes each byte for a token. If the corpus doesn't know
+    its size, as with TFDS, or tokens are not bytes, it is the limit of the task, or None if there is no limit.
     """
     if task.cache_path().exists():
         return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
@@ -148,7 +152,7 @@ def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
 
 
 def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
-    """Sentences to say before a sweep starts.
+    """Returns sentences to print before a sweep starts.
 
     Raises:
         InputError: if a run is too short to mean anything, or needs more text than the corpus has.
@@ -162,15 +166,15 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
         if run.epochs is not None and run.epochs > sweep.max_epochs:
             raise InputError(
                 f"{run.point.name} would read {run.tokens:.3g} tokens, {run.epochs:.1f} times the "
-                f"{run.corpus_tokens:.3g} of {run.task.corpus.name}, and Sweep.max_epochs={sweep.max_epochs:g}: "
+                f"{run.corpus_tokens:.3g} of {run.task.corpus.name}, but Sweep.max_epochs={sweep.max_epochs:g}: "
                 "lower its budget, leave out its size, or take a larger corpus"
             )
     notes = []
     if repeating := [run for run in planned if (run.epochs or 0) > 1]:
         most = max(repeating, key=lambda run: run.epochs)
         notes.append(
-            f"{len(repeating)} of {len(planned)} runs read text more than once; {most.point.name} "
-            f"{most.epochs:.1f} times. Up to 4 times is nearly as good as new text (arXiv:2305.16264)."
+            f"{len(repeating)} of {len(planned)} runs read text more than once; {most.point.name} reads it "
+            f"{most.epochs:.1f} times. Up to 4 times, repeated text is nearly as good as new text (arXiv:2305.16264)."
         )
     if any(run.corpus_tokens is None for run in planned):
         notes.append("How much text the corpus has isn't known before `peer-jax prepare`: epochs are left blank.")
@@ -180,7 +184,7 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
 
 
 def check_begun_runs(planned: Sequence[Planned], directory: SweepDirectory) -> None:
-    """An InputError if a run was begun in the directory with another config than is planned now."""
+    """Raises InputError if a run was begun in the directory with another config than is planned now."""
     for run in planned:
         check_begun(directory.run(run.point.name), run.config)
 
@@ -208,7 +212,7 @@ def step_seconds(planned: Sequence[Planned], measured: Mapping[str, float]) -> d
 
 
 def to_measure(planned: Sequence[Planned]) -> list[Planned]:
-    """The runs to measure: for each method, those of least and most FLOPs per step; the others are estimated."""
+    """The runs to measure: for each method, those with the fewest and the most FLOPs per step. Others are estimated."""
     chosen: dict[str, Planned] = {}
     for method in dict.fromkeys(run.point.method for run in planned):
         own = [run for run in planned if run.point.method == method]

@@ -1,4 +1,4 @@
-"""Running a sweep: worker processes train every run in its directory; finished runs are skipped, begun ones go on."""
+"""Runs a sweep: worker processes train each run in its directory, skip finished runs and continue begun ones."""
 
 import contextlib
 import logging
@@ -20,8 +20,8 @@ from peer_jax.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5
-RETRY_SECONDS = 5.0
+TICK = 0.5  # seconds between two updates of the board, at most
+RETRY_SECONDS = 5.0  # before a run that another process was training is tried again
 
 
 def prepare_corpora(planned: Sequence[Planned], *, progress: bool) -> None:
@@ -41,8 +41,8 @@ def run_sweep(
 ) -> None:
     """Trains the runs that are not finished, and keeps ``results.csv`` up to date.
 
-    A run that fails leaves its reason in ``failure.json``, and the others go on. Runs that another sweep's process is
-    training are left to it, and taken over should it die.
+    A run that fails leaves its reason in ``failure.json``, and the others go on. A run that the process of another
+    sweep is training is left to that process, and is taken over if the process dies.
 
     Raises:
         InputError: if the directory can't be written to.
@@ -83,7 +83,7 @@ class _Runner:
         self._running: dict[Worker, Planned] = {}
 
     def run(self, stop: StopOnSignal) -> dict[str, str]:
-        """Works until no run is left or ``stop`` asks to end; returns the reasons of the runs that failed, by name."""
+        """Works until no run is left or ``stop`` has a signal; returns the reasons of the runs that failed, by name."""
         try:
             while (self._queue or self._running) and stop.signal_number is None:
                 self._hand_out()
@@ -96,7 +96,7 @@ class _Runner:
             for worker in self._workers:
                 worker.join()
             self._collect()
-        except BaseException:  # a second Ctrl-C, too: checkpoints are written whole or not at all
+        except BaseException:  # also at a second Ctrl-C: checkpoints are written whole or not at all
             for worker in self._workers:
                 worker.kill()
             raise
@@ -114,7 +114,7 @@ class _Runner:
                 self._start(idle.pop(), run)
 
     def _ended_elsewhere(self, run: Planned) -> bool:
-        """Whether another sweep's process has finished the run, or failed at it since this one began."""
+        """Whether another process has finished the run, or has failed to since this sweep began; notes the outcome."""
         folder = self._directory.run(run.point.name)
         if folder.read_result() is not None:
             self._finish(run)
@@ -127,7 +127,7 @@ class _Runner:
 
     def _start(self, worker: Worker, run: Planned) -> None:
         folder = self._directory.run(run.point.name)
-        with contextlib.suppress(OSError, InputError):  # a full disk is the run's failure, and it will say so
+        with contextlib.suppress(OSError, InputError):  # if the disk is full, the run fails too and says so
             folder.write_point(run.point.describe())
         worker.give(Task(run.point.files, run.point.bindings, run.point.imports, str(folder)))
         self._running[worker] = run
@@ -146,7 +146,7 @@ class _Runner:
             elif answer.state == "busy":
                 self._queue.append((time.monotonic() + RETRY_SECONDS, run))
                 self._board.elsewhere(run)
-            else:  # its worker was asked to stop: by this sweep, which then ends, or by somebody else
+            else:  # the worker was asked to stop, by this sweep (which then ends) or by somebody else
                 self._queue.append((0.0, run))
 
     def _finish(self, run: Planned) -> None:
@@ -161,12 +161,12 @@ class _Runner:
         self._board.failed(run, reason)
 
     def _keep_failure(self, run: Planned, answer: Answer) -> None:
-        with contextlib.suppress(InputError):  # the sweep's last sentence has it, too
+        with contextlib.suppress(InputError):  # the final message of the sweep has the reason, too
             self._directory.run(run.point.name).write_failure(answer.reason, answer.details)
 
 
 def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
-    """The finished runs that are in a directory, by their folders' names."""
+    """The finished runs in a directory, by the names of their folders."""
     rows = {}
     for run in find_runs(directory):
         try:
@@ -174,20 +174,20 @@ def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
                 row = results.row(run, directory)
                 rows[row.run] = row
         except InputError as error:
-            logger.warning("%s has no row for it: %s", directory.results, error)
+            logger.warning("%s leaves out a run: %s", directory.results, error)
     return rows
 
 
 def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -> None:
     """Writes the table of finished runs."""
-    with contextlib.suppress(InputError):  # no room for it: it can be made again at any time
+    with contextlib.suppress(InputError):  # if there is no room for the table: it can be made again at any time
         results.write_csv(results.in_order(rows.values()), directory.results)
 
 
 def measure(
     planned: Sequence[Planned], log: Path, *, load: Load, workers: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds per step of some programs, and by run the reasons why others could not be measured.
+    """Measures seconds per step by program, and returns them with the reasons why some runs could not be measured.
 
     One process measures them one after another, with the share of the machine that a worker of the sweep would have.
     """

@@ -16,7 +16,7 @@ from peer_jax.training.flops import training_flops
 from peer_jax.training.run import Run
 
 MEASURED_SECONDS = 1.5
-LONGEST_STEP = 30.0
+LONGEST_STEP = 30.0  # seconds
 SLOWEST_CPU = 2e10  # FLOPs per second; a core does 14 to 36e9
 
 
@@ -24,7 +24,7 @@ def seconds_per_step(run: Run) -> float:
     """Median seconds of the run's training step on random tokens, placed as ``train`` places it, without compilation.
 
     Raises:
-        InputError: if its state doesn't fit the device's memory, or a step would take too long to try.
+        InputError: if the run's state doesn't fit the device's memory, or a step would take too long to try.
     """
     placement = run.sharding.place(rows=run.batch_size // run.accumulation)
     with use(placement):
@@ -61,6 +61,6 @@ def _check_size(state: object, step_flops: float) -> None:
             raise InputError(f"a step of {step_flops:.2g} FLOPs takes too long to be tried on a CPU")
     else:
         available = (device.memory_stats() or {}).get("bytes_limit", needed)
-    # Gradients, and at least as much again for activations and copies.
+    # Beside the state, a step needs gradients, and at least as much again for activations and copies.
     if 1.5 * needed > available:
         raise InputError(f"its state of {needed / 2**30:.1f} GiB does not fit {available / 2**30:.1f} GiB of memory")

@@ -23,33 +23,33 @@ PLACES = {"Run.training_flops": "budgets", "Run.steps": "budgets", "Run.seed": "
 class Sweep:
     """Runs that are to be compared: each of the methods at each size, for each budget and seed, with each setting.
 
-    An axis maps a label to the gin bindings that it stands for. Where two bind a name, the later of ``bindings``,
-    methods, sizes, budgets, ``cross`` and ``zip`` wins. Runs that turn out to be the same, such as a dense model with
-    another ``PEER.top_k``, are made once.
+    An axis maps a label to the gin bindings that it stands for. If several bind the same name, the last of
+    ``bindings``, methods, sizes, budgets, ``cross`` and ``zip`` wins. Runs that turn out to be the same, such as a
+    dense model with another ``PEER.top_k``, are made once.
 
     Args:
         configs: gin files that every run is stacked from, relative to the folder of the sweep's own file. The
             method's file comes after the first of them: base, layer, size, data.
-        bindings: of every run.
+        bindings: bindings of every run.
         layers: folder of the methods' gin files, relative to the folder of the sweep's own file.
         methods: labels, each with bindings of its own, such as rates that were tuned for it. A label is the name of a
             file in ``layers``, unless ``method_files`` names another.
         method_files: the file of a method, by its label: a name in ``layers``, or the path of a gin file, relative to
-            the folder of the sweep's own file. Several methods can so share a file and differ in their bindings.
+            the folder of the sweep's own file. So several methods can share a file and differ in their bindings.
         sizes: labels with bindings, ``Transformer.d_model`` among them.
         budgets: training FLOPs, with bindings such as a batch size, or alone.
-        sizes_at: the sizes of a budget, where it does not have all: a larger budget needs larger models.
-        seeds: of parameters and data order.
-        cross: bindings with the values each takes, all combinations of them.
-        zip: bindings with the values each takes, the first of each together, then the second ...
-        rate_exponents: rates that change with width: the value bound is meant for d_model = ``rates_at`` and is
-            multiplied by (d_model / rates_at) ** exponent.
+        sizes_at: the sizes of a budget that does not have all of them: a larger budget needs larger models.
+        seeds: seeds of parameters and data order.
+        cross: bindings with the values that each takes; all combinations of the values are run.
+        zip: bindings with the values that each takes; the first values are run together, then the second ...
+        rate_exponents: exponents of the rates that change with width. The value of such a rate is meant for
+            d_model = ``rates_at`` and is multiplied by (d_model / rates_at) ** exponent.
         rates_at: the width at which the rates were tuned.
         tuning: what was tuned and how, in words, for the report.
-        baseline: the method that the others are compared with; None: the method whose layers are plain dense ones.
+        baseline: the method that the others are compared with; if None, the method whose layers are plain dense.
         min_steps: a run of fewer steps says nothing and is refused.
-        max_epochs: a run that needs more passes over the corpus is refused. Up to 4 repeated text is worth nearly as
-            much as new text (Muennighoff et al. 2023, arXiv:2305.16264); more than one is mentioned.
+        max_epochs: a run that needs more passes over the corpus is refused. Up to 4 passes, repeated text is worth
+            nearly as much as new text (Muennighoff et al. 2023, arXiv:2305.16264). More than one pass is reported.
     """
 
     configs: Sequence[str]
@@ -98,7 +98,7 @@ class Sweep:
                     raise InputError(f"Sweep.{axis} has {binding!r}: {values!r}, but it takes a list of values")
         if len({len(values) for values in self.zip.values()}) > 1:
             lengths = ", ".join(f"{name} {len(values)}" for name, values in self.zip.items())
-            raise InputError(f"Sweep.zip pairs values one to one, but they are of different numbers: {lengths}")
+            raise InputError(f"Sweep.zip pairs values one to one, but the numbers of values differ: {lengths}")
         if both := sorted(self.cross.keys() & self.zip.keys()):
             raise InputError(f"{both[0]} is in Sweep.cross and in Sweep.zip: leave it in one")
         if self.rate_exponents and self.rates_at is None:
@@ -123,7 +123,7 @@ class Sweep:
         return [c | z for c in crossed for z in zipped]
 
     def describe(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """The fields as values that JSON can hold."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["budgets"] = [[budget, dict(bindings)] for budget, bindings in _axis(self.budgets).items()]
         fields["sizes_at"] = [[budget, list(sizes)] for budget, sizes in self.sizes_at.items()]
@@ -151,13 +151,13 @@ class Point:
         return "-".join([*parts, f"seed{self.seed}"])
 
     def describe(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """The fields as values that JSON can hold."""
         bindings = [f"{binding.name} = {literal(binding.value)}" for binding in self.bindings]
         return vars(self) | {"bindings": bindings, "settings": _plain(self.settings)}
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; references and macros are written as in a config."""
+    """A value that JSON can hold; references and macros are written as in a config."""
     if isinstance(value, Mapping):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -169,13 +169,13 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: S
     """The runs of a sweep: by budget, then by method, size, setting and seed.
 
     Args:
-        folder: that of the sweep's own file.
-        extra: bindings over all others, for every run.
-        imports: modules that the runs' configs may name things of.
+        folder: the folder of the sweep's own file.
+        extra: bindings of every run, which override all others.
+        imports: modules whose names the configs of the runs may use.
 
     Raises:
-        InputError: if a method has no file, a size no width that its rates could follow, or ``rate_exponents`` a name
-            that no run binds; if ``extra`` binds what an axis says.
+        InputError: if a method has no file, if a size has no width but rates change with width, if ``rate_exponents``
+            has a name that no run binds, or if ``extra`` binds what an axis sets.
     """
     _refuse_places(binding.name for binding in extra)
     _refuse_axes(sweep, extra)
@@ -204,7 +204,7 @@ def expand(sweep: Sweep, folder: Path, extra: Sequence[Binding] = (), imports: S
                     imports=tuple(imports),
                 )
             )
-    # A method without tables has no table rate. But if nobody has it, the rule would be told of and never applied.
+    # A method without tables has no table rate. But a rate that no run has would be reported as scaled and never be.
     if unbound := [name for name in sweep.rate_exponents if name not in bound]:
         raise InputError(
             f"Sweep.rate_exponents has {unbound[0]!r}, which no run binds: bind it in Sweep.bindings, "
@@ -225,14 +225,14 @@ def _method_file(sweep: Sweep, folder: Path, method: str) -> Path:
 
 
 def _refuse_places(names: Iterable[str]) -> None:
-    """An InputError for a binding that would make a run's budget or seed another than its name says."""
+    """Raises InputError for a binding that would give a run another budget or seed than its name says."""
     for name in names:
         if axis := PLACES.get(name.strip().removeprefix("peer_jax.")):
-            raise InputError(f"{name.strip()} can't be bound in a sweep, whose runs are named by it: use Sweep.{axis}")
+            raise InputError(f"{name.strip()} can't be bound in a sweep, which names runs by it: use Sweep.{axis}")
 
 
 def _refuse_axes(sweep: Sweep, extra: Sequence[Binding]) -> None:
-    """An InputError for a binding of all runs that would make some of them another run than their names say."""
+    """Raises InputError for a binding of all runs that would override what the names of some runs say."""
     axes = {"methods": _axis(sweep.methods), "sizes": sweep.sizes, "budgets": _axis(sweep.budgets)}
     bound = {name: axis for axis, labels in axes.items() for bindings in labels.values() for name in bindings}
     bound |= dict.fromkeys(sweep.cross, "cross") | dict.fromkeys(sweep.zip, "zip")
@@ -240,7 +240,7 @@ def _refuse_axes(sweep: Sweep, extra: Sequence[Binding]) -> None:
     for binding in extra:
         if axis := bound.get(binding.name.removeprefix("peer_jax.")):
             raise InputError(
-                f"{binding.name} can't be bound for all runs, which differ in it by Sweep.{axis}: change Sweep.{axis}",
+                f"{binding.name} can't be bound for all runs, because Sweep.{axis} sets it: change Sweep.{axis}",
                 argument="set",
             )
 
@@ -250,18 +250,18 @@ def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple
     for name, exponent in sweep.rate_exponents.items():
         width = bindings.get(WIDTH)
         if not isinstance(width, int) or width < 1:
-            raise InputError(f"Sweep.rate_exponents needs a width, {WIDTH}, in Sweep.sizes, and {size!r} binds {width}")
+            raise InputError(f"Sweep.rate_exponents needs a width, {WIDTH}, in Sweep.sizes, but {size!r} binds {width}")
         if name in bindings:
             yield name, _scaled(name, bindings[name], (width / sweep.rates_at) ** exponent)
 
 
 def _scaled(name: str, rate: Any, factor: float) -> Any:
-    """A rate, or each of several, times the factor."""
+    """A rate, or each rate of a mapping, times the factor."""
     if isinstance(rate, Mapping):
         return {key: _scaled(name, value, factor) for key, value in rate.items()}
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise InputError(f"{name} is {rate!r}, but Sweep.rate_exponents needs a number to scale: bind one")
-    # To four digits: a rate is not known better, and it is read by people.
+    # Rounded to four digits: rates are not known better, and people read them.
     return float(f"{rate * factor:.4g}")
 
 
@@ -271,12 +271,12 @@ def _axis(values: Mapping | Sequence) -> dict:
 
 
 def _path(path: Path) -> str:
-    """Without the detours that relative names make."""
+    """The path without "..", relative to the working directory if it lies there."""
     resolved = path.resolve()
     here = Path.cwd()
     return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)
 
 
 def _word(value: Any) -> str:
-    """A value as a part of a file name."""
+    """A value as a part of a file's name."""
     return re.sub(r"[^\w.+-]+", "_", f"{value:g}" if isinstance(value, float) else str(value)).strip("_")

@@ -22,7 +22,7 @@ from peer_jax.startup import accelerators
 _spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX hangs
 
 BLOCKED_AT_START = {signal.SIGINT, signal.SIGTERM}
-MOST_STARTS = 3  # of processes that die before they have read their task
+MOST_STARTS = 3  # how often a process is started that dies before it has read its task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Answer:
 
 
 class Worker:
-    """A process that takes tasks one at a time. It stops when this process dies.
+    """A process that takes tasks one at a time. It stops when the process that made it dies.
 
     Args:
-        load: makes a run of files, bindings and imports, see ``plan.Load``; a module's function, for it is pickled.
-        share: this worker's number and how many there are, which decides what cores or which device it has.
+        load: makes a run from files, bindings and imports, see ``plan.Load``.
+        share: the number of this worker and the number of workers. They decide which cores or which device it gets.
         log: the file that gets what libraries print.
     """
 
@@ -61,8 +61,8 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        """Starts the process. Signals reach it once it can handle them: Ctrl-C in its first second is the sweep's."""
-        resource_tracker.ensure_running()  # which unblocks signals when it starts
+        """Starts the process. Signals to it are blocked until it can handle them; the sweep handles an early Ctrl-C."""
+        resource_tracker.ensure_running()  # first, because it unblocks signals when it starts
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_AT_START)
         try:
             self.connection, theirs = _spawn.Pipe()
@@ -77,20 +77,20 @@ class Worker:
         self._start()
 
     def give(self, task: Task) -> None:
-        """Starts a task; a worker that has died since its last one is replaced."""
+        """Starts a task; a process that has died since its last task is replaced."""
         self.task, self._has_begun, self._starts = task, False, 0
         if not self.process.is_alive():
             self._restart()
         self._send()
 
     def _send(self) -> None:
-        with contextlib.suppress(OSError):  # it has just died, and ``answer`` will find it so
+        with contextlib.suppress(OSError):  # the process has just died, and ``answer`` will notice
             self.connection.send(self.task)
 
     def answer(self) -> Answer | None:
-        """What came of the task, if it has ended. A worker that died is replaced.
+        """The outcome of the task, or None if it has not ended.
 
-        If it died before it had read the task, which is then no fault of the task's, the new one gets it.
+        If the process died before it had read the task, the task is not to blame: a new process gets the task.
         """
         try:
             while self.task is not None and self.connection.poll():
@@ -114,24 +114,24 @@ class Worker:
         return _death(self.process.exitcode)
 
     def stop(self) -> None:
-        """Asks the worker to save its run and end; it may just have made the last step, and then it has no run."""
+        """Asks the worker to save its run, unless the run has just ended, and to end."""
         self._stopped = True
         if self.process.is_alive():
             self.process.terminate()
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError):  # the process is gone
             self.connection.send(None)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends the process at once."""
         self.process.kill()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits until it has ended."""
+        """Waits until the process has ended."""
         self.process.join(timeout)
 
 
 def _death(exitcode: int | None) -> Answer:
-    """The answer for a worker that is gone."""
+    """The answer for a worker whose process is gone."""
     if exitcode == -signal.SIGTERM:
         return Answer("interrupted")
     if exitcode is not None and exitcode < 0:
@@ -142,7 +142,7 @@ def _death(exitcode: int | None) -> Answer:
 
 
 def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path) -> None:
-    """The life of a worker."""
+    """What the process of a worker runs: task after task, until it is told to stop."""
     os.setsid()  # Ctrl-C is for the sweep, which asks its workers to stop
     take_share(*share)
     with log.open("ab", buffering=0) as file:
@@ -188,20 +188,23 @@ def _do(task: Task, load: Any) -> Answer:
         lines = str(error).splitlines()
         return Answer("failed", f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc())
     finally:
-        jax.clear_caches()  # or every run's programs stay in memory; the next run finds them on disk
+        jax.clear_caches()  # otherwise the programs of all runs stay in memory; the next run finds them on disk
         gc.collect()
 
 
 def _stop_with_parent() -> None:
-    """Has this process save its run and end when the sweep's process is gone."""
+    """Makes this process save its run and end when the process of the sweep is gone."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)  # for a checkpoint; a worker between two runs has ended already
+    time.sleep(60)  # time for a checkpoint; a worker between two runs has ended already
     os._exit(1)
 
 
 def default_workers() -> int:
-    """One per GPU, one for all chips of a TPU host, or else one per core: runs on a core each beat one on all cores."""
+    """One per GPU, one for all chips of a TPU host, or else one per core.
+
+    On CPU, several runs with one core each are faster than one run after another with all cores.
+    """
     return len(accelerators()) or len(cores())
 
 
