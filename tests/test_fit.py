@@ -136,7 +136,7 @@ def test_curvature_within_noise_bounds_nothing():
         ([1e6], [2.0], "1 size, and"),
         ([], [], "0 sizes, and"),
         ([1.0, math.nextafter(1.0, 2.0), 2.0], [2.0, 1.9, 2.0], "too near"),
-        ([0, 1, 2, 3], [2, 1, 1, 2], "sizes must be positive and finite, and hold 0"),
+        ([0, 1, 2, 3], [2, 1, 1, 2], "sizes must be positive and finite, but hold 0"),
         ([-1e6, 1e6, 2e6, 3e6], [2, 1, 1, 2], "hold -1e\\+06"),
         ([math.nan, 1e6, 2e6, 3e6], [2, 1, 1, 2], "hold nan"),
     ],
@@ -148,7 +148,7 @@ def test_no_parabola(sizes, losses, reason):
 
 @pytest.mark.parametrize("fit", [fit_parabola, fit_power_law, lambda x, y: fit_loss_surface(x, x, y)])
 def test_lengths_must_agree(fit):
-    with pytest.raises(ValueError, match=r"vectors of one length, and are .*\[3\].*\[2\]") as raised:
+    with pytest.raises(ValueError, match=r"vectors of one length, but are .*\[3\].*\[2\]") as raised:
         fit([1.0, 2.0, 3.0], [1.0, 2.0])
     assert not isinstance(raised.value, NoFit)
 
@@ -212,10 +212,10 @@ def test_two_points_leave_no_interval():
     [
         ([2.0, 2.0], [1.0, 3.0], "1 distinct value of x, and a power law needs 2"),
         ([], [], "0 distinct values of x"),
-        ([0.0, 1.0], [1.0, 2.0], "x must be positive and finite, and hold 0"),
-        ([1.0, 2.0], [1.0, -2.0], "y must be positive and finite, and hold -2"),
-        ([1.0, 2.0], [1.0, math.nan], "y must be positive and finite, and hold nan"),
-        ([1.0, math.inf], [1.0, 2.0], "x must be positive and finite, and hold inf"),
+        ([0.0, 1.0], [1.0, 2.0], "x must be positive and finite, but hold 0"),
+        ([1.0, 2.0], [1.0, -2.0], "y must be positive and finite, but hold -2"),
+        ([1.0, 2.0], [1.0, math.nan], "y must be positive and finite, but hold nan"),
+        ([1.0, math.inf], [1.0, 2.0], "x must be positive and finite, but hold inf"),
         ([1e18, 1.000000001e18], [1.0, 2.0], "beyond floating point"),
     ],
 )
@@ -453,7 +453,7 @@ def test_compute_saved_between_and_beyond_budgets(loss, needed, is_extrapolation
         (1e12, 2.0, [1e11, 1e12, 1e12], [2.0, 1.9, 1.8], "don't fall with compute"),
         (1e12, 1.0, [1e11, 1e12], [2.0, 1.9999999], "out of reach"),
         (0.0, 2.0, [1e11, 1e12], [2.0, 1.9], "compute must be positive"),
-        (1e12, math.nan, [1e11, 1e12], [2.0, 1.9], "loss must be positive and finite, and hold nan"),
+        (1e12, math.nan, [1e11, 1e12], [2.0, 1.9], "loss must be positive and finite, but hold nan"),
         (1e12, 2.0, [1e11, 1e12], [2.0, math.inf], "baseline_losses must be positive and finite"),
     ],
 )

@@ -52,7 +52,7 @@ class Ablation:
     """What one sweep directory varied.
 
     Attributes:
-        text: the name of the text, where several are analysed together.
+        text: the name of the text if several are analysed together; otherwise empty.
         varied: the bindings with more than one value; heads before top-k, so that heads become the rows of a heat map.
         values: the combinations that were run, in order.
         panels: one for each budget and size.
@@ -126,7 +126,7 @@ def _ablation(directory: AnyPath, text: str, rows: Sequence[Row]) -> Ablation | 
 
 
 def _is_optional(name: str, rows: Sequence[Row]) -> bool:
-    """Whether some runs of a method have a setting and others have not."""
+    """Whether some runs of a method have a setting and others lack it."""
     having = {row.method for row in rows if name in row.settings}
     return name != SWEEP and any(name not in row.settings for row in rows if row.method in having)
 

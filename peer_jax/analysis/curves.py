@@ -13,7 +13,7 @@ from peer_jax.run_directory import RunDirectory
 
 # The share of the first steps that are left out. They fall so far that the rest of the curve would look flat.
 SKIPPED = 0.05
-# The share of the run that one smoothed point is the mean of.
+# A smoothed point is the mean over this share of the run.
 WINDOW = 0.05
 
 

@@ -81,7 +81,7 @@ def in_picture(analysis: Analysis) -> list[Curve]:
 
 
 def _only(looks: Mapping[str, Style], names: Collection[str]) -> dict[str, Style]:
-    """The styles of some names, in the order of all."""
+    """The styles of some names, in the order of ``looks``."""
     return {name: look for name, look in looks.items() if name in names}
 
 
@@ -182,7 +182,7 @@ def training(curves: Sequence[Training], looks: Mapping[str, Style]) -> Figure |
             how = {"lw": 2.0, "zorder": 3} if curve.is_best else {"lw": 0.7, "alpha": 0.35, "zorder": 2}
             axes.plot(curve.flops, curve.losses, ls=look.line, color=look.colour, **how)
         log_axis(axes.xaxis, min(c.flops[0] for c in own), max(c.flops[-1] for c in own), write=budget, most=6)
-        # Sizes far from the best may leave the panel at its top: otherwise all that matters would lie at its bottom.
+        # Curves of sizes far from the best may leave the panel at its top: otherwise they would squeeze the others.
         top = max(c.losses[0] for c in [c for c in own if c.is_best] or own)
         bottom = min(float(c.losses.min()) for c in own)
         loss_limits(axes, [bottom, top + 0.15 * (top - bottom)])
@@ -222,7 +222,7 @@ def usage(rows: Sequence[Row], looks: Mapping[str, Style]) -> Figure | None:
 
 
 def _place(row: Row) -> tuple:
-    """What runs share that differ in the number of experts."""
+    """What runs have in common that differ only in the number of experts."""
     return row.directory.parent, row.family, row.size, row.budget
 
 
@@ -234,7 +234,7 @@ def _paleness(value: float, budgets: Sequence[float]) -> float:
 def _usage_panels(
     panels: Sequence[Axes], rows: Sequence[Row], x: str, looks: Mapping[str, Style], budgets: Sequence[float]
 ) -> None:
-    """Draws means over seeds, joined within a method and budget. Against the number of experts, sizes are apart too."""
+    """Draws means over seeds, with a line per method and budget, and per size if ``x`` is the number of experts."""
     lines = defaultdict(lambda: defaultdict(list))
     for row in rows:
         # A setting that is not on the axis makes a line of its own.
@@ -304,7 +304,7 @@ def flops(rows: Sequence[Row], looks: Mapping[str, Style]) -> Figure | None:
 
 
 def _part_looks(rows: Sequence[Row], looks: Mapping[str, Style]) -> dict[str, tuple[str, str]]:
-    """The fill and the hatch of each part: a layer has the colour of the first method that is named by it."""
+    """The fill and the hatch of each part: a layer has the colour of the first method that is named after it."""
     parts = dict.fromkeys(part for row in rows for part in row.flops_by_part)
     hatches, free = itertools.cycle(HATCHES), iter(colour for colour, _ in reversed(PALETTE))
     found = {}
@@ -315,7 +315,7 @@ def _part_looks(rows: Sequence[Row], looks: Mapping[str, Style]) -> dict[str, tu
 
 
 def _is_layer(row: Row, part: str) -> bool:
-    """Whether a part is the layer that a method is named by. Results of earlier versions don't name their layer."""
+    """Whether a part is the layer that a method is named after. Results of earlier versions don't name their layer."""
     return row.method.lower().startswith(part.lower()) if row.layer is None else row.layer == part
 
 

@@ -16,7 +16,7 @@ Column = Sequence[float] | Real[np.ndarray, " n"]
 Values = float | Sequence[float] | Real[np.ndarray, "..."]
 Interval = tuple[float, float]
 
-# exp overflows float64 at 709. A fit whose optimum is beyond this limit has none, and must not overflow on the way.
+# exp overflows float64 at 709. A fit whose optimum is beyond this limit counts as having none, and must not overflow.
 LARGEST_LOG = 600.0
 
 
@@ -72,7 +72,7 @@ def fit_parabola(
         losses: [n] losses of any sign and unit.
         confidence: the probability that an interval contains the truth.
         resamples: the number of fits to resampled residuals; 0 for no intervals.
-        seed: of the resamples.
+        seed: the seed of the resamples.
 
     Raises:
         NoFit: if there are fewer than 3 distinct sizes with finite losses, a size is not positive, or the curve has no
@@ -232,7 +232,7 @@ def fit_loss_surface(
             makes this least squares.
         resamples: the number of fits to resampled rows; 0 for no intervals.
         confidence: the probability that an interval contains the truth.
-        seed: of the resamples.
+        seed: the seed of the resamples.
 
     Raises:
         NoFit: if there are fewer than 8 rows with finite losses, fewer than 3 distinct N or D, a number is not
@@ -349,7 +349,7 @@ def compute_saved(compute: float, loss: float, baseline_compute: Column, baselin
 
     Args:
         compute, loss: the compute and loss of a method at its compute-optimal size.
-        baseline_compute, baseline_losses: [n] the same of the baseline at its compute-optimal sizes, in any order.
+        baseline_compute, baseline_losses: [n] compute and losses of the baseline at its compute-optimal sizes.
 
     Raises:
         NoFit: if the baseline has fewer than 2 budgets, its losses don't fall with every step of compute, or a number
@@ -365,7 +365,7 @@ def compute_saved(compute: float, loss: float, baseline_compute: Column, baselin
     )
     if (distinct := len(np.unique(baseline_compute))) < 2:
         raise NoFit(f"{_count(distinct, 'budget')} of the baseline, and a comparison needs 2")
-    # Compute falls and loss rises along the order.
+    # In this order, compute falls and loss rises.
     order = np.argsort(-baseline_compute)
     log_c, log_l = np.log(baseline_compute[order]), np.log(baseline_losses[order])
     if np.any(np.diff(log_l) <= 0) or np.any(np.diff(log_c) >= 0):
@@ -389,7 +389,7 @@ def _columns(**columns: Column) -> list[np.ndarray]:
     vectors = [np.asarray(column, np.float64) for column in columns.values()]
     if any(vector.ndim != 1 for vector in vectors) or len({len(vector) for vector in vectors}) > 1:
         shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in zip(columns, vectors, strict=True))
-        raise ValueError(f"the columns must be vectors of one length, and are {shapes}")
+        raise ValueError(f"the columns must be vectors of one length, but are {shapes}")
     return vectors
 
 
@@ -397,7 +397,7 @@ def _check_positive(**vectors: np.ndarray) -> None:
     for name, vector in vectors.items():
         bad = vector[~(np.isfinite(vector) & (vector > 0))]
         if bad.size:
-            raise NoFit(f"{name} must be positive and finite, and hold {bad[0]:g}")
+            raise NoFit(f"{name} must be positive and finite, but hold {bad[0]:g}")
 
 
 def _finite(losses: np.ndarray, *others: np.ndarray) -> tuple:

@@ -30,7 +30,7 @@ MEASURES = ("params_active", "params_total", "tokens")
 # Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.
 SAME_BUDGET = 0.02
 # A resample of a surface takes about a hundred times as long as a resample of a parabola.
-SURFACE_SHARE = 20
+SURFACE_SHARE = 20  # so a surface gets this many times fewer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Curve:
 
     @property
     def fit(self) -> Parabola | None:
-        """Loss against active parameters, the one that counts."""
+        """The parabola of loss against active parameters, which minima, laws and comparisons are taken from."""
         return self.fits.get("params_active")
 
     @property
@@ -165,11 +165,11 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """All that is read out of the rows.
+    """All that is computed from the rows.
 
     Attributes:
-        rows: with the budgets of ``same_budgets``, and told apart, so that rows of one series differ in size, budget
-            and seed only.
+        rows: the rows with the budgets of ``same_budgets`` and the settings of ``tell_apart``, so that rows of one
+            series differ only in size, budget and seed.
         texts: names of the texts.
         baselines: labels of the methods that others are compared with.
     """
@@ -203,7 +203,7 @@ def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
 
     Args:
         rows: finished runs of any sweeps.
-        resamples: for the intervals of the parabolas; the surfaces get a twentieth of them; 0 for no intervals.
+        resamples: number of resamples for the intervals of a parabola; a surface gets a twentieth; 0 for no intervals.
     """
     texts, budgets = _texts(rows), same_budgets(rows)
     several = len(texts) > 1
@@ -241,7 +241,7 @@ def _texts(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def same_budgets(rows: Sequence[Row]) -> dict[float, float]:
-    """What each budget counts as: budgets within 2% of each other count as one, under the roundest number near them."""
+    """The budget that each budget counts as: budgets within 2% count as one, named by the roundest number near them."""
     groups: list[list[float]] = []
     for budget in sorted({row.budget for row in rows}):
         if groups and budget <= groups[-1][0] * (1 + SAME_BUDGET):
@@ -343,8 +343,9 @@ def _comparisons(fitted: dict[str, list[Curve]], by_series: dict[str, list[Curve
 def _baseline(curve: Curve, by_series: dict[str, list[Curve]]) -> tuple[list[Curve], str]:
     """The curves of the baseline on the same text, or none and the reason.
 
-    Of several candidates, the one with the same settings is taken, else the one with the same settings but for what a
-    sweep varied, else the one that no sweep varied. What is still undecided is decided by a shared directory.
+    If there are several candidates, the first of these that fits one of them decides: the same settings; the same
+    settings except for those that a sweep varied; no settings; no settings that a sweep varied. If it fits several,
+    those that share a directory with the curve are preferred.
     """
     candidates = [own for own in by_series.values() if own[0].method in curve.baselines and own[0].text == curve.text]
     if not candidates:

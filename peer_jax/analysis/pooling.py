@@ -13,7 +13,7 @@ from typing import Any
 from peer_jax.analysis.results import Row
 
 SWEEP = "sweep"
-"""The name of the setting that tells sweeps apart; its value is the sweep's directory, and its name where need be."""
+"""The setting that tells sweeps apart. Its value is the directory of the sweep, with its name if there are several."""
 
 # A point is a mean over seeds. Budgets that count as one may differ by some steps.
 MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
@@ -22,9 +22,9 @@ MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
 def tell_apart(rows: Sequence[Row]) -> list[Row]:
     """Adds to the settings of the rows what runs of a group differ in.
 
-    If all runs of a group belong to several sweeps, and those of each sweep agree, the sweep becomes the setting: rates
-    that follow the width then split no curve. Otherwise the arguments become settings, of
-    all rows of the method that have them. Rows without a config agree with all others.
+    If all runs of a group belong to sweeps, and runs of the same sweep agree, the sweep becomes the setting, so that
+    rates that follow the width do not split a curve. Otherwise the arguments become settings of all rows of the method
+    that have them. Rows without a config agree with all others.
     """
     methods = {
         group[0].method

@@ -35,7 +35,7 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What a sweep says of how its rates were chosen.
+    """What a sweep says about how its rates were chosen.
 
     Attributes:
         directory: the directory of the sweep.
@@ -56,7 +56,7 @@ def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPat
     """Writes the table of rows, the figures, and a page that needs no other file. Returns the path of the page.
 
     Args:
-        analysis: of the runs in ``directories``.
+        analysis: the analysis of the runs in ``directories``.
         directories: run directories, or folders that hold some; failed runs in them are listed with their reasons.
         out: the folder of the report, which is made if it is missing. The same runs give the same bytes.
 
@@ -183,7 +183,7 @@ def _alt(analysis: Analysis) -> str:
 
 
 def tuning(rows: Sequence[Row]) -> tuple[list[Tuning], list[str]]:
-    """What the sweeps that the runs belong to say of their rates, and the names of the runs that belong to none."""
+    """What the sweeps of the runs say about their rates, and the names of the runs that belong to no sweep."""
     found, untold = [], []
     by_directory = defaultdict(list)
     for row in rows:

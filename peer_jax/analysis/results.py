@@ -20,19 +20,19 @@ class Row:
     """A finished run. A field whose value is not known is None.
 
     Attributes:
-        method: the label that the sweep gives the method, or what the layer says of itself where there is no sweep.
+        method: the label that the sweep gives the method; without a sweep, the name that the layer gives itself.
         layer: the name of the layer.
         options: the options of the layer that differ from their defaults.
         is_baseline: whether the layer says that others are compared with it.
         baseline: the label of the method that the sweep names as its baseline.
-        sweep: the sweep that the run belongs to, by its directory, and by its name where there are several in it; None
-            if the run belongs to none.
+        sweep: the directory of the sweep that the run belongs to, with the sweep's name if the directory has several;
+            None if the run belongs to no sweep.
         budget: the training FLOPs that the run was given; ``training_flops`` is what it spent.
         settings: what the sweep varies beside method, size, budget and seed, and after ``isoflop.analyse`` also the
             arguments in which runs were found to differ.
         found: the names of those ``settings`` that no sweep varied.
         config: the arguments that decide the numbers of the run, as a config writes them.
-        text: the name of the text, where several are analysed together; otherwise empty.
+        text: the name of the text if several are analysed together; otherwise empty.
         loss: nats per token on the validation split of the run's own task.
         other_losses: losses on further tasks, by task.
         usage, unevenness: means over the blocks that route.
@@ -141,7 +141,7 @@ def row(
     Args:
         run: the directory of the run.
         base: the directory that the name of the run is relative to.
-        kept: what ``SweepDirectory.sweeps`` has of the sweep that the run belongs to, if anything.
+        kept: the entry of ``SweepDirectory.sweeps`` for the sweep that the run belongs to, if there is one.
         alone: whether that sweep is the only one of its directory.
 
     Raises:

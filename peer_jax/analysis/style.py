@@ -36,9 +36,9 @@ SETTINGS = {
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.08,
     "hatch.linewidth": 0.6,
-    # A dollar in a name is a dollar.
+    # A dollar sign in a name is not the start of a formula.
     "text.parse_math": False,
-    # Otherwise every SVG has random names in it.
+    # Without a fixed salt, the names inside an SVG are random.
     "svg.hashsalt": "peer_jax",
 }
 WIDTH = 9.6
@@ -105,7 +105,7 @@ def styles(series: Sequence[tuple[str, bool]], baseline: Collection[str] = ()) -
             colour, marker = PALETTE[taken % len(PALETTE)]
             line = SPARE_LINES[taken // len(PALETTE) % len(SPARE_LINES)]
             taken += 1
-        # Two series must not have one name because both were cut.
+        # Two series must not have the same label because their names were shortened.
         label = named(name, is_causal) if labels[name] in shared else labels[name]
         found[name] = Style(label, colour, marker, line if is_causal else NOT_CAUSAL_LINE)
     return found
@@ -137,7 +137,7 @@ def figure(rows: int, columns: int, *, height: float, width: float = WIDTH, **ho
 
 @contextlib.contextmanager
 def house_style() -> Iterator[None]:
-    """Applies these settings to what is drawn or saved within, whatever the user's own settings of matplotlib are."""
+    """Applies SETTINGS to what is drawn or saved within, whatever the user's own settings of matplotlib are."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
@@ -152,7 +152,7 @@ def _save(made: Figure, kind: str, **how: Any) -> bytes:
 
 
 def svg(made: Figure) -> bytes:
-    """The figure as SVG; the same figure gives the same bytes."""
+    """The figure as SVG. The same figure gives the same bytes."""
     return _save(made, "svg", metadata={"Date": None})
 
 
@@ -186,7 +186,7 @@ def round_numbers(low: float, high: float, most: int = 7) -> list[float]:
         ticks = [digit * 10.0**decade for decade in decades for digit in digits]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) > most:
-            # Where the first choice has too many already, take every second, third ... of them.
+            # If even the first choice has too many, take every second, third ... of them.
             best = best or ticks[:: -(-len(ticks) // most)]
             break
         best = ticks
