@@ -1,10 +1,10 @@
-"""Compiles expert_mix and value_bag for an H200 without a GPU: registers, spills, shared memory, temporary memory.
+"""Compiles expert_mix and value_bag for an H200 without a GPU; prints registers, spills, shared and temporary memory.
 
 python scripts/compile_h200.py              every program
-python scripts/compile_h200.py xla bf16     those whose names contain all of these words
+python scripts/compile_h200.py xla bf16     the programs whose names contain all of these words
 
 The exit status is 0 if all programs keep the limits, 1 if one breaks a limit, and 2 if something to compile with is
-missing. It shows that the kernels compile for sm_90a at full size, but not that they run, nor how fast.
+missing. The script shows that the kernels compile for sm_90a at full size, but not that they run, nor how fast.
 """
 
 import argparse
@@ -49,7 +49,7 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The forward pass of an op, or both passes. ``rows`` is the type of the tables, ``dtype`` that of all else."""
+    """The forward pass of an op, or both passes. ``rows`` is the type of the tables, ``dtype`` the type of all else."""
 
     op: str
     implementation: str
@@ -110,7 +110,7 @@ def ptxas_directory() -> str | None:
 
 
 def compile_here(program: Program) -> dict[str, int]:
-    """Compiles the program in this process and returns its bytes of memory; the compiler prints about the kernels."""
+    """Compiles the program in this process and returns its bytes of memory. The compiler prints facts about kernels."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
@@ -186,7 +186,7 @@ def kernels(log: str) -> list[dict[str, int]]:
 
 
 def compile_apart(program: Program) -> dict:
-    """Compiles the program in a new process: ptxas prints nothing about a kernel that comes from a cache."""
+    """Compiles the program in a new process, because ptxas prints nothing about a kernel that comes from a cache."""
     setting = {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",

@@ -8,7 +8,7 @@
 #   PEER_JAX_PYTHON=/path/to/python picks the Python; without it, the newest of 3.13, 3.12 and 3.11 that runs is taken
 set -euo pipefail
 
-# PYTHONDONTWRITEBYTECODE goes because JAX and Flax import in 2.5 s with cached bytecode and in 6.5 s without.
+# PYTHONDONTWRITEBYTECODE is unset because JAX and Flax import in 2.5 s with cached bytecode and in 6.5 s without.
 unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv

@@ -3,7 +3,7 @@
 Usage: python scripts/sharded_step.py [--num-experts 262144] [--devices 1 2 4 8]
 
 It prints a table in Markdown. On CPU the devices are forced ones that share the cores, so more devices can't make a
-step faster; how much longer it takes is what sharding costs. Memory is what XLA says of the compiled program.
+step faster; the extra time is what sharding costs. Memory is what XLA says about the compiled program.
 """
 
 import argparse

@@ -20,12 +20,12 @@ OPS = ("product_key_top_k", "expert_mix", "value_bag")
 # PEER as PEER-pytorch can be set: without query norm, and with a set of sub-keys per head.
 COMPARED = "PEER without query norm"
 COMPARED_OPTIONS = {"query_norm": None, "share_sub_keys": False}
-STEP, STEP_LAYER = "training step", PEER.__name__  # of a step whose layer isn't named
+STEP, STEP_LAYER = "training step", PEER.__name__  # the layer of a step if none is named
 PYTORCH = "pytorch"
 PYTORCH_KEEPING = "pytorch, keeping memory"  # with the settings of malloc that our commands have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ONLY_ONE = "-"  # the implementation of a layer that has no choice of implementations
-# Sizes of a case by their symbols in tables, and by the names that arguments of layers have.
+# The symbols of sizes in tables, by the names that the sizes have as arguments of layers.
 SYMBOLS = {"tokens": "T", "d_model": "d", "num_experts": "N", "num_heads": "h", "top_k": "k"}
 
 
@@ -65,7 +65,7 @@ class Case:
         return (self.what, self.name, self.direction, self.dtype, self.table_dtype, *self.sizes.items())
 
     def described(self) -> dict[str, Any]:
-        """The fields as plain values, but the class."""
+        """The fields as plain values, without the class."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layer"}
 
 
@@ -83,7 +83,7 @@ def cases(
     dtype: str,
     table_dtype: str,
 ) -> Iterator[list[Case]]:
-    """The competitors of each problem: directions by sizes, each problem once, from small to large."""
+    """Yields the competitors of each problem (direction and sizes): a case per implementation. Problems are unique."""
     if layer is not None and "implementation" not in arguments_of(layer):
         implementations = (ONLY_ONE,)
     seen = set()
@@ -98,7 +98,7 @@ def cases(
 
 
 def layer_factory(case: Case) -> Callable[..., FeedForward]:
-    """The class of the case with those of its sizes that the constructor has; call it as a ``Transformer`` does.
+    """The class of the case with those sizes that its constructor takes; call it as a ``Transformer`` does.
 
     Raises:
         InputError: if the constructor needs what a case doesn't have.

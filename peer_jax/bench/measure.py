@@ -23,7 +23,7 @@ from peer_jax.ops import check_implementation
 from peer_jax.ops.floor import Floor
 
 WHATS = ("op", "layer", "step")
-SCHEMA = 2  # 1 had no "sizes", and no floors that are unknown
+SCHEMA = 2  # version 1 had no "sizes" and no unknown floors
 Sizes = dict[str, Sequence[int]]
 GRID: dict[str, Sizes] = {
     "op": {"tokens": (256, 2048), "d_model": (64, 256), "num_experts": (64**2, 512**2), "heads": (1, 8)},
@@ -44,7 +44,7 @@ class Options:
         tokens, d_model, num_experts, heads, top_k: sizes; all their combinations are measured.
         dtype: type of tokens and computation.
         table_dtype: type of tables and, for a layer, of all parameters.
-        implementation: implementations of the ops that compete.
+        implementation: the implementations of the ops that compete.
         against: "pytorch" compares with the layer of PEER-pytorch, given the same weights.
         repeats: samples of each competitor.
         quick: one small size, few repeats.
@@ -105,11 +105,11 @@ class Options:
             pytorch.check_installed()
 
     def _known(self) -> Mapping[str, type[FeedForward] | None]:
-        """Ops or layers by name, with the class of a layer."""
+        """The class of each layer, or None for an op, by name."""
         return dict.fromkeys(OPS) if self.what == "op" else families() | dict(self.layers)
 
     def names(self) -> dict[str, type[FeedForward] | None]:
-        """What is measured by the name that tables give it, with the class of a layer."""
+        """What is measured: the class of each layer, or None for an op, by the name in tables."""
         known = self._known()
         if self.against:
             return {COMPARED: known[STEP_LAYER]}
@@ -120,7 +120,7 @@ class Options:
         return {name: known[name] for name in self.only or usual}
 
     def competitors(self) -> list[list[Case]]:
-        """The cases, those of a problem together."""
+        """The cases to measure, grouped by problem."""
         defaults = {"top_k": (16,)} | (QUICK if self.quick else AGAINST if self.against else GRID[self.what])
         # A step of the reference holds [tokens, h, k, d], so it is measured only if it is asked for.
         usual = ("xla",) if self.what == "step" or self.against else ("reference", "xla")
@@ -143,7 +143,7 @@ def _check_one(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-    """Measures; the result is what the JSON file holds. ``on_row`` is called with each row as it is measured.
+    """Measures all cases and returns what the JSON file holds. ``on_row`` is called with each row as it is measured.
 
     Raises:
         InputError: if a competitor's output differs, or nothing can be measured.
@@ -198,7 +198,10 @@ def _together(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list
 
 
 def apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str]]:
-    """Measures competitors in a process each, in turn, and so the memory of each; leaves out as ``_together`` does."""
+    """Measures competitors in turn, each in its own process, so that the memory of each can be measured too.
+
+    Leaves out competitors as ``_together`` does.
+    """
     workers: dict[str, Worker] = {}
     notes = []
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The compiled program of a case, with arguments that are made up."""
+"""The compiled program of a case, with random arguments."""
 
 import functools
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def program(case: Case) -> Program:
 
 
 def _check_is_taken(case: Case) -> None:
-    """An InputError if the op would fall back to another implementation, whose time would bear the wrong name."""
+    """Raises InputError if the op would fall back to another implementation, whose time would have the wrong name."""
     if case.implementation != "mosaic_gpu":
         return
     if case.name == "product_key_top_k":
@@ -92,7 +92,7 @@ def _op(case: Case) -> tuple[Function, Any, Any]:
     if case.name == "product_key_top_k":
         variables = (normal(t, h, case.d_key), normal(2, round(N**0.5), case.d_key // 2))
         return lambda arrays, _: product_key_top_k(*arrays, k, **how), variables, ()
-    # An argument of the program: XLA would sort constant indices at compile time.
+    # Indices are an argument of the program, because XLA would sort constant ones at compile time.
     indices = jax.random.randint(next(keys), (t, h, k), 0, N)
     gates = jax.nn.softmax(normal(t, h, k))
     if case.name == "value_bag":

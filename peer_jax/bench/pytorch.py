@@ -13,14 +13,14 @@ from peer_jax.bench.cases import BOTH, PYTORCH, PYTORCH_KEEPING, Case, floors
 from peer_jax.bench.programs import Program, compared_weights
 from peer_jax.errors import InputError
 
-# Both sides sum up to some hundred float32 products, in different orders. If the k-th and the next score of a token are
-# closer than their rounding errors, the two sides may choose different experts.
+# Both sides add some hundred float32 products at most, in different orders. If the k-th and the next score of a token
+# are closer than their rounding errors, the two sides may choose different experts.
 TOLERANCE = 1e-4
 MAY_DIFFER = 0.002  # share of the tokens
 
 
 def check_installed() -> None:
-    """An InputError that says how to install what is missing."""
+    """Raises InputError, which says how to install it, if a package is missing."""
     for name in ("torch", "PEER_pytorch"):
         if importlib.util.find_spec(name) is None:
             raise InputError(
@@ -41,7 +41,7 @@ def program(case: Case) -> Program:
         heads=h,
         num_experts=case.num_experts,
         num_experts_per_head=case.top_k,
-        # The form that jax.nn.gelu has.
+        # The tanh form, as in jax.nn.gelu.
         activation=functools.partial(torch.nn.GELU, approximate="tanh"),
         dim_key=c,
         non_competing_scores=False,
@@ -85,7 +85,7 @@ def _cotangent(case: Case) -> np.ndarray:
 
 
 def check_agreement(case: Case, results: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """An InputError unless all outputs and gradients equal PyTorch's, but for rounding."""
+    """Raises InputError unless all outputs and gradients equal PyTorch's, except for rounding."""
     theirs = results[PYTORCH if PYTORCH in results else PYTORCH_KEEPING]
     for implementation, ours in results.items():
         for name, value in ours.items():

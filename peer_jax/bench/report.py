@@ -26,12 +26,12 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def sizes(row: Row) -> str:
-    """T=2048 d=256 N=512^2 h=8 k=16"""
+    """Writes sizes in one line: T=2048 d=256 N=512^2 h=8 k=16."""
     return " ".join(f"{symbol}={value}" for symbol, value in row["sizes"].items())
 
 
 def seconds(value: float) -> str:
-    """Three digits, in s, ms or us."""
+    """Writes seconds with three digits, in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -87,8 +87,8 @@ def heading(result: dict[str, Any]) -> str:
     return (
         f"{machine['device']} ({machine['platform']}, {machine['cores']} cores): "
         f"{machine['bandwidth'] / 1e9:.1f} GB/s and {machine['flops_per_second'] / 1e9:.0f} GFLOP/s measured. "
-        "ratio: times as fast as the first row of the same sizes. floor: share of the measured time that the fewest "
-        "bytes and FLOPs need at these rates; - if unknown."
+        "ratio: how many times as fast as the first row of the same sizes. floor: share of the measured time that the "
+        "fewest bytes and FLOPs need at these rates; - if unknown."
     )
 
 

@@ -1,4 +1,4 @@
-"""Seconds per call, of competitors that take turns; and the bandwidth and the rate of products of the machine."""
+"""Measures seconds per call of competitors that take turns, and a machine's bandwidth and rate of products."""
 
 import math
 import statistics

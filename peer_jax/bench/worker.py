@@ -1,4 +1,4 @@
-"""A process that measures one case when it is told to: its memory is the case's, and libraries don't mix.
+"""A process that measures a single case, so that its memory is that of the case and libraries don't mix.
 
 The parent writes lines to the standard input of the process: the case, then "sample" for each sample. The process
 answers in lines of JSON.
@@ -24,10 +24,10 @@ from peer_jax.startup import accelerators, keep_freed_memory, return_freed_memor
 
 
 class Worker:
-    """Handle of such a process, to be closed; ``answer`` is what the process found out about the case."""
+    """Handle of such a process; close it in the end. ``answer`` is what the process found out about the case."""
 
     def __init__(self, case: Case, results: Path) -> None:
-        # A layer is imported from where this process imports it.
+        # The process imports the module of a layer from where this process imports it.
         places = os.pathsep.join(place or os.getcwd() for place in sys.path)
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": places}
         self.case, self.results_file = case, results
@@ -86,7 +86,7 @@ def _sent(case: Case) -> dict[str, Any]:
 
 
 def _received(sent: dict[str, Any]) -> Case:
-    """The case that ``_sent`` made plain.
+    """Makes the case again from what ``_sent`` returned.
 
     Raises:
         InputError: if another process can't import the class.
@@ -113,7 +113,7 @@ def resident(what: str) -> int | None:
 
 
 def peak_of(call: Any) -> tuple[int | None, int | None]:
-    """By how many bytes the process grows during a call, at the peak, and the size of the process then."""
+    """How many bytes the process grows by at the peak of a call, and the size of the process at that peak."""
     gc.collect()
     return_freed_memory()
     try:
@@ -127,7 +127,7 @@ def peak_of(call: Any) -> tuple[int | None, int | None]:
 
 
 def main() -> None:
-    """What the process runs."""
+    """What the process runs: it reads a case, then answers each "sample" with the seconds per call."""
     pipe, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)  # whatever else is printed does not mix with the answers
 

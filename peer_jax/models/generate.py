@@ -30,7 +30,7 @@ def generate(
     """Continues each prompt by up to ``max_new_tokens`` tokens; prompts may differ in length.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         prompts: token ids, at least one per prompt (the id that begins a document, if nothing else).
         max_new_tokens: length at which a continuation ends, unless ``eos_id`` ends it earlier.
         temperature: temperature of the softmax; 0 is greedy.

@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
 
     @property
     def method(self) -> FeedForward:
-        """The layer that the model is named by: that of the first sparse block or, without any, of the first block."""
+        """The layer that the model is named after: that of the first sparse block, or else of the first block."""
         return self.blocks[self.sparse_blocks[0] if self.sparse_blocks else 0].ffw
 
     @property
@@ -255,7 +255,7 @@ class Transformer(nnx.Module):
     def flops_by_part(self, seq_len: int) -> dict[str, float]:
         """Forward FLOPs per token by part: attention, feed-forward layers by class, logits.
 
-        A multiply-add counts 2. Lookups of embeddings, norms, activations and softmax are not counted.
+        A multiply-add counts as 2. Lookups of embeddings, norms, activations and softmax are not counted.
 
         Raises:
             InputError: if the class of a layer doesn't define ``flops_per_token``.

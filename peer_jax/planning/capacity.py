@@ -1,27 +1,27 @@
-"""Whether a run fits a mesh, and how fast a step can be at best, on paper: nothing is allocated or compiled.
+"""Computes whether a run fits a mesh and how fast a step can be at best, without allocating or compiling anything.
 
-Parameters and moments are taken from the run's own abstract state, cut as ``peer_jax.sharding`` cuts them. What a
-feed-forward layer keeps, works with, reads and exchanges, the layer says itself (``FeedForward.costs``). The rest are
-formulas:
+Parameters and moments are taken from the run's own abstract state, split as ``peer_jax.sharding`` splits them. A
+feed-forward layer itself says what it keeps, works with, reads and exchanges (``FeedForward.costs``). The rest follows
+from formulas:
 
 *Kept for the backward pass*, per token and block, in elements of the computation's type (a bytes each) unless said
 otherwise:
 
 - the residual stream before attention and before the feed-forward layer, both normalised, queries, keys, values, and
   the output of attention: 8 d;
-- attention's probabilities: heads * seq_len, in float32 and in a.
+- attention's probabilities: heads * seq_len, once in float32 and once in the computation's type.
 
-Elementwise functions are taken to be computed again. With remat only the residual stream between blocks is kept (d),
-and the rest of one block at a time. The mask takes seq_len bytes per token.
+Results of elementwise functions are taken to be computed again. With remat only the residual stream between blocks is
+kept (d), and the rest of one block at a time. The mask takes seq_len bytes per token.
 
-*Worked with*, beside what is kept. At the loss: logits and their gradient in float32, and in a if that is another
-type. In the backward pass of a block: either the gradients of attention's scores and probabilities in float32 or what
-the feed-forward layer works with, whichever is larger; and the dense kernels that are gathered over fsdp, with their
-gradients.
+*Worked with*, beside what is kept. The loss needs logits and their gradient in float32, and also in the computation's
+type if that is another one. The backward pass of a block needs the gradients of attention's scores and probabilities in
+float32 or what the feed-forward layer works with, whichever is larger, and the dense kernels that are gathered over
+fsdp, with their gradients.
 
 *Fullest moment*: the backward pass goes from the last block to the first. At each block, the blocks below are still
-kept, and the gradients of the blocks above exist already. The sum of table gradients over copies, which holds them
-twice, and the update are looked at, too.
+kept, and the gradients of the blocks above exist already. The sum of table gradients over copies, which holds these
+gradients twice, and the update are compared, too.
 
 t  tokens of a device     E  devices along ``expert``     D  data * fsdp     P  all devices
 """
@@ -59,9 +59,9 @@ CAUSES = (TOKENS, TABLE_GRADIENTS, KERNELS, GRADIENTS)
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device can do at most, in bytes and bytes per second."""
+    """What a device has and can do at most, in FLOPs per second, bytes and bytes per second."""
 
-    flops: float  # dense bfloat16, per second
+    flops: float  # per second, in dense bfloat16 products
     memory: float
     bandwidth: float  # of the memory
     links: float  # received from devices of the same domain
@@ -105,7 +105,7 @@ class Moment(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes per device; ``fullest`` is the moment of the step that takes most beside the rest."""
+    """Bytes per device; ``fullest`` is the moment of a step that needs most memory beside the other fields."""
 
     parameters: float
     optimizer: float
@@ -127,8 +127,8 @@ class StepPlan(NamedTuple):
     def seconds(self, device: Device, mesh: Mapping[str, int]) -> dict[str, float]:
         """The least time of each kind of work; a step takes at least the longest of them.
 
-        The devices of an ``expert`` axis are neighbours. Devices of a domain that exchange the same array share their
-        ports.
+        The devices of an ``expert`` axis are taken to be neighbours. Devices of a domain that exchange the same array
+        share their ports.
         """
         E, EF, P = mesh[EXPERT], mesh[EXPERT] * mesh[FSDP], math.prod(mesh.values())
         every, strided = device.domain, max(1, device.domain // E)
@@ -158,9 +158,9 @@ class Plan(NamedTuple):
         mesh: sizes of the axes.
         tables: whether tables are split by "rows" or "columns".
         tokens: tokens per device and micro-batch.
-        memory, step: what is counted.
-        unknown: labels of the layers that don't say their costs. What they keep, work with, read and exchange is not
-            in ``memory`` and ``step``, which are lower bounds then; their parameters, gradients and FLOPs are.
+        memory, step: the counts.
+        unknown: labels of the layers that don't say their costs. ``memory`` and ``step`` lack what these layers keep,
+            work with, read and exchange, and so are lower bounds; they count the parameters, gradients and FLOPs.
     """
 
     mesh: dict[str, int]
@@ -172,7 +172,7 @@ class Plan(NamedTuple):
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """``data=2,fsdp=1,expert=4`` as sizes of the axes that are named.
+    """Parses ``data=2,fsdp=1,expert=4`` into the sizes of the axes that are named.
 
     Raises:
         InputError: if the text has another form, or names an axis that doesn't exist.
@@ -269,7 +269,7 @@ class _Counting:
         whole = self._kept()
         between = self.a * self.t * self.model.d_model
         kept = [between if self.model.remat else size for size in whole]
-        outside = self.seq_len * self.t + 2 * between  # the mask; around the last norm
+        outside = self.seq_len * self.t + 2 * between  # the mask; the residual stream around the last norm
         always = self._held_for_update() + (self._gradients() if self.accumulation > 1 else 0)
         logits = (2 * FLOAT + (self.a if self.a < FLOAT else 0)) * self.t * self.model.vocab_size
         found = [Moment("the loss", 0, sum(kept) + outside, logits + always)]
@@ -342,7 +342,7 @@ class _Counting:
         }
 
     def _whole(self, leaf: jax.ShapeDtypeStruct) -> tuple[float, int, int]:
-        """Bytes of a kernel once it is gathered over fsdp, into how many parts it is split there, and its copies."""
+        """Bytes of a kernel that is gathered over fsdp, the number of its parts there, and the number of its copies."""
         named = mesh_axes(leaf.sharding.spec)
         F = self.placement.size(FSDP) if FSDP in named else 1
         parts = F * (self.E if EXPERT in named else 1)
@@ -357,7 +357,7 @@ class _Counting:
         layers = layers.received(self.E, self.D)
         kernels = gradients = 0.0
         for path, leaf, is_table in self._params():
-            if is_table:  # the layer counts them
+            if is_table:  # counted by the layers
                 continue
             whole, F, copies = self._whole(leaf)
             passes = 2 if remat and path[0] == "blocks" else 1

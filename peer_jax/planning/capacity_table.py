@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) -> None:
-    """Memory, exchanges, memory traffic and least time of a step, each in a table, and sentences that conclude.
+    """Prints memory, exchanges, memory traffic and least time of a step, each in a table, and what follows from them.
 
     Args:
         plan: the plan of a run.
@@ -63,7 +63,7 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
     if unknown:
         console.print(
             f"What {layers} keeps in memory and exchanges with other devices is unknown and not counted, so whether "
-            "this fits is unknown, too: a layer says it by a method costs(load), see peer_jax/layers/interface.py."
+            "this fits is unknown, too: a layer can say it by a method costs(load), see peer_jax/layers/interface.py."
         )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 TOTAL = 465  # seconds
-PATIENCE = 4  # smoke mode, which runs on busy machines, may take so many times as long
+PATIENCE = 4  # smoke mode, which runs on busy machines, may take this many times as long
 SPEED_UP = 5.0  # target: how many times faster than "reference" the forward pass is
 COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdict")
 
@@ -85,12 +85,12 @@ def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
 
 
 def setting() -> dict[str, str]:
-    """Environment of a part, which imports this package, peer_jax, and stand-ins for what is not installed."""
+    """The environment of a part, in which it finds this package, peer_jax, and stand-ins for what is not installed."""
     paths = [SCRIPTS, SCRIPTS.parent]
     if importlib.util.find_spec("jaxtyping") is None:
         paths.append(SCRIPTS / "gpu_check" / "stand_ins")
     return {
-        # So that PyTorch finds memory, and the allocator's peak says what was used.
+        # Leaves memory to PyTorch, and lets the allocator's peak say what was used.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]),

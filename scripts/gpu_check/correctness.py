@@ -14,9 +14,9 @@ import numpy as np
 from gpu_check.ops import SMOKE, bag_by, both, draw, emit, emit_error, mix_by, verdict
 from peer_jax.ops import mosaic_gpu, product_key_top_k
 
-# Relative to the largest value. Float32: products of some hundred terms and sums of some hundred pairs; each term
-# rounds off 6e-8 of a partial sum. Bfloat16: a rounding costs 2^-9 of a value; the result is rounded once, and each
-# term of its sum up to twice.
+# Errors are relative to the largest value. In float32, results are products of some hundred terms and sums of some
+# hundred pairs, and each term rounds off 6e-8 of a partial sum. In bfloat16, a rounding costs 2^-9 of a value; the
+# result is rounded once, and each term of its sum up to twice.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def cases(implementation: str) -> Iterator[Case]:
-    """Real sizes, sizes that nothing divides, and a case where one row has a 64th of all pairs."""
+    """Real sizes, sizes that no block size divides, and a case where one row has a 64th of all pairs."""
     types = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
     for dtype, rows in types[2:] if SMOKE else types:
         yield Case("ragged", *((3, 64, 23, 6) if SMOKE else (1037, 320, 5003, 21)), dtype, rows)
@@ -54,7 +54,7 @@ def gelu(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def take(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """The rows ``index``; nothing else is copied to the host."""
+    """The rows ``index`` of an array; only these are copied to the host."""
     return wide(array[jnp.asarray(index)])
 
 
@@ -72,7 +72,7 @@ def sample(indices: np.ndarray, N: int, hot: float) -> tuple[np.ndarray, np.ndar
 
 
 def expected_mix(x, down, up, gates, indices, dy, tokens, rows) -> dict[str, np.ndarray]:
-    """y, dx and dg of the tokens, d_down and d_up of the rows."""
+    """Expected y, dx and d_gates of the tokens, and d_down and d_up of the rows."""
     # All but the tables are copied to the host: indexing them on the device would compile for each number of pairs.
     x, gates, indices, dy = map(np.asarray, (x, gates, indices, dy))
     u, v = take(down, indices[tokens]), take(up, indices[tokens])
@@ -96,7 +96,7 @@ def expected_mix(x, down, up, gates, indices, dy, tokens, rows) -> dict[str, np.
 
 
 def expected_bag(values, gates, indices, dy, tokens, rows) -> dict[str, np.ndarray]:
-    """y and dg of the tokens, d_values of the rows."""
+    """Expected y and d_gates of the tokens, and d_values of the rows."""
     gates, indices, dy = map(np.asarray, (gates, indices, dy))
     v, g, dys = take(values, indices[tokens]), wide(gates[tokens]), wide(dy[tokens])
     found = {"y": np.einsum("tr,trd->td", g, v), "d_gates": np.einsum("trd,td->tr", v, dys)}
@@ -138,7 +138,7 @@ def check(part: str, implementation: str, case: Case) -> None:
         actual = {"y": take(y, tokens)}
         for gradient, of in zip(gradients, names, strict=False):
             actual[of] = take(gradient, tokens if of in ("dx", "d_gates") else rows)
-        # The gradient of the hot row is a sum of so many pairs; its rounding grows with the root of their number.
+        # The gradient of the hot row is a sum over this many pairs; its rounding grows with the root of their number.
         pairs = case.hot * case.t * case.r
         compare(part, name, implementation, actual, expected, max(TOLERANCE[case.dtype], 2.4e-7 * pairs**0.5))
         what = "equal in two runs"
@@ -153,7 +153,7 @@ def check(part: str, implementation: str, case: Case) -> None:
 
 
 def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int, dtype: str) -> None:
-    """For some tokens, scores against all N keys and gradients of the queries; gradients of some sub-keys."""
+    """Compares scores against all N keys and query gradients for some tokens, and the gradients of some sub-keys."""
     part, name = "product_key_top_k", f"T={t} h={h} n={n} k={k}, {dtype}"
     try:
         keys = jax.random.split(jax.random.key(1), 3)

@@ -1,4 +1,4 @@
-"""What the parts share: the ops by the name of their implementation, random inputs, rows of the table."""
+"""What the parts share: the ops by the name of their implementation, random inputs, and rows of the printed table."""
 
 import functools
 import json

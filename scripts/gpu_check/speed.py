@@ -19,6 +19,7 @@ import peer_jax
 from gpu_check.ops import SMOKE, TOP_K, draw, emit, emit_error, mix_by, verdict
 from peer_jax.ops import floor, mosaic_gpu
 
+# Targets: the least floor / time of each pass, and the most temporary memory as a fraction of inputs and outputs.
 FORWARD, BACKWARD, MEMORY = 0.60, 0.50, 0.10
 LAST = 4096  # most tokens for which the gradient of "reference" fits the memory
 
@@ -36,7 +37,7 @@ SIZES = (
 
 
 def timing() -> types.ModuleType:
-    """peer_jax.bench.timing without its package, which imports what this machine may lack."""
+    """Imports peer_jax.bench.timing without its package, which imports what this machine may lack."""
     path = Path(peer_jax.__file__).parent / "bench" / "timing.py"
     spec = importlib.util.spec_from_file_location("timing", path)
     module = importlib.util.module_from_spec(spec)
