@@ -10,7 +10,7 @@ from flax import nnx
 
 from peer_jax.errors import InputError
 from peer_jax.fields import arguments_of
-from peer_jax.layers import PEER, FeedForward
+from peer_jax.layers import FeedForward
 from peer_jax.ops import floor
 from peer_jax.ops.floor import ORDERS, Floor
 
@@ -20,7 +20,7 @@ OPS = ("product_key_top_k", "expert_mix", "value_bag")
 # PEER as PEER-pytorch can be set: without query norm, and with a set of sub-keys per head.
 COMPARED = "PEER without query norm"
 COMPARED_OPTIONS = {"query_norm": None, "share_sub_keys": False}
-STEP, STEP_LAYER = "training step", PEER.__name__  # the layer of a step if none is named
+STEP, STEP_LAYER, STEP_OTHERS = "training step", "PEER", "Dense"  # the layers of a step's middle and other blocks
 PYTORCH = "pytorch"
 PYTORCH_KEEPING = "pytorch, keeping memory"  # with the settings of malloc that our commands have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

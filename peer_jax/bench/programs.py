@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from peer_jax.bench.cases import BOTH, COMPARED, Case, build_layer, floors, layer_factory
+from peer_jax.bench.cases import BOTH, COMPARED, STEP_OTHERS, Case, build_layer, floors, layer_factory
 from peer_jax.errors import InputError
-from peer_jax.layers import Dense
+from peer_jax.layers import families
 from peer_jax.ops import expert_mix, mosaic_gpu, product_key_top_k, value_bag
 from peer_jax.ops.floor import Floor, training_step
 
@@ -161,7 +161,7 @@ def _step(case: Case) -> Program:
     from peer_jax.training.step import Trainer
 
     length = min(SEQUENCE, case.tokens)
-    layers = {"ffw": Dense, "sparse_ffw": layer_factory(case)}
+    layers = {"ffw": families()[STEP_OTHERS], "sparse_ffw": layer_factory(case)}
     build = functools.partial(Transformer, VOCABULARY, case.d_model, BLOCKS, 4, **layers, dtype=case.dtype)
     trainer = Trainer(build, AdamW(learning_rate=1e-3))
     state = trainer.init(0)
