@@ -108,16 +108,16 @@ def test_interpreter_without_sources_is_named(environment):
     stdlib, purelib, _ = environment
     write_modules(stdlib, "json", 2)
     with pytest.raises(InputError, match=r"purelib and .*platlib holds no \.py files of installed packages; install"):
-        corpora.python_packages()
+        list(corpora.python_packages().files)
     write_modules(purelib, "numpy", 2)
     corpora.text_files.python_sources.cache_clear()
-    corpora.python_packages()
+    assert corpora.python_packages().files
     for file in stdlib.rglob("*.py"):
         file.unlink()
     corpora.text_files.python_sources.cache_clear()
     for make in (corpora.python_packages, corpora.python_stdlib):
         with pytest.raises(InputError, match=r"stdlib holds no \.py files of the standard library; use local_files"):
-            make()
+            list(make().files)
 
 
 def test_validation_of_installed_packages_is_spread_over_them():
@@ -280,6 +280,7 @@ def test_bad_files_are_named(tmp_path, make, says):
 def test_unreadable_file_is_named(tmp_path):
     (tmp_path / "gone.txt").write_text("text")
     corpus = corpora.local_files(tmp_path)
+    assert len(corpus.files) == 1
     (tmp_path / "gone.txt").unlink()
     for read in (corpus.fingerprint, lambda: list(corpus.documents("train"))):
         with pytest.raises(InputError, match=r"gone\.txt can't be read \(No such file"):
@@ -288,12 +289,12 @@ def test_unreadable_file_is_named(tmp_path):
 
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere does not exist; give a text file"):
-        corpora.local_files(tmp_path / "nowhere")
+        list(corpora.local_files(tmp_path / "nowhere").files)
     with pytest.raises(InputError, match="holds no text files; expected names that end in"):
-        corpora.local_files(tmp_path)
+        list(corpora.local_files(tmp_path).files)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"absent\.txt does not exist"):
-        corpora.local_files(tmp_path, validation_path=tmp_path / "absent.txt")
+        list(corpora.local_files(tmp_path, validation_path=tmp_path / "absent.txt").validation_files)
     for share in (0, 1, -0.5, float("nan")):
         with pytest.raises(InputError, match="validation_share is"):
             corpora.local_files(tmp_path, validation_share=share)
@@ -302,7 +303,7 @@ def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(InputError, match="'c4/en' names no version"):
         corpora.tfds_corpus("c4/en")
     with pytest.raises(InputError, match=r"is not a folder; give the folder that holds c4/en:3\.1\.0"):
-        corpora.tfds_corpus("c4/en:3.1.0", data_dir=tmp_path / "absent")
+        corpora.tfds_corpus("c4/en:3.1.0", data_dir=tmp_path / "absent").fingerprint()
 
 
 def test_bad_tasks_are_named(tmp_path):

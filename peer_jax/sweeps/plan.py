@@ -137,7 +137,7 @@ def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
     Before a task is prepared the number is an estimate: each byte is a token. How much text a corpus of TFDS holds is
     not known then, but its limit is, if it has one.
     """
-    if task.cache_path().exists():
+    if task.is_prepared():
         return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
     limit = task.max_train_tokens
     if task.vocabulary == BYTES and hasattr(task.corpus, "num_bytes"):
