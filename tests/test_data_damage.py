@@ -162,6 +162,11 @@ def test_caches_of_earlier_versions_are_read_and_their_worst_damages_found(writt
             file.write_bytes(content[:128] + filling * (len(content) - 128))
             with pytest.raises(cache.Damaged, match=r"train holds .* (vocabulary|says \d+); delete"):
                 cache.open_cache(written, "train")
+        np.save(file, np.zeros((ROWS, SEQ_LEN), np.int64))
+        with pytest.raises(
+            cache.Damaged, match=rf"{name}-00000\.npy holds int64 \(40, 16\) but its manifest says uint"
+        ):
+            cache.open_cache(written, "train")
         file.write_bytes(content)
     np.testing.assert_equal(everything(written)[1:], before)
 

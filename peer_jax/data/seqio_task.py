@@ -76,7 +76,7 @@ def packed_rows(
     source: Source,
     split: str,
     wanted: Callable[[bytes], bool],
-    admit: Callable[[bytes, np.ndarray], int],
+    admit: Callable[[bytes, list[int]], int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (tokens, segment_ids), each [n, seq_len] int32, of one split.
 
@@ -92,7 +92,8 @@ def packed_rows(
 
     def admitted(example):
         ids = example["targets"]
-        taken = tf.numpy_function(lambda t, n: np.int64(admit(t, n)), [example["targets_pretokenized"], ids], tf.int64)
+        arguments = [example["targets_pretokenized"], ids]
+        taken = tf.numpy_function(lambda t, n: np.int64(admit(t, n.tolist())), arguments, tf.int64)
         return {"targets": ids[: tf.ensure_shape(taken, [])]}
 
     def has_tokens(example):

@@ -92,7 +92,7 @@ def model(vocabulary: str) -> bytes | None:
 
 def same(a: str, b: str) -> bool:
     """Whether two names stand for the same vocabulary."""
-    return a == b or model(a) == model(b)
+    return a == b or (BYTES not in (a, b) and model(a) == model(b))
 
 
 class ByteVocabulary:
@@ -147,4 +147,4 @@ class SentencePieceVocabulary:
 
     def kept(self, ids: Sequence[int]) -> bytes:
         special = (self.eos_id, self._processor.unk_id())
-        return self._processor.DecodeIds([int(i) for i in ids if i not in special]).encode()
+        return self._processor.DecodeIds([i for i in ids if i not in special]).encode()
