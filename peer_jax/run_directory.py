@@ -1,9 +1,9 @@
 """The files of runs and of sweeps: their names, how they are written, locked, appended to, listed and read.
 
-A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``. The
-directory of a run that belongs to a sweep also has ``point.json``, and ``failure.json`` while the last attempt has
-failed. A sweep directory has a folder per run, ``sweep-<digest>.json`` per sweep that was run in it, ``results.csv``
-and the logs of worker processes.
+A run directory has ``config.gin``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``result.json``, and a
+copy of its SentencePiece model if it has one. The directory of a run that belongs to a sweep also has ``point.json``,
+and ``failure.json`` while the last attempt has failed. A sweep directory has a folder per run, ``sweep-<digest>.json``
+per sweep that was run in it, ``results.csv`` and the logs of worker processes.
 
 No other file knows these names. Another kind of storage, such as a bucket, whose objects are neither appended to nor
 renamed nor locked, can therefore be added by changing this file alone.
@@ -31,6 +31,7 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+VOCABULARY = "vocabulary-{}.model"
 POINT = "point.json"
 FAILURE = "failure.json"
 RESULTS = "results.csv"
@@ -273,6 +274,29 @@ class RunDirectory(_Directory):
     def write_config(self, text: str) -> None:
         """Writes ``config.gin``."""
         write_whole(self.config, text)
+
+    def keep_vocabulary(self, model: bytes) -> None:
+        """Writes a copy of a SentencePiece model, unless it is there; its name has a part of its digest."""
+        path = self.path / VOCABULARY.format(hashlib.sha256(model).hexdigest()[:16])
+        if not path.exists() or path.read_bytes() != model:
+            write_whole(path, model)
+
+    @property
+    def vocabulary(self) -> epath.Path | None:
+        """The copy of the run's SentencePiece model; None if there is none.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        for path in self.path.glob(VOCABULARY.format("*")):
+            try:
+                whole = path.name == VOCABULARY.format(hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+            except OSError:
+                whole = False
+            if not whole:
+                raise InputError(f"{path} is damaged: remove it, to use the file that {CONFIG} names instead")
+            return path
+        return None
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run; None if there is no ``result.json`` or if it is not whole."""

@@ -137,8 +137,11 @@ def test_counts_are_those_of_the_documents(corpus, prepared):
 
 def test_preparing_twice_gives_the_same_bytes_and_once_is_enough(corpus, prepared, tmp_path, monkeypatch):
     again = tasks.prepare(TextTask(corpus, SEQ_LEN, max_validation_tokens=None, cache_dir=tmp_path))
-    files = sorted(file.relative_to(again) for file in again.rglob("*") if file.is_file())
-    assert files == sorted(file.relative_to(prepared) for file in prepared.rglob("*") if file.is_file())
+    files, others = (
+        sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.name != cache.VERIFIED)
+        for path in (again, prepared)
+    )
+    assert files == others
     for file in files:
         assert (again / file).read_bytes() == (prepared / file).read_bytes()
     monkeypatch.setattr(tasks, "_write", None)  # not called again
@@ -185,10 +188,27 @@ def test_sentencepiece_documents_can_be_rebuilt(corpus, sentencepiece_model, fol
     assert re.fullmatch("[0-9a-f]{64}", manifest["vocabulary"]["sha256"])
 
 
-def test_limits_stop_after_the_document_that_passes_them(folder):
+def test_limits_hold_inside_documents(folder, capfd):
     texts = [f"document {i:04}" for i in range(100)]  # 13 bytes and EOS
-    task = TextTask(Given("limits", texts, texts), 16, max_train_tokens=100, max_validation_tokens=28, cache_dir=folder)
+    given = Given("limits", ["é" * 50_000, *texts], texts)
+    task = TextTask(given, 16, max_train_tokens=10_001, max_validation_tokens=30, cache_dir=folder)
     path = tasks.prepare(task)
+    counts = [pipeline.open_cache(path, split).counts for split in ("train", "validation")]
+    assert [c["tokens"] for c in counts] == [10_001, 30]
+    assert [c["documents"] for c in counts] == [1, 3]
+    assert [c["bytes"] for c in counts] == [10_000, 13 + 13 + 2]  # half a character counts nowhere
+    pieces, _ = segments(path, "validation")
+    assert [bytes(i - 3 for i in piece if i != 1).decode() for piece in pieces] == [*texts[:2], "do"]
+    assert (
+        "limits: 10,001 tokens of 1 document (cut at max_train_tokens) to train on, "
+        "30 tokens of 3 documents (cut at max_validation_tokens) to validate on\n"
+    ) in capfd.readouterr().err
+
+    whole = TextTask(
+        Given("limits", texts, texts), 16, max_train_tokens=100, max_validation_tokens=28, cut_at_limits=False,
+        cache_dir=folder,
+    )  # fmt: skip
+    path = tasks.prepare(whole)
     assert pipeline.open_cache(path, "train").counts["documents"] == 8
     assert pipeline.open_cache(path, "train").counts["bytes"] == 8 * 13
     assert pipeline.open_cache(path, "validation").counts["documents"] == 2
@@ -197,6 +217,42 @@ def test_limits_stop_after_the_document_that_passes_them(folder):
     assert pipeline.open_cache(only, "validation").counts["documents"] == 100
     with pytest.raises(InputError, match="max_train_tokens above 0"):
         pipeline.open_cache(only, "train")
+
+
+def test_a_damaged_cache_is_prepared_again(folder, capfd):
+    task = TextTask(Given("damaged", random_texts(50, 9, 7), random_texts(9, 9, 8)), SEQ_LEN, cache_dir=folder)
+    path = tasks.prepare(task)
+    file = path / "train" / "tokens-00000.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:128] + bytes(len(content) - 128))
+    assert not task.is_prepared()
+    assert tasks.prepare(task) == path
+    assert task.is_prepared()
+    assert file.read_bytes() == content
+    assert f"{path} is damaged and is prepared again\n" in capfd.readouterr().err
+
+
+def test_a_vocabulary_that_drops_text_is_said_and_its_bytes_are_those_it_keeps(folder, capfd):
+    """A SentencePiece model of default options turns newlines and runs of spaces into single spaces."""
+    import sentencepiece
+
+    texts = [f"I  will\ngo to {place}\n\nagain {n}" for n, place in enumerate(["him", "her", "them", "Paris"] * 20)]
+    model = folder / "default"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(model), vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    task = TextTask(Given("dropping", texts[:60], texts[60:]), SEQ_LEN, f"{model}.model", cache_dir=folder)
+    counts = pipeline.open_cache(tasks.prepare(task), "validation").counts
+    assert counts["bytes"] == sum(len(" ".join(text.split()).encode()) for text in texts[60:])
+    assert "does not keep all text: 80 of 80 documents change" in capfd.readouterr().err
+
+    whole = "I will go to him again"
+    for at in range(2, len(whole)):  # the text goes on where the prompt ends
+        prompt, ids = whole[:at], vocabulary.encode(whole, f"{model}.model")
+        before = vocabulary.encode(prompt, f"{model}.model")
+        if ids[: len(before)] == before:
+            assert prompt + vocabulary.continuation(prompt, ids[len(before) :], f"{model}.model") == whole
 
 
 def write_tfds(root, splits):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_runs import BATCH, ROOT, SEQ_LEN, environment, load, losses, stack, train
 
-from peer_jax.data import corpora, pipeline, tasks, vocabulary
+from peer_jax.data import cache, corpora, pipeline, tasks, vocabulary
 from peer_jax.data.prepared import prepared
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
@@ -62,8 +62,8 @@ def test_limits_are_those_it_was_prepared_with(copied):
 
 def test_sentencepiece_model_may_be_anywhere(copied, model, tmp_path):
     manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["vocabulary"] = {"name": "/of/the/other/machine.model", "sha256": vocabulary.load(model).sha256}
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    manifest["vocabulary"] |= {"name": "/of/the/other/machine.model", "sha256": vocabulary.load(model).sha256}
+    (copied / "manifest.json").write_text(json.dumps(cache.signed(manifest)))
     here = shutil.copy(model, tmp_path / "here.model")
     assert TextTask(prepared(copied), SEQ_LEN, vocabulary=str(here)).cache_path() == copied
     with pytest.raises(InputError, match=r"absent\.model' can't be read \(No such file"):
@@ -101,7 +101,9 @@ def test_damaged_manifest_is_named(copied, key):
     manifest = json.loads((copied / "manifest.json").read_text())
     del manifest[key]
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    refused(TextTask(prepared(copied), SEQ_LEN), r"manifest\.json is damaged; copy the prepared cache here again")
+    refused(TextTask(prepared(copied), SEQ_LEN), r"manifest\.json is damaged; delete .*, or copy it here again")
+    (copied / "manifest.json").write_text(json.dumps(cache.signed(manifest)))
+    refused(TextTask(prepared(copied), SEQ_LEN), r"manifest\.json is damaged; delete .*, or copy it here again")
 
 
 def test_missing_and_foreign_folders_are_named(copied):

@@ -34,7 +34,7 @@ from peer_jax.data.text_task import TextTask
 def packed_rows(task, source, split, wanted, admit):
     for document in task.corpus.documents(split):
         text = document.text.encode()
-        assert admit(text, len(text))
+        assert admit(text, text) == len(text)
         yield np.full((1, len(text)), 7, np.int32), np.ones((1, len(text)), np.int32)
     if split == "train":
         print("writing", flush=True)
@@ -98,6 +98,7 @@ def test_two_processes_at_once_write_one_cache(slow_task, monkeypatch, capfd):
 
 
 def test_ensure_prepared_keeps_tensorflow_in_another_process(tmp_path):
+    """It also prepares a corpus whose class is defined in the script that asks for it."""
     write_jsonl(tmp_path / "a.jsonl", [f"text {i:03}" for i in range(100)])
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"no": "text"}\n')
     code = f"""
@@ -106,7 +107,27 @@ from pathlib import Path
 from peer_jax.data import corpora, pipeline
 from peer_jax.errors import InputError
 folder = Path({str(tmp_path)!r})
-task = pipeline.TextTask(corpora.local_files(folder / "a.jsonl", validation_share=0.2), 8, cache_dir=folder / "cache")
+
+
+class Mine:
+    name = "mine"
+
+    def __init__(self, file):
+        self.file = file
+
+    def fingerprint(self):
+        return self.name
+
+    def num_bytes(self):
+        return 1000
+
+    def documents(self, split):
+        lines = self.file.read_text().splitlines()
+        for line in lines[:90] if split == "train" else lines[90:]:
+            yield corpora.Document(line, line)
+
+
+task = pipeline.TextTask(Mine(folder / "a.jsonl"), 8, cache_dir=folder / "cache")
 path = pipeline.ensure_prepared(task)
 assert path == task.cache_path() == pipeline.ensure_prepared(task)
 next(pipeline.train_batches(pipeline.open_cache(path, "train"), batch_size=4, seed=0))
@@ -119,4 +140,9 @@ else:
 assert not {{"tensorflow", "seqio"}} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stderr == ""  # no messages of TensorFlow, and no progress bar without a terminal
+    # There are no messages of TensorFlow, and no progress bar without a terminal.
+    (said,) = result.stderr.splitlines()
+    assert said == (
+        "mine: 2,070 tokens of 90 documents to train on, 230 tokens of 10 documents to validate on, "
+        "which is 10.00% of the text"
+    )

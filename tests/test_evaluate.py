@@ -3,20 +3,26 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
-from small_runs import BATCH, load, train, write_text
+from small_runs import BATCH, CONFIGS, load, train, write_text
 
 from peer_jax import config
-from peer_jax.data.pipeline import eval_batches, open_cache, shift_right
+from peer_jax.data.pipeline import eval_batches, open_cache, shift_right, vocabulary_size
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, Dense
 from peer_jax.models import Transformer
+from peer_jax.run_directory import RunDirectory
 from peer_jax.training import evaluate as evaluation
+from peer_jax.training import ownership
 from peer_jax.training.evaluate import evaluate, usage
 from peer_jax.training.restore import evaluate_run
 
@@ -252,6 +258,68 @@ def test_data_of_one_name_are_not_dropped_in_silence(finished, tmp_path, run_cli
         files.append(data_file(folder, "data", "one.jsonl", seed))
     status, printed, errors = run_cli("evaluate", "--workdir", finished, "--quiet", *(f"--data={f}" for f in files))
     assert status == 2 or printed.count("one") == 2, "two texts went in, one came out"
+
+
+def test_a_run_without_its_text_generates_and_evaluates_other_text(finished, tmp_path, run_cli):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "config.gin").read_text()
+    (run / "config.gin").write_text(re.sub(r"(?m)^local_files.path = .*", "local_files.path = '/gone.jsonl'", text))
+    status, printed, _ = run_cli("generate", "--workdir", run, "--prompt", "the ", "--max-new-tokens", 4)
+    assert status == 0
+    assert printed.startswith("the ")
+    data = data_file(tmp_path, "other", "other.jsonl", seed=3)
+    status, printed, _ = run_cli("evaluate", "--workdir", run, "--quiet", "--data", data)
+    assert status == 0
+    assert "other" in printed
+    status, _, errors = run_cli("evaluate", "--workdir", run, "--quiet")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "/gone.jsonl does not exist; give a text file" in errors
+
+
+def test_a_file_that_names_no_text_is_refused(finished, tmp_path, run_cli):
+    """It evaluated the run's own text, as if that were another."""
+    (tmp_path / "path.gin").write_text("local_files.path = 'other.txt'\n")
+    for file in (CONFIGS / "sweeps" / "lr.gin", tmp_path / "path.gin"):
+        status, _, errors = run_cli("evaluate", "--workdir", finished, "--quiet", "--data", file)
+        assert (status, errors.count("\n")) == (2, 1)
+        assert f"--data {file} names no text: give a file that binds TextTask.corpus" in errors
+
+
+def test_other_text_takes_no_argument_of_the_run_s_own(finished, tmp_path):
+    """A validation_path of the run's own text would be evaluated under the name of the other text."""
+    kept = tmp_path / "config.gin"
+    text = (finished / "config.gin").read_text()
+    own = write_text(tmp_path / "own.jsonl", 9)
+    kept.write_text(text.replace("local_files.validation_path = None", f"local_files.validation_path = {str(own)!r}"))
+    assert config.load_kept(kept).task.corpus.validation_files[0].path == own
+    other = config.load_kept(kept, [data_file(tmp_path, "other", "other.jsonl", seed=3)]).task.corpus
+    assert other.validation_files is None
+    assert other.split_by == "text"
+
+
+def test_the_model_of_a_run_is_read_from_its_directory(finished, tmp_path):
+    """A copy is kept, because the original may be gone or be another file later."""
+    original = tmp_path / "some.model"
+    texts = iter(["some words to train on", "and some more words"] * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(original)[:-6], vocab_size=30, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    text = (finished / "config.gin").read_text()
+    directory.write_config(text.replace("vocabulary = 'bytes'", f"vocabulary = {str(original)!r}"))
+    for _ in range(2):
+        ownership.keep_vocabulary(directory, str(original))
+    size = vocabulary_size(str(original))
+    original.unlink()
+    run = config.load_kept(directory.config)
+    assert vocabulary_size(run.task.vocabulary) == size
+    assert run.config.identity == config.load_kept(finished / "config.gin").config.identity
+    copy = Path(directory.vocabulary)
+    copy.write_bytes(copy.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"\.model is damaged: remove it, to use the file that config\.gin names"):
+        config.load_kept(directory.config)
 
 
 def test_evaluate_the_best_checkpoint(tiny, tmp_path, run_cli):

@@ -11,21 +11,26 @@ itself carries no decorators.
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from peer_jax.config.resolve import Resolver, Source, layers_of
 from peer_jax.config.tree import Node, call, flat, symbolic, text_of
+from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
 from peer_jax.fields import Difference
-from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
+from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_file, parse_text
+from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
+
+CORPUS = "TextTask.corpus"  # what names a text
 
 __all__ = ["BEFORE", "Binding", "Config", "layers_of", "load", "load_kept", "load_sweep"]
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"local_files.split": "documents", "TextTask.cut_at_limits": False}
 
 
 def load(
@@ -50,17 +55,51 @@ def load_kept(
     bindings: Sequence[str | Binding] = (),
     imports: Sequence[str] = (),
 ) -> Run:
-    """The run that a run directory's ``config.gin`` describes, with files and bindings over it.
+    """The run that a run directory's ``config.gin`` describes, with files of other text and bindings over it.
 
-    Arguments that the file lacks have the value that they had when it was written.
+    Arguments that the file lacks have the value that they had when it was written. If the run directory has a copy of
+    the run's SentencePiece model, the copy is used.
+
+    Args:
+        kept: the ``config.gin`` of a run directory.
+        files: config files, each of which names a text by ``TextTask.corpus``. None of the arguments of the run's own
+            corpus remain then.
+        bindings: as for ``load``.
+        imports: as for ``load``.
 
     Raises:
-        InputError: as ``load``.
+        InputError: as ``load``, or if a file names no text.
     """
+    for file in files:
+        if CORPUS not in _names(parse_file(file).bindings):
+            raise InputError(
+                f"{file} names no text: give a file that binds {CORPUS}, such as those of configs/data",
+                argument="data",
+            )
     try:
-        return _run(Source.read([kept, *files], bindings, imports, before=BEFORE))
+        return _run(_of_kept(Source.read([kept, *files], bindings, imports, before=BEFORE), kept, bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
+
+
+def _of_kept(source: Source, kept: str | os.PathLike, other_text: bool) -> Source:
+    """A source that begins with a kept ``config.gin``, with the run directory's copy of the SentencePiece model."""
+    own, before = list(parse_file(kept).bindings), source.before
+    over = source.bindings[len(own) :]
+    if (copy := RunDirectory(Path(kept).parent).vocabulary) is not None:
+        for at, binding in enumerate(own):
+            if binding.name.endswith("TextTask.vocabulary") and binding.value != BYTES:
+                own[at] = dataclasses.replace(binding, value=str(copy))
+    corpus = [binding.value for binding in own if _names([binding]) == [CORPUS]]
+    if other_text and corpus and isinstance(corpus[-1], Reference):
+        place = f"{corpus[-1].name}."
+        own = [binding for binding in own if not binding.name.startswith(place)]
+        before = {name: value for name, value in before.items() if not name.startswith(place)}
+    return dataclasses.replace(source, bindings=(*own, *over), before=before)
+
+
+def _names(bindings: Sequence[Binding]) -> list[str]:
+    return [binding.name.removeprefix("peer_jax.") for binding in bindings]
 
 
 def load_sweep(

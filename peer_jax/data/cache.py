@@ -4,25 +4,43 @@ manifest.json                 describes the cache; written last, before the fold
 train/tokens-00000.npy        [rows, seq_len] targets: ids with EOS, 0 = padding
 train/segment_ids-00000.npy   [rows, seq_len] 1, 2, ... for the pieces of documents in a row, 0 = padding
 validation/...
+left_out.txt                  what of the corpus could not be read and was left out, if there is any
+.verified.json                written by readers: the files that they have found to be whole, by size and time
+
+The manifest has the digest of every other file that `prepare` wrote, and one of itself.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from peer_jax import digests
 from peer_jax.data.corpora import SPLITS
 from peer_jax.errors import InputError
+from peer_jax.run_directory import write_whole
 
 KIND = "peer_jax token cache"
-FORMAT = 1
+FORMAT = 2
+WITHOUT_DIGESTS = 1  # the format of earlier versions, which is read as well
 MANIFEST = "manifest.json"
+LEFT_OUT = "left_out.txt"
+VERIFIED = ".verified.json"
 SHARD_TOKENS = 2**24
 _COUNTS = ("rows", "tokens", "documents", "bytes", "words")
+
+
+class Damaged(InputError):  # noqa: N818, it names what is so
+    """A cache whose files are not as they were written, or not there."""
+
+    def __init__(self, what: str, path: Path):
+        super().__init__(f"{what}; delete {path} and prepare it again, or copy it here again.")
 
 
 class PackedText:
@@ -45,12 +63,12 @@ class PackedText:
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{file} is missing or damaged; delete {self.path} and prepare it again.") from error
+            raise Damaged(f"{file} is missing or damaged", self.path) from error
         expected = (rows, self.seq_len), self.manifest["dtypes"][name]
         if (array.shape, array.dtype.name) != expected:
-            raise InputError(
-                f"{file} holds {array.dtype.name} {array.shape} but its manifest says {expected[1]} {expected[0]}; "
-                f"delete {self.path} and prepare it again."
+            raise Damaged(
+                f"{file} holds {array.dtype.name} {array.shape} but its manifest says {expected[1]} {expected[0]}",
+                self.path,
             )
         return array
 
@@ -81,14 +99,14 @@ class PackedText:
 
 
 def open_cache(path: Path | str, split: str) -> PackedText:
-    """Opens one split of a prepared cache.
+    """Opens one split of a prepared cache, after `verify`.
 
     Raises:
-        InputError: if there is no cache, if it is truncated or of another program or version, or if the split has no
+        InputError: if there is no cache, if it is damaged or of another program or version, or if the split has no
             rows.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = verify(path)
     if split not in manifest["splits"]:
         raise InputError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}.")
     source = PackedText(path, split, manifest)
@@ -97,25 +115,92 @@ def open_cache(path: Path | str, split: str) -> PackedText:
     return source
 
 
-def read_manifest(path: Path) -> dict:
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a cache whose files are as they were written.
+
+    All bytes are read the first time. Later, also in other processes, only sizes and times of change are compared with
+    what they were then. A cache of an earlier version has no digests; its tokens are compared with its counts.
+
+    Raises:
+        Damaged: if a file is missing or not as it was written.
+        InputError: if there is no cache, or another program or another version has written it.
+    """
+    manifest = read_manifest(path)
+    names = manifest.get("digests") or [
+        f"{split}/{shard_file(path, split, name, shard).name}"
+        for split in SPLITS
+        for name in ("tokens", "segment_ids")
+        for shard in range(len(manifest["splits"][split]["shards"]))
+    ]
+    now = {"manifest": digests.of_bytes(_canonical(manifest)), "files": _states(path, names)}
+    if _verified.get(path) == now or _read_verified(path) == now:
+        return manifest
+    if manifest["format"] == WITHOUT_DIGESTS:
+        _compare_counts(path, manifest)
+    elif changed := digests.changed(path, manifest["digests"]):
+        others = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+        raise Damaged(f"{path / changed[0]}{others} is missing or damaged", path)
+    _verified[path] = now
+    with contextlib.suppress(InputError):  # the folder may be read-only
+        write_whole(path / VERIFIED, json.dumps(now))
+    return manifest
+
+
+_verified: dict[Path, dict[str, Any]] = {}  # what this process has found to be whole
+
+
+def _read_verified(path: Path) -> object:
+    try:
+        return json.loads((path / VERIFIED).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _states(path: Path, names: Sequence[str] | Mapping[str, str]) -> dict[str, list[int]]:
+    """What changes when a file is written: its size, its inode and the times of its last changes."""
+    try:
+        states = {name: (path / name).stat() for name in names}
+    except OSError as error:
+        raise Damaged(f"{error.filename} is missing or damaged", path) from error
+    return {name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in states.items()}
+
+
+def _compare_counts(path: Path, manifest: dict[str, Any]) -> None:
+    """Finds most damages of a cache without digests: tokens must be ids where a segment is, and as many as counted."""
+    size = manifest.get("vocabulary", {}).get("size", np.inf)
+    for split in SPLITS:
+        source, tokens = PackedText(path, split, manifest), 0
+        for shard, segment_ids in zip(source._tokens, source._segment_ids, strict=True):
+            used = np.asarray(segment_ids) > 0
+            if ((np.asarray(shard) > 0) != used).any() or (shard.size and int(shard.max()) >= size):
+                raise Damaged(f"{path / split} holds tokens that are no ids of its vocabulary", path)
+            tokens += np.count_nonzero(used)
+        if tokens != source.counts["tokens"]:
+            raise Damaged(f"{path / split} holds {tokens} tokens but its manifest says {source.counts['tokens']}", path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:
-        InputError: if it is missing or damaged, or if another program or another version has written it.
+        Damaged: if it is not as it was written.
+        InputError: if it is missing, or if another program or another version has written it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
         what = "is not a prepared cache (it has no readable manifest.json)" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; run `peer-jax prepare`, or delete it if nothing else needs it.") from error
-    except ValueError as error:
-        raise InputError(f"{path / MANIFEST} is damaged; delete {path} and prepare it again.") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path / MANIFEST} is damaged", path) from error
+    if not isinstance(manifest, dict) or (manifest.get("kind") != KIND and "digest" not in manifest):
         raise InputError(f"{path} is not a cache of peer_jax; choose another cache_dir.")
-    if manifest.get("format") != FORMAT:
+    version = manifest.get("format")
+    if ("digest" in manifest or version == FORMAT) and manifest.get("digest") != _signature(manifest):
+        raise Damaged(f"{path / MANIFEST} is damaged", path)
+    if version not in (FORMAT, WITHOUT_DIGESTS):
         raise InputError(
-            f"{path} has cache format {manifest.get('format')} and this version reads {FORMAT}; "
-            "delete it and prepare it again."
+            f"{path} has cache format {version} and this version reads {FORMAT}; delete it and prepare it again."
         )
     try:
         for split in SPLITS:
@@ -123,9 +208,22 @@ def read_manifest(path: Path) -> dict:
             if sum(counts["shards"]) != counts["rows"] or not all(type(counts[key]) is int for key in _COUNTS):
                 raise KeyError(split)
         manifest["seq_len"] + 0, manifest["dtypes"]["tokens"], manifest["dtypes"]["segment_ids"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / MANIFEST} is damaged; delete {path} and prepare it again.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path / MANIFEST} is damaged", path) from error
     return manifest
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a digest of itself."""
+    return {**manifest, "digest": _signature(manifest)}
+
+
+def _signature(manifest: Mapping[str, Any]) -> str:
+    return digests.of_bytes(_canonical({key: value for key, value in manifest.items() if key != "digest"}))
+
+
+def _canonical(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True).encode()
 
 
 def shard_file(path: Path, split: str, name: str, shard: int) -> Path:
@@ -143,6 +241,8 @@ def dtypes(seq_len: int, vocabulary_size: int) -> dict[str, np.dtype]:
 
 class CacheWriter:
     """Writes a cache beside its final place and renames it there, so that readers see all of it or nothing.
+
+    A damaged cache that is there already is replaced.
 
     To be used as a context manager while the lock of that place is held. Leftovers of writers that were killed are
     removed, and so are those of this writer if the block raises.
@@ -196,17 +296,33 @@ class CacheWriter:
             stream.flush()
             os.fsync(stream.fileno())
 
+    def write_left_out(self, sentences: Sequence[str]) -> None:
+        """Writes what was left out of the corpus, a line each; no file if that is nothing."""
+        if sentences:
+            self._write(self._folder / LEFT_OUT, "".join(f"{sentence}\n" for sentence in sentences))
+
     def commit(self, manifest: dict) -> None:
         """Writes the manifest and moves the folder into place."""
         names = {name: dtype.name for name, dtype in self.dtypes.items()}
         manifest = {"kind": KIND, "format": FORMAT, **manifest, "seq_len": self.seq_len, "dtypes": names}
-        with open(self._folder / MANIFEST, "w") as stream:
-            json.dump(manifest, stream, indent=1)
+        manifest["digests"] = digests.of_folder(self._folder)
+        self._write(self._folder / MANIFEST, json.dumps(signed(manifest), indent=1))
+        _sync(self._folder)
+        if self.path.exists():
+            damaged = self._folder.with_name(self._folder.name + "-damaged")
+            os.rename(self.path, damaged)
+            os.rename(self._folder, self.path)
+            shutil.rmtree(damaged, ignore_errors=True)
+        else:
+            os.rename(self._folder, self.path)
+        _sync(self.path.parent)
+
+    @staticmethod
+    def _write(file: Path, text: str) -> None:
+        with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        _sync(self._folder)
-        os.rename(self._folder, self.path)
-        _sync(self.path.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from peer_jax.data import text_files
+from peer_jax.data import text_files, text_split
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
+from peer_jax.run_directory import local
 
 SPLITS = ("train", "validation")
+SPLIT_BY = {"text": "text", "documents": "content"}  # what local_files calls them, and what a LocalCorpus does
+ON_ERROR = ("stop", "skip")
 
 
 class Document(NamedTuple):
@@ -57,7 +60,7 @@ def python_stdlib(*, validation_share: float = 0.05) -> "LocalCorpus":
     validation. Validation has only the first 16 KiB of each held-out file, so that a few large files don't outweigh the
     rest.
     """
-    return _python_files("python_stdlib", _stdlib(), validation_share, beginning=2**14)
+    return _python_files("python_stdlib", validation_share, beginning=2**14)
 
 
 def python_packages(*, validation_share: float = 0.05) -> "LocalCorpus":
@@ -77,38 +80,48 @@ def python_packages(*, validation_share: float = 0.05) -> "LocalCorpus":
     The corpus is what is installed, so an upgrade makes a different corpus with a different cache. Runs that are to be
     compared over time or between machines should share one cache by `prepared(...)`.
 
-    Raises:
-        InputError: the folder of the standard library or the folders of installed packages hold no `.py` files.
+    Reading it raises an `InputError` if the folder of the standard library or the folders of installed packages hold no
+    `.py` files.
     """
-    roots = dict.fromkeys(Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib"))
-    packages = [file for root in roots for file in text_files.python_sources(root)]
-    if not packages:
-        raise InputError(
-            f"{' and '.join(map(str, roots))} holds no .py files of installed packages; install some there, or use "
-            "python_stdlib()."
-        )
-    return _python_files("python_packages", [*_stdlib(), *packages], validation_share, beginning=2**12)
+    return _python_files("python_packages", validation_share, beginning=2**12)
 
 
-def _stdlib() -> tuple[text_files.TextFile, ...]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = text_files.python_sources(root)
-    if not files:
-        raise InputError(
-            f"{root} holds no .py files of the standard library; use local_files(...) with text of your own."
-        )
-    return files
-
-
-def _python_files(name: str, files: Sequence[text_files.TextFile], share: float, *, beginning: int) -> "LocalCorpus":
+def _python_files(name: str, share: float, *, beginning: int) -> "LocalCorpus":
     return LocalCorpus(
         name,
-        files=text_files.in_hash_order(files),
+        source=PythonModules(packages=name == "python_packages"),
         validation_share=share,
         split_by="path",
-        skip_undecodable=True,
         validation_document_chars=beginning,
     )
+
+
+@dataclass(frozen=True)
+class PythonModules:
+    """The `.py` files of the standard library, and of the installed packages if `packages`."""
+
+    packages: bool
+
+    def find(self, on_bad: text_files.OnBad) -> text_files.Found:
+        stdlib = Path(sysconfig.get_path("stdlib"))
+        files = text_files.python_sources(stdlib)
+        if not files:
+            raise InputError(
+                f"{stdlib} holds no .py files of the standard library; use local_files(...) with text of your own."
+            )
+        if self.packages:
+            files += self._packages()
+        return text_files.Found(text_files.in_hash_order(files), {})
+
+    def _packages(self) -> tuple[text_files.TextFile, ...]:
+        roots = dict.fromkeys(Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib"))
+        packages = tuple(file for root in roots for file in text_files.python_sources(root))
+        if not packages:
+            raise InputError(
+                f"{' and '.join(map(str, roots))} holds no .py files of installed packages; install some there, or use "
+                "python_stdlib()."
+            )
+        return packages
 
 
 def local_files(
@@ -117,31 +130,59 @@ def local_files(
     validation_path: Placed[str | os.PathLike | None] = None,
     validation_share: float = 0.02,
     text_key: str = "text",
+    split: str = "text",
+    patterns: str | Sequence[str] | None = None,
+    on_error: str = "stop",
 ) -> "LocalCorpus":
-    """Text files: one file, or every text file in a folder and below.
+    """Text files: one file, or every text file in a folder and below. They are found when their text is needed.
 
     Args:
         path: a file or a folder. `.txt`, `.md`, `.py` and other text files hold one document each; `.jsonl` and
             `.json` files hold one document per line, under `text_key`; all may be compressed (`.gz`). In a folder,
-            files with other suffixes and hidden files are ignored.
+            hidden files are ignored, and `prepare` says how many files with other suffixes there are.
         validation_path: files to validate on. Training documents with the same text as one of them are dropped.
-        validation_share: without `validation_path`, the share of documents to validate on. The hash of a document's
-            text decides, so that all copies of a text are in one split. If validation would be empty, it gets the
-            document with the smallest hash; a corpus of a single document is divided at the end of a line, and its
-            last part is for validation.
+        validation_share: without `validation_path`, the share to validate on.
         text_key: the key of the text in JSONL.
+        split: "text": validation gets that share of the text. Whole documents are held out, and of documents that are
+            large for the share the last part, at the end of a line where there is one. "documents": it gets about
+            that share of the documents, all of them whole, as in earlier versions; a document stays in its split when
+            others are added. If validation would be empty, it gets the document with the smallest hash, or the last
+            part of a lone document. In both cases the hash of a document's text decides, so that all copies of a text
+            are in one split.
+        patterns: the files of a folder to read, such as ("*.rs", "docs/*.md"), matched with their names and with
+            their paths in the folder; None: names with the usual suffixes.
+        on_error: "stop" raises an error at the first file or line that can't be read; "skip" leaves them out, and
+            `prepare` lists them.
 
     Raises:
-        InputError: a path is missing or holds no text files. Errors inside the files are raised when they are read.
+        InputError: for an argument that can't be used. Errors of the path and of the files are raised when they are
+            read.
     """
-    files = text_files.find(path)
+    if split not in SPLIT_BY:
+        raise InputError(f"split is {split!r}; it must be 'text' or 'documents'.")
+    if patterns is not None:
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise InputError(f"patterns is {patterns!r}; give patterns of file names, such as ('*.rs', '*.js').")
+    folder = text_files.TextFolder(_given(path, "path"), patterns)
+    validation = None
+    if validation_path is not None:
+        validation = text_files.TextFolder(_given(validation_path, "validation_path"), patterns)
     return LocalCorpus(
-        text_files.corpus_name(path),
-        files=files,
-        validation_files=None if validation_path is None else text_files.find(validation_path),
+        text_files.corpus_name(folder.path),
+        source=folder,
+        validation_source=validation,
         validation_share=validation_share,
         text_key=text_key,
+        split_by=SPLIT_BY[split],
+        on_error=on_error,
     )
+
+
+def _given(path: str | os.PathLike, name: str) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):  # Path("") would be the current folder
+        raise InputError(f"{name} is {path!r}; give the path of a text file or of a folder of text files.")
+    return Path(local(path)).expanduser()
 
 
 def tfds_corpus(
@@ -162,7 +203,7 @@ def tfds_corpus(
         data_dir: where TFDS keeps data. If it is given, it must already hold the builder's data.
 
     Raises:
-        InputError: `builder` names no version, or `data_dir` does not exist.
+        InputError: `builder` names no version.
     """
     return TfdsCorpus(builder, train_split, validation_split, text_key, None if data_dir is None else str(data_dir))
 
@@ -172,12 +213,12 @@ class LocalCorpus:
     """Documents in files on this machine, as `python_stdlib`, `python_packages` and `local_files` return them."""
 
     name: str
-    files: tuple[text_files.TextFile, ...]
-    validation_files: tuple[text_files.TextFile, ...] | None = None
+    source: text_files.TextFolder | PythonModules
+    validation_source: text_files.TextFolder | None = None
     validation_share: float = 0.02
     text_key: str = "text"
-    split_by: str = "content"  # or "path"
-    skip_undecodable: bool = False
+    split_by: str = "text"  # or "content", the hash of each document's text, or "path", that of its name
+    on_error: str = "stop"  # or "skip"
     validation_document_chars: int | None = None  # longer validation documents are cut, at the end of a line
     _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what earlier passes found
 
@@ -185,6 +226,37 @@ class LocalCorpus:
         share = self.validation_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise InputError(f"validation_share is {share!r}; give a number between 0 and 1, such as 0.02.")
+        if not isinstance(self.text_key, str):
+            raise InputError(f"text_key is {self.text_key!r}; give the key of the text in JSONL, such as 'text'.")
+        if self.on_error not in ON_ERROR:
+            raise InputError(f"on_error is {self.on_error!r}; it must be 'stop' or 'skip'.")
+
+    @property
+    def files(self) -> tuple[text_files.TextFile, ...]:
+        """The files to train on, and to validate on where there are no others."""
+        return self._found.files
+
+    @property
+    def validation_files(self) -> tuple[text_files.TextFile, ...] | None:
+        """The files to validate on, where they are others."""
+        if self.validation_source is None:
+            return None
+        return self._remember("validation_files", lambda: self.validation_source.find(self._bad).files)
+
+    @property
+    def asked_share(self) -> float | None:
+        """The share of the text that is to be validated on; None where that isn't what `validation_share` asks for."""
+        return self.validation_share if self.validation_source is None and self.split_by != "path" else None
+
+    @property
+    def left_out(self) -> list[str]:
+        """What could not be read so far, a sentence each; empty unless `on_error` is "skip"."""
+        return list(self._remember("left_out", dict))
+
+    @property
+    def passed_over(self) -> str:
+        """How many files of a folder are not read because of their suffixes, in words; may be empty."""
+        return text_files.count(self._found.passed_over)
 
     def fingerprint(self) -> str:
         return self._remember("fingerprint", self._fingerprint)
@@ -195,26 +267,54 @@ class LocalCorpus:
     def documents(self, split: str) -> Iterator[Document]:
         if split not in SPLITS:
             raise InputError(f"split is {split!r}; it must be 'train' or 'validation'.")
-        if self.validation_files is not None:
+        if self.validation_source is not None:
             return self._read(self.validation_files) if split == "validation" else self._without_validation(self.files)
+        if self.split_by == "text":
+            documents = self._divided(split)
+            return documents if split == "validation" else self._drop(documents)
         lone = self._remember("lone", self._lone_document)
         if lone is not None:
             head, tail = _cut(lone.text, self.validation_share)
             if not (head.strip() and tail.strip()):
-                raise InputError(
-                    f"{lone.name} is the only document and too short to be split into training and validation; "
-                    "give more text, or validation_path."
-                )
+                raise self._too_short(lone)
             return iter([Document(lone.name, head if split == "train" else tail)])
         if split == "validation":
             return (self._beginning(doc) for doc in self._read(self.files) if self._held_out(doc))
         kept = (doc for doc in self._read(self.files) if not self._held_out(doc))
         return kept if self.split_by == "content" else self._drop(kept)
 
+    def _divided(self, split: str) -> Iterator[Document]:
+        """The documents and parts of documents of one split, if validation has a share of the text."""
+        plan = self._remember("plan", self._plan)
+        for doc in self._read(self.files):
+            parts = plan.divide(doc.text, *_key_and_size(doc))
+            if plan.is_of_one and not all(parts):
+                raise self._too_short(doc)
+            if text := parts[SPLITS.index(split)]:
+                yield Document(doc.name, text)
+
+    def _plan(self) -> text_split.TextSplit:
+        plan = text_split.plan((_key_and_size(doc) for doc in self._read(self.files)), self.validation_share)
+        if plan is None:
+            raise self._no_text()
+        return plan
+
     def _read(self, files) -> Iterator[Document]:
         for file in files:
-            for name, text in text_files.read(file, self.text_key, self.skip_undecodable):
+            for name, text in text_files.read(file, self.text_key, self._bad, keep_bom=self.split_by == "path"):
                 yield Document(name, text)
+
+    def _bad(self, error: InputError) -> None:
+        """Raises an error of a file or line, unless it is to be left out."""
+        if self.split_by == "path" and isinstance(error, text_files.NotText):
+            return
+        if self.on_error == "stop":
+            raise error
+        self._remember("left_out", dict)[str(error)] = None
+
+    @property
+    def _found(self) -> text_files.Found:
+        return self._remember("files", lambda: self.source.find(self._bad))
 
     def _without_validation(self, files) -> Iterator[Document]:
         return self._drop(self._read(files))
@@ -225,8 +325,8 @@ class LocalCorpus:
         return (doc for doc in documents if _digest(doc.text) not in texts)
 
     def _validation_texts(self) -> set[bytes]:
-        if self.validation_files is not None:
-            return {_digest(doc.text) for doc in self._read(self.validation_files)}
+        if self.validation_source is not None or self.split_by == "text":
+            return {_digest(doc.text) for doc in self.documents("validation")}
         return {_digest(doc.text) for doc in self._read(self.files) if self._held_out(doc)}
 
     def _beginning(self, doc: Document) -> Document:
@@ -261,17 +361,39 @@ class LocalCorpus:
             elif doc.text != first.text:
                 return None
         if first is None:
-            where = os.path.commonpath([file.path for file in self.files])
-            raise InputError(f"{where} holds no text: every document in it is empty; give a path with text in it.")
+            raise self._no_text()
         return first
 
+    def _no_text(self) -> InputError:
+        where = os.path.commonpath([file.path for file in self.files])
+        left_out = f" or left out ({self.left_out[0]})" if self.left_out else ""
+        return InputError(f"{where} holds no text: every document in it is empty{left_out}; give a path with text.")
+
+    def _too_short(self, doc: Document) -> InputError:
+        return InputError(
+            f"{doc.name} is the only document and too short to be split into training and validation; "
+            "give more text, or validation_path."
+        )
+
     def _fingerprint(self) -> str:
-        rules = [self.validation_share, self.text_key, self.split_by, self.skip_undecodable]
+        rules = [self.validation_share, self.text_key, self.split_by, self.split_by == "path"]
         rules.append(self.validation_document_chars)
+        rules += ["skip"] if self.on_error == "skip" else []
         parts = [("rules", json.dumps(rules))]
         for role, files in (("documents", self.files), ("validation", self.validation_files or ())):
-            parts += [(role, file.relative, text_files.sha256(file)) for file in files]
+            parts += [(role, file.relative, *self._contents(file)) for file in files]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _contents(self, file: text_files.TextFile) -> list[str]:
+        """What stands for a file's contents in the fingerprint."""
+        try:
+            contents = [text_files.sha256(file)]
+        except InputError as error:
+            self._bad(error)
+            return ["unreadable"]
+        if self.split_by != "path" and text_files.begins_with_bom(file):
+            contents.append("without its byte order mark")
+        return contents
 
     def _remember(self, what, find):
         if what not in self._known:
@@ -297,18 +419,30 @@ class TfdsCorpus:
             raise InputError(
                 f"TFDS builder {self.builder!r} names no version; write it as 'name:1.0.0' or 'name/config:1.0.0'."
             )
-        if self.data_dir is not None and "://" not in self.data_dir and not Path(self.data_dir).expanduser().is_dir():
-            raise InputError(f"data_dir {self.data_dir!r} is not a folder; give the folder that holds {self.builder}.")
+        if self.data_dir == "":
+            raise InputError(f"data_dir is ''; give the folder that holds {self.builder}, or None.")
 
     @property
     def name(self) -> str:
         return "".join(c if c.isalnum() or c in "._" else "_" for c in self.builder)
 
     def fingerprint(self) -> str:
-        """A hash of the names and not of the data: the contents of a TFDS version don't change."""
+        """A hash of the names and not of the data: the contents of a TFDS version don't change.
+
+        Raises:
+            InputError: `data_dir` does not exist.
+        """
+        if self.data_dir is not None and "://" not in self.data_dir and not Path(self.data_dir).expanduser().is_dir():
+            raise InputError(f"data_dir {self.data_dir!r} is not a folder; give the folder that holds {self.builder}.")
         data_dir = self.data_dir and str(Path(self.data_dir).expanduser().absolute())
         parts = [self.builder, self.train_split, self.validation_split, self.text_key, data_dir]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _key_and_size(doc: Document) -> tuple[int, int]:
+    """What divides a document, if validation has a share of the text: a hash of the text, and its size in bytes."""
+    data = doc.text.encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big"), len(data)
 
 
 def _digest(text: str) -> bytes:

@@ -5,7 +5,6 @@ The order of rows depends on seed and step alone: hosts take consecutive parts o
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -14,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+import cloudpickle
 import grain
 import numpy as np
 from jaxtyping import Int32
 
-from peer_jax.data.cache import PackedText, open_cache, read_manifest
+from peer_jax.data.cache import PackedText, open_cache
 from peer_jax.data.text_task import TextTask
 from peer_jax.data.vocabulary import decode, encode, vocabulary_size
 from peer_jax.errors import InputError
@@ -144,7 +144,7 @@ def preparing_command() -> list[str]:
 
 
 def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
-    """The path of the task's cache, which is prepared if it isn't there yet.
+    """The path of the task's cache, which is prepared if it isn't there yet, or if it is damaged.
 
     Another process prepares it, so that this one never imports TensorFlow, and shows a progress bar on stderr.
 
@@ -152,12 +152,11 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
         InputError: if the corpus, the vocabulary or the cache can't be used, or the process was killed.
     """
     path = task.cache_path()
-    if path.exists():
-        read_manifest(path)
+    if task.is_prepared():
         return path
     with tempfile.TemporaryDirectory(prefix="peer_jax-prepare-") as folder:
         request, answer = Path(folder, "request"), Path(folder, "answer")
-        request.write_bytes(pickle.dumps((task, progress)))
+        request.write_bytes(_pickled(task, progress))
         search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.run(
             [*preparing_command(), str(request), str(answer)],
@@ -173,3 +172,14 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
     if process.returncode or "path" not in result:
         raise RuntimeError(f"preparing {path.name} failed with status {process.returncode}; its traceback is above")
     return Path(result["path"])
+
+
+def _pickled(task: TextTask, progress: bool) -> bytes:
+    """A request for the process that prepares; a class that a script or a notebook defines is sent as code."""
+    try:
+        return cloudpickle.dumps((task, progress))
+    except Exception as error:  # whatever the objects of a user's corpus raise
+        raise InputError(
+            f"corpus {task.corpus.name!r} can't be sent to the process that prepares it ({error}): keep paths in it "
+            "and open them in documents(), or call peer_jax.data.tasks.prepare(task) first."
+        ) from error

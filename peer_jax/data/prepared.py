@@ -21,6 +21,8 @@ def prepared(path: Placed[str | os.PathLike]) -> "PreparedCorpus":
 
     The folder is read only when data are needed, so a finished run can generate text where the cache is missing.
     """
+    if not os.fspath(path):
+        raise InputError("path is ''; give the path of a folder that `peer-jax prepare` printed.")
     return PreparedCorpus(Path(local(path, "path")).expanduser())
 
 
@@ -80,7 +82,7 @@ class PreparedCorpus:
             manifest["fingerprint"], manifest["corpus_fingerprint"], manifest["task"]["corpus"]
             manifest["vocabulary"]["name"], manifest["vocabulary"]["sha256"]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{self.path / cache.MANIFEST} is damaged; copy the prepared cache here again.") from error
+            raise cache.Damaged(f"{self.path / cache.MANIFEST} is damaged", self.path) from error
         return manifest
 
 

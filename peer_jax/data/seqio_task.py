@@ -76,23 +76,28 @@ def packed_rows(
     source: Source,
     split: str,
     wanted: Callable[[bytes], bool],
-    admit: Callable[[bytes, int], bool],
+    admit: Callable[[bytes, list[int]], int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (tokens, segment_ids), each [n, seq_len] int32, of one split.
 
     Args:
         wanted: says whether to use a document, given its text.
-        admit: called for each wanted document in order, with its text and number of tokens. If it returns False, the
-            split ends before that document. The rows have every admitted document whole.
+        admit: called for each wanted document in order, with its text and ids. It returns how many of the ids to take;
+            if that is 0, the split ends before that document.
     """
 
     def is_wanted(example):
         text = example["targets_pretokenized"]
         return tf.ensure_shape(tf.numpy_function(lambda t: np.bool_(wanted(t)), [text], tf.bool), [])
 
-    def is_admitted(example):
-        arguments = [example["targets_pretokenized"], tf.size(example["targets"])]
-        return tf.ensure_shape(tf.numpy_function(lambda t, n: np.bool_(admit(t, int(n))), arguments, tf.bool), [])
+    def admitted(example):
+        ids = example["targets"]
+        arguments = [example["targets_pretokenized"], ids]
+        taken = tf.numpy_function(lambda t, n: np.int64(admit(t, n.tolist())), arguments, tf.int64)
+        return {"targets": ids[: tf.ensure_shape(taken, [])]}
+
+    def has_tokens(example):
+        return tf.size(example["targets"]) > 0
 
     name = f"peer_jax_{task.fingerprint()[:12]}_{split}"
     if name in seqio.TaskRegistry.names():
@@ -104,7 +109,7 @@ def packed_rows(
             lambda dataset: dataset.map(lambda example: {"targets": example[source.text_key]}),
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos,
-            lambda dataset: dataset.filter(is_wanted).take_while(is_admitted),  # one at a time, in order
+            lambda dataset: dataset.filter(is_wanted).map(admitted).take_while(has_tokens),  # one at a time, in order
             fill_rows if split == "train" else cut_documents,
         ],
         output_features={"targets": seqio.Feature(seqio_vocabulary(task.vocabulary), add_eos=True)},

@@ -14,7 +14,7 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -28,9 +28,13 @@ from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
 from peer_jax.run_directory import local
 
+SHOWN = 3  # of what was left out
+
 
 def prepare(task: TextTask, *, progress: bool = True) -> Path:
     """Writes the task's cache unless it is there, and returns its path. Safe for several processes at once.
+
+    A damaged cache is written again, unless it is that of a `PreparedCorpus`, whose text isn't here.
 
     This imports TensorFlow; a process that goes on to train calls `pipeline.ensure_prepared` instead.
 
@@ -38,18 +42,20 @@ def prepare(task: TextTask, *, progress: bool = True) -> Path:
         InputError: if the corpus or the vocabulary can't be used, or the cache can't be written.
     """
     path = task.cache_path()
-    if not path.exists():
+    if not task.is_prepared():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with PrepareProgress(enabled=progress) as bar, _lock(path, bar):
-                if not path.exists():  # else another process has just made it
+                if not task.is_prepared():  # else another process has just made it
+                    if path.exists():
+                        bar.note(f"{path} is damaged and is prepared again")
                     _write(task, path, bar)
         except OSError as error:
             raise InputError(
                 f"the cache {path} can't be written ({error.strerror or error}); "
                 "free some space there, or set cache_dir or PEER_JAX_CACHE to another folder."
             ) from error
-    cache.read_manifest(path)
+    cache.verify(path)
     return path
 
 
@@ -76,9 +82,9 @@ def _write(task: TextTask, path: Path, bar: PrepareProgress) -> None:
             source = seqio_task.Source(task.corpus, splits)
         if source.note:
             bar.note(source.note)
-        counts, validation_texts = {}, set()
+        counts, taken, validation_texts = {}, {}, set()
         for split in reversed(SPLITS):  # validation first: training leaves out what validation holds
-            documents = _Documents(task, split, validation_texts, bar)
+            documents = taken[split] = _Documents(task, split, vocabulary, validation_texts, bar)
             rows = []
             if split in splits:
                 rows = seqio_task.packed_rows(task, source, split, documents.wanted, documents.admit)
@@ -88,7 +94,37 @@ def _write(task: TextTask, path: Path, bar: PrepareProgress) -> None:
             if written["tokens"] != documents.tokens:
                 raise RuntimeError(f"{documents.tokens} tokens of {split} went in, {written['tokens']} came out")
             counts[split] = written | documents.counts()
+        left_out = getattr(task.corpus, "left_out", [])
+        writer.write_left_out(left_out)
         writer.commit(_manifest(task, vocabulary, counts))
+    for sentence in _notes(task, path, taken, left_out):
+        bar.note(sentence)
+
+
+def _notes(task: TextTask, path: Path, taken: dict[str, "_Documents"], left_out: list[str]) -> Iterator[str]:
+    """What the user should know of the text that was prepared, a sentence each."""
+    train, validation = taken["train"], taken["validation"]
+    sizes = [f"{taken[split].size()} to {verb} on" for split, verb in (("train", "train"), ("validation", "validate"))]
+    share, asked = validation.bytes / max(1, train.bytes + validation.bytes), getattr(task.corpus, "asked_share", None)
+    whole = not (train.is_cut or validation.is_cut) and train.documents > 0
+    yield f"{task.corpus.name}: {', '.join(sizes)}" + (f", which is {share:.2%} of the text" if whole else "")
+    if asked is not None and whole and not 0.8 * asked <= share <= 1.25 * asked:
+        yield (
+            f"{task.corpus.name}: validation is {'under' if share < asked else 'over'} the {asked:.2%} that "
+            "validation_share asks for; give more text, or validation_path"
+        )
+    if passed_over := getattr(task.corpus, "passed_over", ""):
+        yield f"{task.corpus.name}: passed over {passed_over}; name such files in patterns to read them"
+    if left_out:
+        shown = "; ".join(sentence.split(";")[0] for sentence in left_out[:SHOWN])
+        more = f", and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        yield f"{task.corpus.name}: left out {len(left_out)} lines or files, see {path / cache.LEFT_OUT}: {shown}{more}"
+    if changed := train.changed + validation.changed:
+        yield (
+            f"vocabulary {task.vocabulary!r} does not keep all text: {changed} of "
+            f"{train.documents + validation.documents} documents change, such as in newlines or repeated spaces, or by "
+            "unknown characters; bits per byte are of the bytes that it keeps"
+        )
 
 
 def _no_documents(task: TextTask, split: str) -> InputError:
@@ -96,12 +132,25 @@ def _no_documents(task: TextTask, split: str) -> InputError:
 
 
 class _Documents:
-    """Decides which documents of one split are taken, one after another, and counts them."""
+    """Decides which documents of one split are taken, one after another, and counts them.
 
-    def __init__(self, task: TextTask, split: str, validation_texts: set[bytes], bar: PrepareProgress):
+    Bytes and words are those of the text that the tokens stand for: a vocabulary may drop newlines, for example.
+    """
+
+    def __init__(
+        self,
+        task: TextTask,
+        split: str,
+        vocabulary: vocabularies.Vocabulary,
+        validation_texts: set[bytes],
+        bar: PrepareProgress,
+    ):
         self.documents = self.tokens = self.bytes = self.words = 0
         self.repeated = 0  # training documents that are left out because validation has their text
-        self._split, self._limit, self._bar = split, task.max_tokens(split), bar
+        self.changed = 0  # documents whose tokens don't stand for their whole text
+        self.is_cut = False  # by the limit on tokens
+        self._split, self._limit, self._bar, self._vocabulary = split, task.max_tokens(split), bar, vocabulary
+        self._cut_at_limit = task.cut_at_limits
         # Local corpora have no text in both splits; a TFDS builder may.
         self._apart = isinstance(task.corpus, TfdsCorpus)
         self._validation_texts = validation_texts
@@ -113,17 +162,30 @@ class _Documents:
             return False
         return bool(text)
 
-    def admit(self, text: bytes, tokens: int) -> bool:
-        if self._limit is not None and self.tokens >= self._limit:
-            return False
+    def admit(self, text: bytes, ids: Sequence[int]) -> int:
+        """How many of a document's ids to take; 0 ends the split."""
+        room = len(ids) if self._limit is None else self._limit - self.tokens
+        if room <= 0:
+            self.is_cut = True
+            return 0
         if self._apart and self._split == "validation":
             self._validation_texts.add(_digest(text))
+        taken = min(room, len(ids)) if self._cut_at_limit else len(ids)
+        self.is_cut |= taken < len(ids)
+        kept = text
+        if taken < len(ids) or self._vocabulary.sha256 is not None:
+            kept = self._vocabulary.kept(ids[:taken])
+            self.changed += taken == len(ids) and kept != text
         self.documents += 1
-        self.tokens += tokens
-        self.bytes += len(text)
-        self.words += len(text.decode(errors="replace").split())
+        self.tokens += taken
+        self.bytes += len(kept)
+        self.words += len(kept.decode(errors="replace").split())
         self._bar.update(self._split, self.tokens, self.documents, self._expected_tokens())
-        return True
+        return taken
+
+    def size(self) -> str:
+        cut = f" (cut at max_{self._split}_tokens)" if self.is_cut else ""
+        return f"{self.tokens:,} tokens of {self.documents:,} document{'s' * (self.documents != 1)}{cut}"
 
     def counts(self) -> dict[str, int]:
         return {key: getattr(self, key) for key in ("documents", "bytes", "words", "repeated")}

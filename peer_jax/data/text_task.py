@@ -25,9 +25,9 @@ class TextTask:
             that was made elsewhere with this seq_len and vocabulary, to which the two limits below don't apply.
         seq_len: tokens per row, EOS included.
         vocabulary: "bytes", or the path of a SentencePiece model.
-        max_train_tokens: the training split ends with the document that reaches it; None takes all documents, 0 leaves
-            the split out.
+        max_train_tokens: the largest number of tokens to train on; None takes all documents, 0 leaves the split out.
         max_validation_tokens: the same limit for the validation split, which is always evaluated whole.
+        cut_at_limits: the document that reaches a limit is cut there; False takes it whole, as earlier versions did.
         cache_dir: a local folder; None: $PEER_JAX_CACHE, or else ~/.cache/peer_jax.
     """
 
@@ -36,6 +36,7 @@ class TextTask:
     vocabulary: Placed[str] = vocabularies.BYTES
     max_train_tokens: int | None = None
     max_validation_tokens: int | None = 2**20
+    cut_at_limits: bool = True
     cache_dir: Placed[str | os.PathLike | None] = None
 
     def __post_init__(self):
@@ -46,7 +47,11 @@ class TextTask:
         if not isinstance(self.vocabulary, str):
             raise InputError(f"vocabulary is {self.vocabulary!r}; give 'bytes' or the path of a SentencePiece model.")
         if self.cache_dir is not None:
+            if not os.fspath(self.cache_dir):
+                raise InputError("cache_dir is ''; give a folder, or None for the usual one.")
             local(self.cache_dir, "cache_dir")
+        if type(self.cut_at_limits) is not bool:
+            raise InputError(f"cut_at_limits is {self.cut_at_limits!r}; give True or False.")
         for name, least in (("max_train_tokens", 0), ("max_validation_tokens", 1)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -66,6 +71,8 @@ class TextTask:
             return self.corpus.task_fingerprint(self.seq_len, self.vocabulary)
         vocabulary = vocabularies.load(self.vocabulary)
         limits = [self.max_train_tokens, self.max_validation_tokens]
+        if self.cut_at_limits and limits != [None, None]:
+            limits.append("cut")
         parts = [_LAYOUT, self.corpus.fingerprint(), vocabulary.name, vocabulary.sha256, self.seq_len, limits]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -77,3 +84,23 @@ class TextTask:
         root = self.cache_dir or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
         name = vocabularies.load(self.vocabulary).name
         return Path(local(root)).expanduser() / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
+
+    def is_prepared(self) -> bool:
+        """Whether the task has a cache that is whole.
+
+        Raises:
+            InputError: what `fingerprint` raises; or if another program or version has written the cache; or if it is
+                damaged and there is no text to prepare it again from.
+        """
+        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
+
+        path = self.cache_path()
+        if not path.exists():
+            return False
+        try:
+            cache.verify(path)
+        except cache.Damaged:
+            if isinstance(self.corpus, PreparedCorpus):
+                raise
+            return False
+        return True

@@ -26,6 +26,10 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def kept(self, ids: Sequence[int]) -> bytes:
+        """The text that ids stand for, without EOS, unknown pieces and the beginning of a character that is cut."""
+        ...
+
 
 def encode(text: str, vocabulary: str) -> list[int]:
     """The ids of a text, without EOS."""
@@ -41,6 +45,17 @@ def decode(ids: Iterable[int], vocabulary: str) -> str:
     return loaded.decode(ids)
 
 
+def continuation(prompt: str, new: Sequence[int], vocabulary: str) -> str:
+    """The text of ids that follow those of a prompt: a piece may stand for other text at the beginning of a text."""
+    loaded = load(vocabulary)
+    before, new = loaded.encode(prompt), [int(i) for i in new]
+    known, whole = loaded.decode(before), loaded.decode([*before, *new])
+    text = whole.removeprefix(known) if whole.startswith(known) else loaded.decode(new)
+    if prompt[-1:] == " " and known[-1:] != " ":  # the vocabulary drops the space at the end of a text
+        text = text.removeprefix(" ")
+    return text
+
+
 def vocabulary_size(vocabulary: str) -> int:
     """The number of ids with padding and EOS, which is the width of a model's embedding and logits."""
     return load(vocabulary).size
@@ -53,17 +68,31 @@ def load(vocabulary: str) -> Vocabulary:
         InputError: the SentencePiece model does not exist, or its ids can't be used: padding must have id 0, and EOS
             must be defined.
     """
-    if vocabulary == BYTES:
+    if (content := model(vocabulary)) is None:
         return ByteVocabulary()
-    path = Path(vocabulary).expanduser()
+    return _sentencepiece(str(vocabulary), content)
+
+
+def model(vocabulary: str) -> bytes | None:
+    """The content of the file of a SentencePiece model; None for bytes.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if vocabulary == BYTES:
+        return None
     try:
-        model = path.read_bytes()
+        return Path(vocabulary).expanduser().read_bytes()
     except OSError as error:
         raise InputError(
             f"vocabulary {str(vocabulary)!r} can't be read ({error.strerror}); "
             "give 'bytes' or the path of a SentencePiece .model file."
         ) from error
-    return _sentencepiece(str(path), model)
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two names stand for the same vocabulary."""
+    return a == b or (BYTES not in (a, b) and model(a) == model(b))
 
 
 class ByteVocabulary:
@@ -76,6 +105,9 @@ class ByteVocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - _SPECIAL for i in ids if _SPECIAL <= i < self.size).decode(errors="ignore")
+
+    def kept(self, ids: Sequence[int]) -> bytes:
+        return self.decode(ids).encode()
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,3 +144,7 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         unknown = self._processor.unk_id()
         return self._processor.DecodeIds([i if i < self.size else unknown for i in ids])
+
+    def kept(self, ids: Sequence[int]) -> bytes:
+        special = (self.eos_id, self._processor.unk_id())
+        return self._processor.DecodeIds([i for i in ids if i not in special]).encode()

@@ -142,7 +142,7 @@ def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
     Before a task is prepared, the number is an estimate that takes each byte for a token. If the corpus doesn't know
     its size, as with TFDS, or tokens are not bytes, it is the limit of the task, or None if there is no limit.
     """
-    if task.cache_path().exists():
+    if task.is_prepared():
         return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
     limit = task.max_train_tokens
     if task.vocabulary == BYTES and hasattr(task.corpus, "num_bytes"):

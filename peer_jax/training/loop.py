@@ -78,6 +78,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
             _check_text(directory, corpus, position.get("text"), start)
             batches.set_state(position["batches"])
         clock = Clock(**position["clock"]) if position else Clock()
+        ownership.keep_vocabulary(directory, run.task.vocabulary)
 
         # Steps.
         step_function = with_checks(trainer.step) if run.checked else trainer.compiled_step()

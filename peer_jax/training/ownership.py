@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
+from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError
 from peer_jax.fields import RunConfig
 from peer_jax.processes import gather, leads, together
@@ -93,3 +94,10 @@ def keep_config(directory: RunDirectory, config: RunConfig | None) -> None:
     with together():
         if leads() and config is not None and directory.read_config() is None:
             directory.write_config(config.text)
+
+
+def keep_vocabulary(directory: RunDirectory, vocabulary: str) -> None:
+    """Copies the run's SentencePiece model to the directory, so that the run can be used without the original file."""
+    with together():
+        if leads() and (model := vocabularies.model(vocabulary)) is not None:
+            directory.keep_vocabulary(model)

@@ -82,7 +82,7 @@ def _evaluate_run(
     if batch_size is not None and current() is not None:
         current().check_rows("batch_size", batch_size)
     for run in runs:
-        if run.task.vocabulary != runs[0].task.vocabulary:
+        if not vocabularies.same(run.task.vocabulary, runs[0].task.vocabulary):
             raise InputError(
                 f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
             )
@@ -127,4 +127,4 @@ def continue_text(
         key=jax.random.key(seed),
         use_cache=not model.mixes_tokens,
     )
-    return vocabulary.decode(new)
+    return vocabularies.continuation(prompt, new, run.task.vocabulary)
