@@ -221,7 +221,7 @@ def failures(directories: Sequence[AnyPath]) -> Table:
                 folder = run.path
                 place = folder.relative_to(directory)
                 name = str(place) if place.name else folder.name
-                cells[folder.resolve()] = [name, str(failure.get("reason", "no reason was written"))]
+                cells[folder.resolve()] = [name, failure["reason"]]
     return Table("Runs that failed", ("run", "reason"), list(cells.values()))
 
 

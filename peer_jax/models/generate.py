@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from peer_jax import memory
 from peer_jax.errors import InputError
 from peer_jax.models.transformer import Transformer
 
@@ -61,6 +62,7 @@ def generate(
         raise InputError("a layer of this model mixes tokens, so a cache can't be used: pass use_cache=False")
 
     size = max(lengths) + max_new_tokens
+    _check_memory(model, len(prompts), size, min(lengths) if use_cache else size, use_cache=use_cache)
     tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -73,6 +75,19 @@ def generate(
         out = _by_recomputation(*split, tokens, np.array(lengths), key, *how)
     new = [list(row[n : n + max_new_tokens]) for row, n in zip(np.asarray(out).tolist(), lengths, strict=True)]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
+
+
+def _check_memory(model: Transformer, rows: int, size: int, at_once: int, *, use_cache: bool) -> None:
+    """An InputError if no device can hold the cache, and the attention scores of the longest pass over tokens."""
+    element = jnp.dtype(model.dtype).itemsize
+    cache = 2 * len(model.blocks) * size * model.d_model if use_cache else 0
+    scores = model.num_heads * at_once * size
+    memory.check(
+        element * rows * (cache + scores),
+        f"generating up to {size} tokens, {at_once} of them at once,",
+        "give a shorter prompt or fewer new tokens",
+        "max_new_tokens" if size > 2 * at_once else "prompt",
+    )
 
 
 def sample(
