@@ -35,10 +35,9 @@ def _limit(file: str) -> int | None:
 
 def shown(size: float) -> str:
     """Writes bytes to three digits: 12.3 GiB."""
-    for power, unit in ((2, "MiB"), (3, "GiB"), (4, "TiB")):
-        if size < 1000 * 2.0 ** (10 * power):
-            break
-    return f"{size / 2.0 ** (10 * power):.3g} {unit}"
+    units = {"MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+    unit = next((unit for unit, one in units.items() if size < 1000 * one), "TiB")
+    return f"{size / units[unit]:.3g} {unit}"
 
 
 def check(size: float, what: str, way_out: str, argument: str | None = None) -> None:

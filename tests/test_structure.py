@@ -36,7 +36,8 @@ MAY_IMPORT = {
     },
     "analysis": {"errors", "run_directory", "training"},
     "planning": {"errors", "sharding", "ops", "layers", "models", "training"},
-    "bench": {"errors", "memory", "fields", "run_directory", "startup", "ops", "layers", "models", "training", "analysis"},
+    "bench": {"errors", "fields", "memory", "run_directory", "startup"}
+    | {"ops", "layers", "models", "training", "analysis"},
     "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},
     "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
     "cli": LEAVES | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},

@@ -116,8 +116,9 @@ class _Named(NamedTuple):
 def _named_in(parsed: Sequence[Parsed]) -> _Named:
     """What files and all files beside them name."""
     files = {file for part in parsed for file in part.files}
+    folders = {file.parent for file in files}
     macros, scoped = set(), set()
-    for file in sorted(files | {beside for file in files for beside in file.parent.glob("*.gin")}):
+    for file in sorted(files | {beside for folder in folders for beside in folder.glob("*.gin")}):
         try:
             named = _named_in_file(file, file.stat().st_mtime_ns)
         except (OSError, InputError):  # a file beside, which this run doesn't need

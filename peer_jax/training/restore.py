@@ -89,9 +89,7 @@ def _evaluate_run(
     evaluators.check_names([run.task for run in runs])
     measured = {}
     for run in runs:
-        room.check_evaluation(
-            model, batch_size=batch_size or run.eval_batch_size(), seq_len=run.task.seq_len
-        )
+        room.check_evaluation(model, batch_size=batch_size or run.eval_batch_size(), seq_len=run.task.seq_len)
         how = {"batch_size": batch_size or run.eval_batch_size(), "prepare_progress": progress, "progress": progress}
         evaluator = evaluators.of_task(run.task, METRIC, None, **how)
         measured[evaluator.name] = evaluator(model, ended=True)
