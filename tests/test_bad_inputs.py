@@ -5,11 +5,13 @@ stands for the options of a run's config and ``{sweep}`` for those of a sweep's.
 """
 
 import json
+import os
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
-from small_runs import CONFIGS, stack, train
+from small_runs import CONFIGS, stack
 
 pytestmark = [pytest.mark.usefixtures("trains"), pytest.mark.usefixtures("unchecked_types")]
 
@@ -22,14 +24,16 @@ Sweep.budgets = (1e9,)
 Sweep.min_steps = 1
 Sweep.max_epochs = 1e9
 """
-RESULT = ("result.json",)
+EARLIER = Path(__file__).parent / "earlier_run"
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(tiny, folder, "Run.steps=4", "Run.checkpoint_every=4", layer="peer")
-    return folder
+def finished(tmp_path_factory):
+    """The run directory of an earlier version, its checkpoint and text included, with its result."""
+    folder = tmp_path_factory.mktemp("runs") / "earlier"
+    shutil.copytree(EARLIER, folder)
+    shutil.copy(folder / "expected_result.json", folder / "run" / "result.json")
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +277,6 @@ Sweep.budgets=('a',) | Sweep.budgets 'a'
 Sweep.budgets='1e9' | Sweep.budgets
 Sweep.budgets=1e9 | Sweep.budgets
 Sweep.budgets=(1.0,) | one step
-Sweep.budgets=(1e9, 1e9) | budgets
 Sweep.seeds=0 | Sweep.seeds
 Sweep.seeds=('a',) | Sweep.seeds 'a'
 Sweep.seeds=(-1,) | seed -1
@@ -497,8 +500,6 @@ FILES = {
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """The folder with the files of the commands."""
-    import os
-
     folder = tmp_path_factory.mktemp("here")
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
@@ -507,7 +508,8 @@ def here(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("command", "words"), COMMANDS, ids=[command[:60] for command, _ in COMMANDS])
-def test_command(here, run_cli, options, command, words):
+def test_command(here, finished, monkeypatch, run_cli, options, command, words):
+    monkeypatch.chdir(finished.parent)  # its config names its text from there
     given = options | {"here": str(here), "sweeps": str(CONFIGS / "sweeps"), "long": "a" * 120_000}
     outcome = run_cli(*shlex.split(command.format(**given)))
     refused(outcome, words.format(**given))
@@ -562,7 +564,7 @@ def test_damaged_file_of_a_run(finished, tmp_path, run_cli, name, field, value):
     shutil.copy(finished / "result.json", folder)
     path = tmp_path / name if name.startswith("sweep") else folder / name
     whole = {"runs": ["run"], "sweep": {}} if name == "sweep-0.json" else {}
-    whole = json.loads((finished / name).read_text()) if name in RESULT else whole
+    whole = json.loads((finished / name).read_text()) if name == "result.json" else whole
     path.write_text(json.dumps(whole | {field: value}))
     refused(run_cli("report", tmp_path), f"{name} damaged {field if field != 'schema' else ''}")
 

@@ -71,8 +71,8 @@ def fit_parabola(
     one size and every deviation from a parabola.
 
     A loss curve is steeper on one side than a parabola, which moves the fitted optimum if most sizes lie on one side of
-    it: with sizes of 1 to 30 times the optimum, by 7 to 30 per cent without any noise, where a cubic errs by 4 to 11 per
-    cent in the other direction. If the optimum is in the outer quarters of the sizes, the note says so, and both
+    it: with sizes of 1 to 30 times the optimum, by 7 to 30 per cent without any noise, where a cubic errs by 4 to 11
+    per cent in the other direction. If the optimum is in the outer quarters of the sizes, the note says so, and both
     intervals are widened at both ends by the difference between the two fits.
 
     Args:

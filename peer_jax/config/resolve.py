@@ -5,6 +5,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from peer_jax.training.run import Run
 
 def normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
     """``nnx.initializers.normal``, whose own annotations let any value pass for a number."""
+    if not 0 <= stddev < math.inf:
+        raise InputError(f"stddev={stddev} must be at least 0 and finite")
     return nnx.initializers.normal(stddev, dtype)
 
 

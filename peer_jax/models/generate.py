@@ -4,6 +4,7 @@ b  batch     p  prompt     s  prompt and new tokens     V  vocabulary
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -54,8 +55,8 @@ def generate(
         raise InputError(f"prompts hold the token {bad[0]}, but ids run from 0 to {model.vocab_size - 1}")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise InputError(f"temperature={temperature} must be finite and at least 0, top_p={top_p} above 0 and at most 1")
     if temperature > 0 and key is None:
         raise InputError(f"temperature={temperature} samples, which needs a key")
     if use_cache and model.mixes_tokens:
