@@ -134,7 +134,7 @@ def evaluate(
     from peer_jax.training.restore import evaluate_run
 
     kept = _kept(workdir)
-    runs = [configs.load_kept(kept, [file], set_) for file in data] or [configs.load_kept(kept, bindings=set_)]
+    runs = [configs.load_text(kept, file, set_) for file in data] or [configs.load_kept(kept, bindings=set_)]
     step, evaluations = evaluate_run(runs, workdir, checkpoint=checkpoint, batch_size=batch_size, progress=not quiet)
     from peer_jax.analysis.report import evaluation_table
 
@@ -202,7 +202,7 @@ def sweep(
     startup.check_devices_of_workers()
     _keep_off_accelerators()
     from peer_jax import config as configs
-    from peer_jax.run_directory import SweepDirectory
+    from peer_jax.run_directory import SweepDirectory, make_folder
     from peer_jax.sweeps import plan, runner
     from peer_jax.sweeps.board import plan_table
     from peer_jax.sweeps.sweep import expand
@@ -213,18 +213,20 @@ def sweep(
     planned = plan.plan(points, configs.load)
     workers = workers or default_workers()
     if dry_run:
+        notes = plan.check(described, planned)
         with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
             log = Path(folder, "log")
             measured = runner.measure(planned, log, load=configs.load, workers=workers) if estimate else ({}, {})
         plan_table(planned, *measured, workers)
-        for note in plan.check(described, planned):
+        for note in notes:
             typer.echo(note)
         return
+    directory = SweepDirectory(workdir)
+    make_folder(directory.path, "workdir")
     runner.prepare_corpora(planned, progress=not quiet)
     planned = plan.plan(points, configs.load) if not all(run.is_prepared for run in planned) else planned
     for note in plan.check(described, planned):
         typer.echo(note, err=True)
-    directory = SweepDirectory(workdir)
     plan.check_kept_configs(planned, directory)
     runner.run_sweep(described, planned, directory, load=configs.load, workers=workers, progress=not quiet)
     typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
@@ -288,10 +290,11 @@ def report(
     paths = [local(directory) for directory in directories]
     target = local(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
-    table(rows)
     analysis = isoflop.analyse(rows)
+    page = write_report(analysis, paths, target)
+    table(rows)
     minima_table(analysis)
-    typer.echo(f"The report is {write_report(analysis, paths, target)}")
+    typer.echo(f"The report is {page}")
 
 
 @app.command()

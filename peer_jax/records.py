@@ -87,7 +87,7 @@ class Result(Record):
     @model_validator(mode="after")
     def _has_its_own_evaluation(self) -> "Result":
         if self.corpus.name not in self.evaluations:
-            raise ValueError(f"evaluations lack the run's own text, {self.corpus.name!r}")
+            raise ValueError(f"evaluations have none of the corpus {self.corpus.name!r}")
         return self
 
 

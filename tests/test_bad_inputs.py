@@ -317,7 +317,7 @@ Sweep.max_epochs=1e-9 | max_epochs
 Sweep.max_epochs='a' | max_epochs 'a'
 Sweep.nothing=3 | nothing
 a/Sweep.seeds=(0,) | a/
-Run.seed='a' | Run.seed 'a'
+Run.seed='a' | Run.seed seeds
 Run.stepz=3 | stepz
 PEER.top_k=1000 | top_k=1000
 """)
@@ -381,7 +381,7 @@ evaluate --workdir {here}/empty.txt | empty.txt
 evaluate --workdir gs://bucket/run | gs:
 evaluate --workdir {run} --data {here}/no.gin | no.gin
 evaluate --workdir {run} --data {here} | file
-evaluate --workdir {run} --data {sweeps}/lr.gin | Sweep
+evaluate --workdir {run} --data {sweeps}/lr.gin | --data lr.gin
 evaluate --workdir {run} --checkpoint 3 | '3' 4
 evaluate --workdir {run} --checkpoint first | 'first'
 evaluate --workdir {run} --checkpoint -1 | -1
@@ -392,8 +392,8 @@ evaluate --workdir {run} --batch-size 1000000000 | --batch-size 1000000000 memor
 evaluate --workdir {run} --batch-size 100000000000000000000000 | memory
 evaluate --workdir {run} --set PEER.top_k=a | PEER.top_k
 evaluate --workdir {run} --set TextTask.vocabulary='no.model' | no.model
-evaluate --workdir {run} --set PEER.num_experts=16 | num_experts
-evaluate --workdir {run} --set Transformer.d_model=32 | d_model
+evaluate --workdir {run} --set PEER.num_experts=64 | shape
+evaluate --workdir {run} --set Transformer.d_model=32 | shape
 generate | --workdir
 generate --workdir {here} | config.gin
 generate --workdir {run} --max-new-tokens 0 | --max-new-tokens 0
@@ -440,7 +440,7 @@ plan {stack} --device h100 --set Run.steps=2 --mesh data=2,data=2 | twice
 plan {stack} --device h100 --set Run.steps=2 --mesh data=0 | data 0
 plan {stack} --device h100 --set Run.steps=2 --mesh data=x | data=x
 plan {stack} --device h100 --set Run.steps=2 --mesh data=3 | 3
-plan {stack} --device h100 --set Run.steps=2 --mesh data=2 --devices 3 | 3
+plan {stack} --device h100 --set Run.steps=2 --mesh data=4 --devices 3 | 4 3
 plan {stack} --device h100 --set Run.steps=2 --mesh expert=7 | 7
 plan {stack} --device h100 --set Run.steps=2 --mesh expert=1000000000000 | 1000000000000
 plan {stack} --device h100 --set Run.steps=2 --mesh expert=4 --set PEER.num_experts=1 --set PEER.top_k=1 | num_experts
@@ -475,7 +475,7 @@ sentencepiece {stack} | --model
 sentencepiece {stack} --model {here}/a.model --vocab-size 3 | --vocab-size 3
 sentencepiece {stack} --model {here}/a.model --vocab-size x | --vocab-size x
 sentencepiece {stack} --model {here}/a.model --vocab-size 100000000 | vocab
-sentencepiece {stack} --model {here} | {here}
+sentencepiece {stack} --vocab-size 300 --model {here} | {here}
 sentencepiece {stack} --model gs://b/a.model | gs:
 """)
 FILES = {

@@ -17,7 +17,7 @@ from peer_jax.config.resolve import Resolver, Source, layers_of
 from peer_jax.config.tree import Node, call, flat, symbolic, text_of
 from peer_jax.errors import InputError
 from peer_jax.fields import Difference
-from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_text
+from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_file, parse_text
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
 
@@ -63,6 +63,24 @@ def load_kept(
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
 
 
+def load_text(kept: str | os.PathLike, file: str | os.PathLike, bindings: Sequence[str | Binding] = ()) -> Run:
+    """The run that a run directory's ``config.gin`` describes, on the text that ``file`` names.
+
+    Raises:
+        InputError: as ``load``, or if the file names no text.
+    """
+    bound = {_argument(binding.name) for binding in parse_file(file).bindings}
+    run = load_kept(kept, [file], bindings)
+    if not bound & set(map(_argument, run.config.of_text)):
+        raise InputError(f"{file} sets nothing of the text: give a file like those of configs/data", argument="data")
+    return run
+
+
+def _argument(name: str) -> str:
+    """``Name.argument``, without its scope and module."""
+    return ".".join(name.rpartition("/")[2].split(".")[-2:])
+
+
 def load_sweep(
     files: Sequence[str | os.PathLike], bindings: Sequence[str | Binding] = (), imports: Sequence[str] = ()
 ) -> tuple[Sweep, list[Binding], tuple[str, ...]]:
@@ -96,6 +114,7 @@ class Config:
     fields: Mapping[str, str]
     identity: Mapping[str, str]
     model: Mapping[str, str]
+    of_text: frozenset[str]
     imports: tuple[str, ...]
     used: frozenset[str] = dataclasses.field(compare=False)
 
@@ -107,6 +126,7 @@ class Config:
             fields=dict(flat(root)),
             identity=dict(sorted(flat(root, identity=True))),
             model=dict(sorted(flat(root.arguments["model"], identity=True))) if "model" in root.arguments else {},
+            of_text=frozenset(_names(root.arguments.get("task"))),
             imports=imports,
             used=frozenset(resolver.used),
         )
@@ -123,6 +143,11 @@ class Config:
         then = Config.of(root, resolver, source.imports)
         before, now = (then.model, self.model) if of_model else (then.identity, self.identity)
         return next(differences(before, now), None)
+
+
+def _names(node: Any) -> list[str]:
+    """The names of the arguments of a node and of all nodes among them; none of what is no node."""
+    return [name for name, _ in flat(node)] if isinstance(node, Node) else []
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:

@@ -56,7 +56,9 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise InputError(f"temperature={temperature} must be finite and at least 0, top_p={top_p} above 0 and at most 1")
+        raise InputError(
+            f"temperature={temperature} must be finite and at least 0, top_p={top_p} above 0 and at most 1"
+        )
     if temperature > 0 and key is None:
         raise InputError(f"temperature={temperature} samples, which needs a key")
     if use_cache and model.mixes_tokens:
