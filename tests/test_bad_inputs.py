@@ -443,7 +443,7 @@ plan {stack} --device h100 --set Run.steps=2 --mesh data=3 | 3
 plan {stack} --device h100 --set Run.steps=2 --mesh data=4 --devices 3 | 4 3
 plan {stack} --device h100 --set Run.steps=2 --mesh expert=7 | 7
 plan {stack} --device h100 --set Run.steps=2 --mesh expert=1000000000000 | 1000000000000
-plan {stack} --device h100 --set Run.steps=2 --mesh expert=4 --set PEER.num_experts=1 --set PEER.top_k=1 | num_experts
+plan {stack} --device h100 --set Run.steps=2 --mesh expert=4 --set PEER.num_experts=1 --set PEER.top_k=1 | rows 4
 plan {stack} --device h100 --devices 0 | --devices 0
 bench | op
 bench ops | ops op

@@ -73,7 +73,7 @@ def fit_parabola(
     A loss curve is steeper on one side than a parabola, which moves the fitted optimum if most sizes lie on one side of
     it: with sizes of 1 to 30 times the optimum, by 7 to 30 per cent without any noise, where a cubic errs by 4 to 11
     per cent in the other direction. If the optimum is in the outer quarters of the sizes, the note says so, and both
-    intervals are widened at both ends by the difference between the two fits.
+    intervals are widened at both ends by twice the difference between the two fits.
 
     Args:
         sizes: [n] numbers of parameters, or another measure of size.
@@ -134,11 +134,12 @@ def fit_parabola(
         end = "smallest" if position < 0 else "largest"
         notes.append(f"the grid is off-centre, since the minimum is near the {end} size: add sizes beyond it")
         if (third := _cubic_minimum((z - middle) / scale, losses)) is None:
-            notes.append("a cubic has no minimum near it, so the intervals have no bounds")
+            reason = "3 sizes" if distinct == 3 else "a cubic without a minimum"
+            notes.append(f"{reason} can't tell how far off, so there is no interval")
             size_interval = loss_interval = None
         elif size_interval is not None and loss_interval is not None:
-            far = math.exp(min(scale * abs(third[0] - position), LARGEST_LOG))
-            lower = abs(third[1] - (c - b**2 / (4 * a)))
+            far = math.exp(min(2 * scale * abs(third[0] - position), LARGEST_LOG))
+            lower = 2 * abs(third[1] - (c - b**2 / (4 * a)))
             size_interval = size_interval[0] / far, size_interval[1] * far
             loss_interval = loss_interval[0] - lower, loss_interval[1] + lower
 
