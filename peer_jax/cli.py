@@ -17,8 +17,9 @@ from peer_jax.errors import InputError, Interrupted, TrainingFailed
 if TYPE_CHECKING:
     from peer_jax.training.run import Run
 
+NAME = "peer-jax"
 app = typer.Typer(
-    name="peer-jax",
+    name=NAME,
     help="Train and compare decoder-only language models with dense, MoE, PKM and PEER layers.",
     epilog="A first run: peer-jax train --config configs/base.gin --config configs/layers/peer.gin --config "
     "configs/sizes/tiny.gin --config configs/data/python_stdlib.gin --set Run.steps=300 --workdir runs/peer",
@@ -99,6 +100,7 @@ def train(
     from peer_jax import processes
 
     processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
+    startup.check_devices()
     run = _load(config, set_, import_)
     from peer_jax.training.loop import train as train_run
 
@@ -127,6 +129,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained run on the validation text of its own task, or of each --data, and add that to result.json."""
     startup.prepare()
+    startup.check_devices()
     from peer_jax import config as configs
     from peer_jax.training.restore import evaluate_run
 
@@ -152,6 +155,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained run."""
     startup.prepare()
+    startup.check_devices()
     from peer_jax import config as configs
     from peer_jax.training.restore import continue_text
 
@@ -195,9 +199,10 @@ def sweep(
     if workdir is None and not dry_run:
         raise InputError("is not given: name the directory that gets the runs, or --dry-run", argument="workdir")
     startup.prepare()
+    startup.check_devices_of_workers()
     _keep_off_accelerators()
     from peer_jax import config as configs
-    from peer_jax.run_directory import SweepDirectory
+    from peer_jax.run_directory import SweepDirectory, make_folder
     from peer_jax.sweeps import plan, runner
     from peer_jax.sweeps.board import plan_table
     from peer_jax.sweeps.sweep import expand
@@ -208,18 +213,20 @@ def sweep(
     planned = plan.plan(points, configs.load)
     workers = workers or default_workers()
     if dry_run:
+        notes = plan.check(described, planned)
         with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
             log = Path(folder, "log")
             measured = runner.measure(planned, log, load=configs.load, workers=workers) if estimate else ({}, {})
         plan_table(planned, *measured, workers)
-        for note in plan.check(described, planned):
+        for note in notes:
             typer.echo(note)
         return
+    directory = SweepDirectory(workdir)
+    make_folder(directory.path, "workdir")
     runner.prepare_corpora(planned, progress=not quiet)
     planned = plan.plan(points, configs.load) if not all(run.is_prepared for run in planned) else planned
     for note in plan.check(described, planned):
         typer.echo(note, err=True)
-    directory = SweepDirectory(workdir)
     plan.check_begun_runs(planned, directory)
     runner.run_sweep(described, planned, directory, load=configs.load, workers=workers, progress=not quiet)
     typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
@@ -283,10 +290,11 @@ def report(
     paths = [local(directory) for directory in directories]
     target = local(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
-    table(rows)
     analysis = isoflop.analyse(rows)
+    page = write_report(analysis, paths, target)
+    table(rows)
     minima_table(analysis)
-    typer.echo(f"The report is {write_report(analysis, paths, target)}")
+    typer.echo(f"The report is {page}")
 
 
 @app.command()
@@ -335,6 +343,7 @@ def bench(
     Example: peer-jax bench op --only expert_mix --tokens 2048 --d-model 256 --num-experts 262144 --heads 8
     """
     startup.prepare(keep_programs=False)  # a program that is read back doesn't tell its memory
+    startup.check_devices()
     from peer_jax import config as configs
     from peer_jax.bench import Options, report, run
 
@@ -412,7 +421,12 @@ def main() -> None:
     except ValueError:  # not in the main thread, which gets the signals
         before = None
     try:
-        app()
+        if status := app(prog_name=NAME, standalone_mode=False):
+            sys.exit(status)
+    except typer.Abort:
+        sys.exit(1)
+    except USAGE_ERROR as error:
+        _exit_usage(error)
     except InputError as error:
         _exit(error, 2)
     except TrainingFailed as error:
@@ -429,6 +443,30 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # An exception would be lost or become another one in the code of libraries that are being imported.
     os.write(2, b"peer-jax: interrupted\n")
     os._exit(128 + number)
+
+
+# Typer has or brings Click, where these are the base classes of the one error that Typer names.
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+
+def _exit_usage(error: Exception) -> None:
+    """What the command line itself refuses, such as an option that doesn't exist; help where nothing was given."""
+    if not sys.argv[1:]:
+        error.show()
+        sys.exit(2)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx is not None else NAME
+    option = getattr(error, "param", None)
+    given = " ".join(_values(option.opts)) if option is not None else ""
+    shown = f" ({option.opts[0]} {given[:80]})" if given and given not in message else ""
+    _exit(InputError(f"{message[0].lower()}{message[1:]}{shown}: see {command} --help"), 2)
+
+
+def _values(names: Sequence[str]) -> list[str]:
+    """The values that the command line gives an option."""
+    pairs = zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True)
+    both = [*((a, b) for a, b in pairs), *(tuple(a.split("=", 1)) for a in sys.argv[1:] if "=" in a)]
+    return [value for name, value in both if name in names and value]
 
 
 def _exit(error: Exception, status: int) -> None:

@@ -16,6 +16,8 @@ from gin import config_parser
 
 from peer_jax.errors import InputError
 
+LONGEST_REASON = 300  # characters of what the parser says
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -154,6 +156,7 @@ def _statements(text: str, source: str) -> tuple[Any, ...]:
         reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split()).rstrip(".")
         if "<ast." in reason:
             reason = "the value is no Python literal (text stands in quotes)"
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         raise InputError(f"{at}{reason[0].lower()}{reason[1:]}; write NAME = VALUE in gin's syntax") from error
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import filelock
 from etils import epath
 
+from peer_jax import records
 from peer_jax.errors import InputError, InUse
 
 AnyPath = Path | epath.Path
@@ -40,7 +41,6 @@ PROBE = ".probe"
 SWEEP_FILES = ("sweep-*.json", "sweep.json")  # the second name is that of earlier versions, which kept one sweep
 
 SCHEMA = 1
-NEEDED = {"steps", "corpus", "evaluations"}  # keys of a result that is whole
 
 
 def local(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
@@ -98,13 +98,17 @@ def make_folder(path: str | os.PathLike, argument: str | None = None) -> epath.P
     return path
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The JSON object in a file; None if the file is missing or was left half-written."""
+def _read(path: epath.Path, record: type[records.Record]) -> dict[str, Any] | None:
+    """The record in a JSON file; None if there is no file.
+
+    Raises:
+        InputError: if it can't be read, or is no such record.
+    """
     try:
-        value = json.loads(local(path).read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        text = path.read_text() if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}): mend it, or remove it") from error
+    return None if text is None else records.parse(text, record, path)
 
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
@@ -299,13 +303,24 @@ class RunDirectory(_Directory):
         return None
 
     def read_result(self) -> dict[str, Any] | None:
-        """The result of a finished run; None if there is no ``result.json`` or if it is not whole."""
-        result = read_json(self.path / RESULT)
-        whole = result is not None and result.get("schema") == SCHEMA and result.keys() >= NEEDED
-        return result if whole else None
+        """The result of a finished run; None if there is no ``result.json``.
+
+        Raises:
+            InputError: if it is damaged, or of another version.
+        """
+        return _read(self.path / RESULT, records.Result)
+
+    def whole_result(self) -> dict[str, Any] | None:
+        """The result; None if there is none that can be read, so that the run has to write it again."""
+        try:
+            return self.read_result()
+        except InputError:
+            return None
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Writes ``result.json``."""
+        """Writes ``result.json``. A damaged one is set aside, since it may have evaluations of further texts."""
+        if self.has_result and self.whole_result() is None:
+            set_aside(self.path / RESULT)
         _write_json(self.path / RESULT, {"schema": SCHEMA} | dict(result))
 
     @property
@@ -320,24 +335,23 @@ class RunDirectory(_Directory):
         return Lines(self.path / METRICS, keep)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of ``metrics.jsonl``; none if there is no such file."""
+        """The lines of ``metrics.jsonl`` that no kill or fault has spoilt; none if there is no such file."""
         try:
             lines = _whole_lines(self.path / METRICS)
         except OSError:
             return
         for line in lines:
-            with contextlib.suppress(ValueError):
-                if isinstance(entry := json.loads(line), dict):
-                    yield entry
+            with contextlib.suppress(InputError):
+                yield records.parse(line, records.Metrics, self.path / METRICS)
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole line of ``metrics.jsonl``, which a process may still be writing; None if there is none."""
         try:
             with (self.path / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
-                for line in reversed(file.read().splitlines()):
-                    with contextlib.suppress(ValueError):
-                        return json.loads(line)
+                for line in reversed(file.read().decode(errors="replace").splitlines()):
+                    with contextlib.suppress(InputError):
+                        return records.parse(line, records.Metrics, self.path / METRICS)
         except OSError:
             pass
         return None
@@ -351,8 +365,12 @@ class RunDirectory(_Directory):
     # What a sweep keeps in the directory of each of its runs.
 
     def read_point(self) -> dict[str, Any]:
-        """The run's place in its sweep; empty if the run belongs to no sweep."""
-        return read_json(self.path / POINT) or {}
+        """The run's place in its sweep; empty if the run belongs to no sweep.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        return _read(self.path / POINT, records.Point) or {}
 
     def write_point(self, point: Mapping[str, Any]) -> None:
         """Writes the run's place in its sweep; makes the directory."""
@@ -360,8 +378,12 @@ class RunDirectory(_Directory):
         _write_json(self.path / POINT, point)
 
     def read_failure(self) -> dict[str, Any] | None:
-        """Why the last attempt failed: ``reason``, ``details`` and ``time``; None if it has not failed."""
-        return read_json(self.path / FAILURE)
+        """Why the last attempt failed: ``reason``, ``details`` and ``time``; None if it has not failed.
+
+        Raises:
+            InputError: if what was kept is damaged.
+        """
+        return _read(self.path / FAILURE, records.Failure)
 
     def write_failure(self, reason: str, details: str = "") -> None:
         """Keeps why an attempt failed."""
@@ -394,13 +416,15 @@ class SweepDirectory(_Directory):
         """Each sweep's description: ``name``, ``sweep`` with its fields, ``runs`` with the names of its runs.
 
         Earlier versions did not keep the names of the runs, which are None then.
+
+        Raises:
+            InputError: if a description is damaged.
         """
         found = []
-        for pattern in SWEEP_FILES:
-            for path in sorted(self.path.glob(pattern)):
-                kept = read_json(path)
-                if kept is not None:
-                    found.append({"name": path.stem} | (kept if "sweep" in kept else {"sweep": kept, "runs": None}))
+        for path in (path for pattern in SWEEP_FILES for path in sorted(self.path.glob(pattern))):
+            kept = _read(path, records.Record)
+            kept = kept if "sweep" in kept else {"sweep": kept, "runs": None}
+            found.append({"name": path.stem} | records.check(kept, records.KeptSweep, path))
         return found
 
     @property

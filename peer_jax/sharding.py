@@ -182,7 +182,8 @@ class Placement:
             shape = leaf.get_value().shape
             name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
             # A moment per row has the axes of its table, but only a single column, which can't be split.
-            kept = [axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)] if axes else ()
+            pairs = zip(axes, shape, strict=True) if axes else ()
+            kept = [None if axis == "columns" and size == 1 else axis for axis, size in pairs]
             return leaf.replace(self.spec(kept, shape, name))
 
         return jax.tree_util.tree_map_with_path(of, tree, is_leaf=_is_variable)

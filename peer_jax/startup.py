@@ -8,8 +8,11 @@ import glob
 import importlib.util
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+from peer_jax.errors import InputError
 
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
 
@@ -20,6 +23,9 @@ def prepare(*, keep_programs: bool = True) -> None:
     Args:
         keep_programs: have JAX keep compiled programs on disk, so that a run of the same shapes, or one that goes on,
             starts in a second.
+
+    Raises:
+        InputError: if the environment has a setting that JAX or XLA can't start with.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -29,9 +35,83 @@ def prepare(*, keep_programs: bool = True) -> None:
     if not accelerators():
         keep_freed_memory()
     if keep_programs:
-        root = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax").expanduser()
+        root = cache_folder()
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
+    if "jax" not in sys.modules:
+        _check_xla_flags()
+        try:
+            import jax  # noqa: F401, it reads the environment
+        except ValueError as error:
+            raise _refused_environment(error) from error
+
+
+def check_devices() -> None:
+    """Starts JAX's devices, once the processes of a run have joined.
+
+    Raises:
+        InputError: if the environment asks for devices that aren't there.
+    """
+    import jax
+
+    try:
+        jax.numpy.zeros(())
+    except Exception as error:  # of whatever kind: a plugin's own start may fail in any way
+        raise _refused_environment(error) from error
+
+
+def check_devices_of_workers() -> None:
+    """``check_devices`` in another process, since this one leaves the devices to its workers."""
+    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+        return
+    program = (
+        "from peer_jax import errors, startup\ntry: startup.check_devices()\nexcept errors.InputError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if reason := done.stdout.strip():
+        raise InputError(reason)
+
+
+def _check_xla_flags() -> None:
+    """An InputError if XLA can't read its flags: it would end this process, so a copy of it tries them."""
+    if not os.environ.get("XLA_FLAGS") or not hasattr(os, "fork"):
+        return
+    from jaxlib import xla_client
+
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        xla_client.CompileOptions()  # reads the flags
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, errors="replace") as output:
+        said = output.read()
+    if os.waitpid(child, 0)[1]:
+        raise _refused_environment((said.split("] ", 1)[-1].splitlines() or ["XLA ended"])[0])
+
+
+def _refused_environment(reason: object) -> InputError:
+    """Why JAX can't start, with the variables that may be the cause."""
+    own = ("JAX_COMPILATION_CACHE_DIR", f"JAX_COMPILATION_CACHE_MAX_SIZE={PROGRAMS_BYTES}")  # set by ``prepare``
+    given = (f"{name}={value}" for name, value in sorted(os.environ.items()) if value)
+    read = ("JAX_", "XLA_FLAGS=", "CUDA_VISIBLE_DEVICES=")
+    named = [setting[:80] for setting in given if setting.startswith(read) and not setting.startswith(own)]
+    first = (str(reason).strip() or "there are no such devices").splitlines()[0].rstrip(".")
+    return InputError(f"JAX can't start ({first[:200]}): mend or unset {', '.join(named) or 'JAX_PLATFORMS'}")
+
+
+def cache_folder() -> Path:
+    """The folder of prepared text and compiled programs: ``PEER_JAX_CACHE``, by default ``~/.cache/peer_jax``.
+
+    Raises:
+        InputError: if there is no home directory of that name.
+    """
+    folder = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{folder} can't be found ({error}): set PEER_JAX_CACHE to a folder") from error
 
 
 def accelerators() -> list[str]:

@@ -98,11 +98,14 @@ def test_three_points_leave_no_interval():
     assert fit.size == pytest.approx(OPTIMUM, rel=1e-9)
     assert fit.size_interval is fit.loss_interval is None
     assert fit.note == "3 points fit exactly, so there is no interval"
-    # A second seed at one of the sizes shows how large the noise is.
-    sizes, losses = np.append(SIZES[:3], SIZES[0]), np.append(curve()[:3], curve()[0] + 1e-3)
-    more = fit_parabola(sizes, losses)
+    # A second seed at one of the sizes shows how large the noise is, if the optimum is in the middle of the sizes.
+    sizes = OPTIMUM * np.array([0.5, 1.0, 2.0, 0.5])
+    more = fit_parabola(sizes, curve(sizes) + np.array([0, 0, 0, 1e-3]))
     assert (more.sizes, more.points, more.note) == (3, 4, "")
     assert more.size_interval[1] > 1.001 * more.size_interval[0]
+    beside = fit_parabola(4 * sizes, curve(4 * sizes) + np.array([0, 0, 0, 1e-3]))
+    assert "3 sizes can't tell how far off" in beside.note
+    assert beside.size_interval is None
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
@@ -168,6 +171,30 @@ def test_units_of_size_and_offsets_of_loss_carry_over(factor, shift, noise):
     assert (changed.size_interval is None) == (plain.size_interval is None)
     if plain.size_interval is not None:
         assert changed.size_interval == pytest.approx([factor * end for end in plain.size_interval], rel=1e-7)
+
+
+OFF_CENTRE = [(1, 30), (2, 30), (0.5, 15), (1 / 30, 1), (1 / 15, 2)]  # smallest and largest size, in optima
+
+
+@pytest.mark.parametrize("surface", [(0.34, 0.28, 406, 410, 1.69, 1e18), (0.3, 0.42, 14, 170, 0.9, 3e11)])
+@pytest.mark.parametrize(("smallest", "largest"), OFF_CENTRE)
+@pytest.mark.parametrize("sizes", [5, 8])
+def test_off_centre_sizes_are_said_and_the_intervals_hold_the_truth(surface, smallest, largest, sizes):
+    """Without noise, along L(N, D) at D = C / 6N, whose optimum is found by trying a million sizes."""
+    alpha, beta, A, B, E, C = surface
+
+    def losses(size):
+        return E + A / size**alpha + B / (C / (6 * size)) ** beta
+
+    tried = np.geomspace(1e3, 1e12, 1_000_000)
+    best = tried[np.argmin(losses(tried))]
+    grid = best * np.geomspace(smallest, largest, sizes)
+    fitted = fit_parabola(grid, losses(grid))
+    assert "off-centre" in fitted.note
+    assert fitted.size_interval[0] < best < fitted.size_interval[1]
+    assert fitted.loss_interval[0] < losses(best) < fitted.loss_interval[1]
+    centred = best * np.geomspace(1 / 5, 5, sizes)
+    assert "off-centre" not in fit_parabola(centred, losses(centred)).note
 
 
 # Power laws

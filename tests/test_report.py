@@ -652,5 +652,5 @@ def test_a_row_is_read_without_the_others(tmp_path):
         (written,) = csv.DictReader(file)
     assert (written["run"], float(written["loss"]), written["PEER.top_k"]) == (rows[0].run, rows[0].loss, "4")
     (tmp_path / "unfinished").mkdir()
-    with pytest.raises(InputError, match="not written by this version"):
+    with pytest.raises(InputError, match="holds no finished run"):
         results.row(RunDirectory(tmp_path / "unfinished"), tmp_path)

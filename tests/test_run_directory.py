@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_runs import environment
@@ -17,7 +18,8 @@ from peer_jax.errors import InputError, InUse
 from peer_jax.run_directory import RunDirectory, SweepDirectory, find_runs
 
 ADDRESSES = ("gs://bucket/run", "s3://bucket/run", "file:///run", "http://host/run", "gs:/bucket/run")
-RESULT = {"steps": 3, "corpus": {"name": "text"}, "evaluations": {}}
+RESULT = json.loads((Path(__file__).parent / "earlier_run" / "expected_result.json").read_text())
+del RESULT["schema"]
 
 
 # Addresses
@@ -102,11 +104,16 @@ def test_readers_find_one_of_the_whole_texts_while_two_processes_write(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 1, "steps"', "[1]", "\x00\x00"])
-def test_a_half_written_json_file_counts_as_none(tmp_path, text):
+def test_a_half_written_result_is_refused_and_set_aside_by_the_next(tmp_path, text):
+    directory = RunDirectory(tmp_path)
     (tmp_path / "result.json").write_text(text)
-    assert run_directory.read_json(tmp_path / "result.json") is None
-    assert RunDirectory(tmp_path).read_result() is None
-    assert RunDirectory(tmp_path).has_result
+    with pytest.raises(InputError, match=r"result\.json is damaged"):
+        directory.read_result()
+    assert directory.whole_result() is None
+    assert directory.has_result
+    directory.write_result(RESULT)
+    assert directory.read_result() == {"schema": 1} | RESULT
+    assert (tmp_path / "damaged-result.json").read_text() == text
 
 
 def test_a_result_is_read_back_if_it_is_whole_and_of_this_schema(tmp_path):
@@ -114,9 +121,11 @@ def test_a_result_is_read_back_if_it_is_whole_and_of_this_schema(tmp_path):
     assert directory.read_result() is None
     directory.write_result(RESULT)
     assert directory.read_result() == {"schema": 1} | RESULT
-    for other in (RESULT | {"schema": 2}, {"schema": 1, "steps": 3}):
+    for other, field in ((RESULT | {"schema": 2}, "schema"), ({"schema": 1} | RESULT | {"steps": "3"}, "steps")):
         (tmp_path / "result.json").write_text(json.dumps(other))
-        assert directory.read_result() is None
+        with pytest.raises(InputError, match=f"damaged at {field}"):
+            directory.read_result()
+        assert directory.whole_result() is None
 
 
 def test_a_config_is_read_back_or_refused(tmp_path):

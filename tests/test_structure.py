@@ -14,15 +14,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peer_jax"
 LEAVES = {"errors", "fields", "gin_syntax", "run_directory", "startup", "sharding", "processes"}
 MAY_IMPORT = {
-    **{"errors": set(), "fields": set(), "startup": set(), "gin_syntax": {"errors"}, "run_directory": {"errors"}},
+    **{"errors": set(), "fields": set(), "startup": {"errors"}, "gin_syntax": {"errors"}},
+    **{"records": {"errors"}, "run_directory": {"errors", "records"}, "memory": {"errors"}},
     **{"sharding": {"errors", "fields"}, "processes": {"errors"}},
     "ops": {"errors", "sharding"},
     "layers": {"errors", "fields", "sharding", "ops"},
-    "models": {"errors", "fields", "sharding", "ops", "layers"},
+    "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
     "data": {"errors", "fields", "run_directory"},
     "training": {
         "errors",
         "fields",
+        "memory",
         "run_directory",
         "startup",
         "sharding",
@@ -34,7 +36,8 @@ MAY_IMPORT = {
     },
     "analysis": {"errors", "run_directory", "training"},
     "planning": {"errors", "sharding", "ops", "layers", "models", "training"},
-    "bench": {"errors", "fields", "run_directory", "startup", "ops", "layers", "models", "training", "analysis"},
+    "bench": {"errors", "fields", "memory", "run_directory", "startup"}
+    | {"ops", "layers", "models", "training", "analysis"},
     "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},
     "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
     "cli": LEAVES | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},

@@ -75,6 +75,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
 
     from peer_jax.analysis import ablation_figures, figures, style
 
+    failed = failures(directories)
     rows, looks = analysis.rows, style.looks(analysis)
     told, untold = tuning(rows)
     pictured = figures.in_picture(analysis)
@@ -123,7 +124,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
             "usage": tables.usage(rows),
             "flops": tables.flops_split(figures.models(rows)),
             "runs": tables.runs(rows),
-            "failures": failures(directories),
+            "failures": failed,
         },
         against=f"Against {analysis.baselines[0]}" if len(analysis.baselines) == 1 else "Against the baseline",
         tuning=told,
@@ -221,7 +222,7 @@ def failures(directories: Sequence[AnyPath]) -> Table:
                 folder = run.path
                 place = folder.relative_to(directory)
                 name = str(place) if place.name else folder.name
-                cells[folder.resolve()] = [name, str(failure.get("reason", "no reason was written"))]
+                cells[folder.resolve()] = [name, failure["reason"]]
     return Table("Runs that failed", ("run", "reason"), list(cells.values()))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peer_jax.errors import InputError
-from peer_jax.run_directory import POINT, RESULT, AnyPath, RunDirectory, SweepDirectory, find_runs, local, write_whole
+from peer_jax.run_directory import RESULT, AnyPath, RunDirectory, SweepDirectory, find_runs, local, write_whole
 
 # A result of an earlier version does not say whether its layer is the baseline. There the baseline has this method.
 EARLIER_BASELINE = "Dense"
@@ -147,19 +147,10 @@ def row(
     Raises:
         InputError: if the run has no result, or one that this version can't read.
     """
-    try:
-        return _row(run, local(base), kept or {"name": "", "sweep": {}}, alone)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{run.path / RESULT} or {POINT} beside it was not written by this version: "
-            "remove them, or report on other directories"
-        ) from error
-
-
-def _row(run: RunDirectory, base: AnyPath, kept: Mapping[str, Any], alone: bool) -> Row:
+    base, kept = local(base), kept or {"name": "", "sweep": {}}
     result, point = run.read_result(), run.read_point()
     if result is None:
-        raise ValueError("there is no result, or only part of one")
+        raise InputError(f"{run} holds no finished run (no {RESULT}): give another directory")
     evaluations = result["evaluations"]
     own = evaluations[result["corpus"]["name"]]
     experts = list(own.get("experts", {}).values())

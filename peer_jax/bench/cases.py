@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
+from peer_jax import memory
 from peer_jax.errors import InputError
 from peer_jax.fields import arguments_of
 from peer_jax.layers import FeedForward
@@ -128,6 +131,30 @@ def build_layer(case: Case) -> FeedForward:
     types = {"dtype": case.dtype, "param_dtype": case.table_dtype}
     types = {name: value for name, value in types.items() if name in arguments_of(case.layer)}
     return layer_factory(case)(case.d_model, **types, rngs=nnx.Rngs(0))
+
+
+def check_memory(case: Case) -> None:
+    """An InputError if the device can't hold a case."""
+    sizes = ", ".join(f"{symbol}={value}" for symbol, value in case.sizes.items())
+    largest = max(("tokens", "num_experts", "d_model", "heads", "top_k"), key=lambda name: getattr(case, name))
+    memory.check(_least_bytes(case), f"{case.name} with {sizes}", "choose smaller sizes", largest)
+
+
+def _least_bytes(case: Case) -> float:
+    """Bytes of the arguments of a case, and for an op of what its reference holds for each retrieved row or score."""
+    size, row_size = BYTES[case.dtype], BYTES[case.table_dtype]
+    tokens = case.tokens * case.d_model * size
+    if case.layer is not None:
+        params = nnx.state(nnx.eval_shape(lambda: build_layer(case)), nnx.Param)
+        return tokens + sum(math.prod(p.shape) * row_size for p in jax.tree.leaves(params))
+    pairs = case.tokens * case.heads * case.top_k
+    reference = case.implementation == "reference"
+    if case.name == "product_key_top_k":
+        n = math.isqrt(case.num_experts)
+        queries = case.tokens * case.heads * (case.d_key + 2 * n * reference)
+        return size * (queries + n * case.d_key) + pairs * (size + 4)
+    tables = (1 if case.name == "value_bag" else 2) * case.num_experts * case.d_model * row_size
+    return tokens + tables + pairs * (size + 4 + case.d_model * size * reference)
 
 
 def floors(case: Case) -> dict[str, Floor | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import tempfile
@@ -13,7 +14,18 @@ from typing import Any
 import jax
 
 from peer_jax.bench import pytorch
-from peer_jax.bench.cases import BYTES, COMPARED, OPS, PYTORCH, PYTORCH_KEEPING, STEP, STEP_LAYER, Case, cases
+from peer_jax.bench.cases import (
+    BYTES,
+    COMPARED,
+    OPS,
+    PYTORCH,
+    PYTORCH_KEEPING,
+    STEP,
+    STEP_LAYER,
+    Case,
+    cases,
+    check_memory,
+)
 from peer_jax.bench.programs import SEQUENCE, program
 from peer_jax.bench.timing import Machine, Times, interleaved, measure_machine, sampler
 from peer_jax.bench.worker import Worker
@@ -149,12 +161,15 @@ def run(options: Options, *, on_row: Callable[[dict[str, Any]], None] = lambda r
         InputError: if a competitor's output differs, or nothing can be measured.
     """
     start = time.monotonic()
+    competitors_of = options.competitors()
+    for case in itertools.chain(*competitors_of):  # before any is measured
+        check_memory(case)
     # Small arrays for a small run.
     size = {"megabytes": 32, "width": 512} if options.quick else {}
     machine = measure_machine(options.dtype, **size)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    for competitors in options.competitors():
+    for competitors in competitors_of:
         measure = apart if options.what == "step" or options.against else _together
         measured, refused = measure(competitors, 3 if options.quick else options.repeats)
         notes += [note for note in refused if note not in notes]

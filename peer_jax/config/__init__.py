@@ -121,6 +121,7 @@ def load_sweep(
 def _run(source: Source) -> Run:
     resolver = source.resolver()
     root = resolver.node(Reference("Run", called=True), "")
+    resolver.refuse_unknown_scopes(source)
     run = root.build()
     object.__setattr__(run, "config", Config.of(root, resolver, source.imports))
     return run

@@ -5,12 +5,13 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 from flax.typing import Initializer
@@ -32,6 +33,8 @@ from peer_jax.training.run import Run
 
 def normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
     """``nnx.initializers.normal``, whose own annotations let any value pass for a number."""
+    if not 0 <= stddev < math.inf:
+        raise InputError(f"stddev={stddev} must be at least 0 and finite")
     return nnx.initializers.normal(stddev, dtype)
 
 
@@ -52,6 +55,7 @@ class Source:
     bindings: tuple[Binding, ...]
     imports: tuple[str, ...]
     before: Mapping[str, Any]
+    parsed: tuple[Parsed, ...]
 
     @classmethod
     def read(
@@ -69,7 +73,7 @@ class Source:
     @classmethod
     def of(cls, parsed: Sequence[Parsed], imports: Sequence[str], before: Mapping[str, Any]) -> "Source":
         found = dict.fromkeys([*imports, *(name for part in parsed for name in part.imports)])
-        return cls(tuple(binding for part in parsed for binding in part.bindings), tuple(found), before)
+        return cls(tuple(b for part in parsed for b in part.bindings), tuple(found), before, tuple(parsed))
 
     def resolver(self) -> "Resolver":
         return Resolver(self)
@@ -95,14 +99,7 @@ def refuse_unknown_macros(bindings: Sequence[Binding], parsed: Sequence[Parsed])
     if not macros:
         return
     known = {symbol.name for binding in bindings for symbol in symbols(binding.value)}
-    folders = {file.parent for part in parsed for file in part.files}
-    for file in sorted(
-        {*(file for part in parsed for file in part.files), *(f for d in folders for f in d.glob("*.gin"))}
-    ):
-        try:
-            known |= _macros(file, file.stat().st_mtime_ns)
-        except (OSError, InputError):  # a file beside, which this run doesn't need
-            continue
+    known |= _named_in(parsed).macros
     for binding in macros:
         if binding.name not in known:
             close = difflib.get_close_matches(binding.name, sorted(known), n=1)
@@ -112,12 +109,37 @@ def refuse_unknown_macros(bindings: Sequence[Binding], parsed: Sequence[Parsed])
             )
 
 
+class _Named(NamedTuple):
+    """The macros that files set or use, and the references with a scope that they have, such as ``up/normal``."""
+
+    macros: frozenset[str]
+    scoped: frozenset[str]
+
+
+def _named_in(parsed: Sequence[Parsed]) -> _Named:
+    """What files and all files beside them name."""
+    files = {file for part in parsed for file in part.files}
+    folders = {file.parent for file in files}
+    macros, scoped = set(), set()
+    for file in sorted(files | {beside for folder in folders for beside in folder.glob("*.gin")}):
+        try:
+            named = _named_in_file(file, file.stat().st_mtime_ns)
+        except (OSError, InputError):  # a file beside, which this run doesn't need
+            continue
+        macros |= named.macros
+        scoped |= named.scoped
+    return _Named(frozenset(macros), frozenset(scoped))
+
+
 @functools.lru_cache(maxsize=256)
-def _macros(file: Path, changed: int) -> set[str]:
-    """The macros that a file sets or uses."""
+def _named_in_file(file: Path, changed: int) -> _Named:
     bindings = parse_file(file).bindings
-    used = {symbol.name for binding in bindings for symbol in symbols(binding.value) if isinstance(symbol, Macro)}
-    return used | {binding.name for binding in bindings if "." not in binding.name}
+    found = [symbol for binding in bindings for symbol in symbols(binding.value)]
+    used = {symbol.name for symbol in found if isinstance(symbol, Macro)}
+    return _Named(
+        frozenset(used | {binding.name for binding in bindings if "." not in binding.name}),
+        frozenset(symbol.name for symbol in found if isinstance(symbol, Reference) and "/" in symbol.name),
+    )
 
 
 def import_module(name: str) -> ModuleType:
@@ -197,6 +219,14 @@ class Names:
         return name if len(self._by_name[name]) == 1 else f"{configurable.__module__}.{name}"
 
 
+def _refused(binding: Binding, reason: object) -> InputError:
+    """Why a binding can't be, with where it stands."""
+    if not binding.where:
+        return InputError(f"{binding.name[:LONGEST_SHOWN]}: {reason}")
+    given = "set" if binding.where.startswith(("'", '"')) else "config"
+    return InputError(f"{binding.where}: {reason}", argument=given)
+
+
 def _as_constant(default: Any) -> Any:
     """A default as a config writes it: the name of a constant for its value."""
     return next((Macro(name) for name, value in CONSTANTS.items() if value is default), default)
@@ -210,6 +240,7 @@ class Resolver:
         self._macros: dict[str, Any] = {}
         self._bound: dict[tuple[str, Configurable], dict[str, Binding]] = {}
         self.used: set[str] = set()
+        self._scoped: set[tuple[str, Configurable]] = set()  # what has been resolved within each scope
         for name, value in source.before.items():
             self._bind(Binding(name, value, "an earlier version's default"))
         for binding in source.bindings:
@@ -229,11 +260,7 @@ class Resolver:
                     f"{configurable.__name__} has no argument {argument[:80]!r}: it takes {', '.join(parameters)}"
                 )
         except InputError as error:
-            if not binding.where:
-                raise
-            raise InputError(
-                f"{binding.where}: {error}", argument="set" if binding.where.startswith(("'", '"')) else "config"
-            ) from None
+            raise _refused(binding, error) from None
         self._bound.setdefault((scope, configurable), {})[argument] = binding
 
     def node(self, reference: Reference, scope: str, given: Mapping[str, str] = {}, within: tuple = ()) -> "Node":
@@ -257,6 +284,7 @@ class Resolver:
         bound: dict[str, Binding] = {}
         parts = scope.split("/") if scope else []
         for length in range(len(parts) + 1):
+            self._scoped.add(("/".join(parts[:length]), configurable))
             bound |= self._bound.get(("/".join(parts[:length]), configurable), {})
         for argument in given:
             if argument in bound:
@@ -292,6 +320,27 @@ class Resolver:
         if isinstance(value, list | tuple):
             return type(value)(self._value(item, scope, given, within, macros) for item in value)
         return value
+
+    def refuse_unknown_scopes(self, source: Source) -> None:
+        """An InputError for a binding in a scope that nothing has, once the run is resolved: it would change nothing.
+
+        A scope of a file beside the given ones is known, too, as macros are.
+        """
+        named: frozenset[str] | None = None
+        for (scope, configurable), bound in self._bound.items():
+            if not scope or (scope, configurable) in self._scoped:
+                continue
+            if named is None:
+                named = _named_in(source.parsed).scoped
+            here = {name for name, _ in self._scoped}
+            elsewhere = any(f"{name.rpartition('/')[0]}/".startswith(f"{scope}/") for name in named)
+            if f"{scope}/{configurable.__name__}" in named or (elsewhere and scope not in here):
+                continue
+            binding = next(iter(bound.values()))
+            shown = f"{scope[:40]}/{configurable.__name__}"
+            raise _refused(
+                binding, f"no config has a reference @{shown}, so this changes nothing; leave {scope[:40]}/ out"
+            )
 
     def _not_set(self, name: str) -> InputError:
         if name.startswith(("b", "f", "u", "i")) and name.rstrip("0123456789") != name:

@@ -83,7 +83,11 @@ class TextTask:
             return self.corpus.path
         root = self.cache_dir or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
         name = vocabularies.load(self.vocabulary).name
-        return Path(local(root)).expanduser() / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
+        try:
+            root = Path(local(root)).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"cache_dir {root} can't be found ({error}); name a folder.") from error
+        return root / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
 
     def is_prepared(self) -> bool:
         """Whether the task has a cache that is whole.

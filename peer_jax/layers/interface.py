@@ -180,7 +180,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 
 def check_positive(**sizes: float) -> None:
-    """An InputError unless every size is above zero."""
+    """An InputError unless every size is above zero and finite."""
     for name, value in sizes.items():
-        if not value > 0:
-            raise InputError(f"{name}={value} must be above zero")
+        if not 0 < value < math.inf:
+            raise InputError(f"{name}={value} must be above zero" + (" and finite" if value > 0 else ""))

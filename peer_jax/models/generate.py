@@ -4,6 +4,7 @@ b  batch     p  prompt     s  prompt and new tokens     V  vocabulary
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from peer_jax import memory
 from peer_jax.errors import InputError
 from peer_jax.models.transformer import Transformer
 
@@ -53,14 +55,17 @@ def generate(
         raise InputError(f"prompts hold the token {bad[0]}, but ids run from 0 to {model.vocab_size - 1}")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise InputError(
+            f"temperature={temperature} must be finite and at least 0, top_p={top_p} above 0 and at most 1"
+        )
     if temperature > 0 and key is None:
         raise InputError(f"temperature={temperature} samples, which needs a key")
     if use_cache and model.mixes_tokens:
         raise InputError("a layer of this model mixes tokens, so a cache can't be used: pass use_cache=False")
 
     size = max(lengths) + max_new_tokens
+    _check_memory(model, len(prompts), size, min(lengths) if use_cache else size, use_cache=use_cache)
     tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -73,6 +78,19 @@ def generate(
         out = _by_recomputation(*split, tokens, np.array(lengths), key, *how)
     new = [list(row[n : n + max_new_tokens]) for row, n in zip(np.asarray(out).tolist(), lengths, strict=True)]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
+
+
+def _check_memory(model: Transformer, rows: int, size: int, at_once: int, *, use_cache: bool) -> None:
+    """An InputError if no device can hold the cache, and the attention scores of the longest pass over tokens."""
+    element = jnp.dtype(model.dtype).itemsize
+    cache = 2 * len(model.blocks) * size * model.d_model if use_cache else 0
+    scores = model.num_heads * at_once * size
+    memory.check(
+        element * rows * (cache + scores),
+        f"generating up to {size} tokens, {at_once} of them at once,",
+        "give a shorter prompt or fewer new tokens",
+        "max_new_tokens" if size > 2 * at_once else "prompt",
+    )
 
 
 def sample(

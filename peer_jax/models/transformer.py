@@ -137,9 +137,11 @@ class Transformer(nnx.Module):
         check_positive(rope_theta=rope_theta)
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             try:
-                jnp.dtype(value)
+                is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
             except TypeError:
-                raise InputError(f"{name}={value!r} is not a type: try float32 or bfloat16") from None
+                is_float = False
+            if not is_float:
+                raise InputError(f"{name}={value!r} is not a type of floats: try float32 or bfloat16")
         sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 

@@ -103,7 +103,7 @@ class Board:
 
     def finished(self, run: Planned) -> None:
         """Notes that the run has its result."""
-        result = self._directory.run(run.point.name).read_result()
+        result = self._directory.run(run.point.name).whole_result()
         own = result["evaluations"][result["corpus"]["name"]]
         self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
 

@@ -50,7 +50,7 @@ def run_sweep(
         Interrupted: on SIGTERM or SIGINT, when the running runs have saved their state.
     """
     directory.keep_sweep(sweep.describe(), [run.point.name for run in planned])
-    done = [run for run in planned if directory.run(run.point.name).read_result() is not None]
+    done = [run for run in planned if directory.run(run.point.name).whole_result() is not None]
     finished = {run.point.name for run in done}
     todo = [run for run in planned if run.point.name not in finished]
     with StopOnSignal() as stop, Board(planned, done, directory, workers, enabled=progress) as board:
@@ -116,13 +116,14 @@ class _Runner:
     def _ended_elsewhere(self, run: Planned) -> bool:
         """Whether another process has finished the run, or has failed to since this sweep began; notes the outcome."""
         folder = self._directory.run(run.point.name)
-        if folder.read_result() is not None:
+        if folder.whole_result() is not None:
             self._finish(run)
             return True
-        failure = folder.read_failure()
-        if failure is not None and failure.get("time", 0) > self._began:
-            self._fail(run, failure["reason"])
-            return True
+        with contextlib.suppress(InputError):  # what can't be read was not written since
+            failure = folder.read_failure()
+            if failure is not None and failure.get("time", 0) > self._began:
+                self._fail(run, failure["reason"])
+                return True
         return False
 
     def _start(self, worker: Worker, run: Planned) -> None:

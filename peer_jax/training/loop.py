@@ -13,7 +13,7 @@ from peer_jax.ops import checked as with_checks
 from peer_jax.processes import leads
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
-from peer_jax.training import evaluators, ownership, result
+from peer_jax.training import evaluators, ownership, result, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.flops import training_flops
 from peer_jax.training.meter import Clock, Meter
@@ -53,6 +53,9 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
     step_tokens = run.batch_size * run.task.seq_len
     step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
 
+    sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
+    room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
+
     # Data.
     cache = ensure_prepared(run.task, progress=progress)
     corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
@@ -66,7 +69,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
         ownership.check_same(run.config, corpus["fingerprint"])
         stack.enter_context(ownership.owned(directory))
         ownership.check_config(directory, run.config)
-        if (finished := directory.read_result()) is not None:
+        if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
             return finished
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_last=run.keep_checkpoints))

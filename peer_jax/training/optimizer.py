@@ -109,7 +109,7 @@ class AdamW:
         check_positive(eps=self.eps)
         table_rates = self.table_learning_rate
         for rate in table_rates.values() if isinstance(table_rates, Mapping) else [table_rates]:
-            if rate is not None and not rate >= 0:
+            if rate is not None and not 0 <= rate < math.inf:
                 raise InputError(f"table_learning_rate={table_rates} must not be negative")
         for name in ("warmup_steps", "weight_decay", "table_weight_decay"):
             if getattr(self, name) < 0:

@@ -12,7 +12,7 @@ from peer_jax.errors import InputError
 from peer_jax.models import Transformer, generate
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import current, use
-from peer_jax.training import evaluators
+from peer_jax.training import evaluators, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.result import add_evaluations
 from peer_jax.training.run import Run
@@ -89,6 +89,7 @@ def _evaluate_run(
     evaluators.check_names([run.task for run in runs])
     measured = {}
     for run in runs:
+        room.check_evaluation(model, batch_size=batch_size or run.eval_batch_size(), seq_len=run.task.seq_len)
         how = {"batch_size": batch_size or run.eval_batch_size(), "prepare_progress": progress, "progress": progress}
         evaluator = evaluators.of_task(run.task, METRIC, None, **how)
         measured[evaluator.name] = evaluator(model, ended=True)

@@ -1,0 +1,70 @@
+"""The least memory that a step and an evaluation take, so that what can't fit is refused before it is tried.
+
+``peer_jax.planning`` has the whole count. Here is only what every step holds, whatever its feed-forward layers: the
+parameters and the optimiser's moments, the residual streams and attention's probabilities that are kept for the
+backward pass, and the logits.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peer_jax import memory
+from peer_jax.models import Transformer
+from peer_jax.sharding import current
+from peer_jax.training.step import TrainState
+
+FLOAT = 4  # bytes
+
+
+def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
+    """An InputError if no device can hold a step.
+
+    Args:
+        model, state: abstract, the state as the placement in use splits it.
+        batch_size, accumulation, seq_len: of the run.
+    """
+    tokens = batch_size // accumulation * seq_len // _devices()
+    kept = 1 if model.remat else len(model.blocks)
+    streams = tokens * model.d_model * jnp.dtype(model.dtype).itemsize * len(model.blocks)
+    memory.check(
+        _bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens),
+        "a training step",
+        f"lower batch_size={batch_size}, seq_len={seq_len}, d_model={model.d_model} or the number of experts, or raise "
+        f"accumulation={accumulation}",
+    )
+
+
+def check_evaluation(model: Transformer, *, batch_size: int, seq_len: int) -> None:
+    """An InputError if no device can hold a batch of an evaluation."""
+    tokens = batch_size * seq_len // _devices()
+    memory.check(
+        _probabilities(model, tokens, seq_len) + _logits(model, tokens),
+        f"an evaluation of batches of {batch_size} rows of {seq_len} tokens",
+        "give fewer rows",
+        "batch_size",
+    )
+
+
+def _devices() -> int:
+    return 1 if current() is None else current().mesh.size
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of the part of abstract arrays that one device has."""
+    return sum(_part(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
+    return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize
+
+
+def _logits(model: Transformer, tokens: int) -> int:
+    return FLOAT * tokens * model.vocab_size
