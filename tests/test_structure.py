@@ -12,10 +12,25 @@ from peer_jax.layers import families
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peer_jax"
-LEAVES = {"errors", "fields", "gin_syntax", "run_directory", "startup", "sharding", "processes"}
+LEAVES = {
+    "errors",
+    "fields",
+    "gin_syntax",
+    "run_directory",
+    "startup",
+    "sharding",
+    "processes",
+    "supervisor",
+    "digests",
+}
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": set(), "gin_syntax": {"errors"}, "run_directory": {"errors"}},
-    **{"sharding": {"errors", "fields"}, "processes": {"errors"}},
+    **{
+        "sharding": {"errors", "fields"},
+        "processes": {"errors", "supervisor"},
+        "supervisor": {"errors"},
+        "digests": set(),
+    },
     "ops": {"errors", "sharding"},
     "layers": {"errors", "fields", "sharding", "ops"},
     "models": {"errors", "fields", "sharding", "ops", "layers"},
@@ -25,6 +40,7 @@ MAY_IMPORT = {
         "fields",
         "run_directory",
         "startup",
+        "digests",
         "sharding",
         "processes",
         "ops",

@@ -236,11 +236,11 @@ class Checkpoints:
         if self._read_only:
             return
         for step in damaged:
-            wait_for_all(f"read checkpoint {step}")
+            wait_for_all()
             if leads():
                 target = set_aside(self.directory / str(step))
                 logger.warning("it is now %s", target)
-            wait_for_all(f"set checkpoint {step} aside")
+            wait_for_all()
 
     def _set_aside_without_loss(self) -> None:
         """Sets aside the checkpoints whose validation loss is damaged, because Orbax's manager ends at such a file."""

@@ -49,6 +49,8 @@ def read_digests(folder: epath.Path) -> dict[str, str] | None:
         kept = json.loads((folder / DIGESTS).read_bytes())
     except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        kept = None
     if not isinstance(kept, dict) or not kept:
         raise ValueError(f"{DIGESTS} is damaged")
     return kept
@@ -86,7 +88,7 @@ def read_loss(folder: epath.Path) -> float | None:
         loss = json.loads((folder / "metrics" / "metrics").read_bytes())[METRIC]
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError("metrics/metrics is damaged") from error
     if not isinstance(loss, (int, float)) or not math.isfinite(loss):
         raise ValueError("metrics/metrics is damaged")
