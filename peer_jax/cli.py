@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer_jax import startup
+from peer_jax import startup, supervisor
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def train(
     Sharding.data, fsdp, expert and tables in the config say. If the run has several processes, each runs this command
     with the same DIR on a file system that all share.
     """
+    where = supervisor.address(coordinator, num_processes, process_id)
+    if where is not None and num_processes > 1:
+        supervisor.supervise(where, num_processes, process_id)  # goes on in a child, which may import JAX
     startup.prepare()
     from peer_jax import processes
 
@@ -433,6 +437,11 @@ def main() -> None:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
+    except Exception:
+        if not supervisor.is_supervised():
+            raise
+        traceback.print_exc()
+        os._exit(1)  # its parent knows whether the cause is another process, and shows the traceback if it is not
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)

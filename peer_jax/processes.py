@@ -1,23 +1,28 @@
 """The processes of a run: one, or several under ``jax.distributed``, each with devices of its own."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
+from peer_jax import supervisor
 from peer_jax.errors import InputError, InUse
+from peer_jax.supervisor import START
 
-# Timeouts in seconds: no heartbeat for HEARTBEAT means that a process has died; SHUTDOWN and START are how long a
-# process waits for the others when it ends and when it starts, and LEAVE is how long it waits when it has failed.
-HEARTBEAT, SHUTDOWN, START = 20, 20, 120
-LEAVE = 5
+# Timeouts in seconds: no heartbeat for HEARTBEAT means that a process has died; a supervisor, where there is one, is
+# earlier to say which. SHUTDOWN and START are how long a process waits for the others when it ends and when it starts,
+# LEAVE is how long it waits when it has failed, and WAIT is how long it waits for others that live.
+HEARTBEAT, SHUTDOWN = 30, 20
+LEAVE, WAIT = 5, 7 * 24 * 3600
+_TURNS = itertools.count()
 
 
 def start(
@@ -41,17 +46,11 @@ def start(
         InputError: if only some of the first three arguments are given, or the processes don't find one another in
             time.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        there = sorted(given.keys() - missing)
-        raise InputError(f"{' and '.join(there)} given without {' and '.join(missing)}: give all", argument=missing[0])
-    if not missing and not 0 <= process_id < num_processes:
-        raise InputError(f"process_id {process_id} is not one of 0 to {num_processes - 1}", argument="process_id")
-    if missing and not from_cluster and not in_cluster(environment):
+    where = supervisor.address(coordinator, num_processes, process_id)
+    if where is None and not from_cluster and not in_cluster(environment):
         return
-    if not missing:
-        _check_address(coordinator, listens=process_id == 0)
+    if where is not None and process_id == 0:
+        _check_port(where[1], coordinator)
     failures = []
 
     def join() -> None:
@@ -72,43 +71,42 @@ def start(
     joining.start()
     joining.join(START)
     if failures or joining.is_alive():
-        where = f"{num_processes} processes at {coordinator}" if not missing else "the cluster's processes"
+        who = "the cluster's processes" if where is None else f"{num_processes} processes at {coordinator}"
         reason = (str(failures[0]) or type(failures[0]).__name__).splitlines()[0] if failures else f"waited {START} s"
         raise InputError(
-            f"{where} did not start together ({reason}): start all, and check that they reach the first"
+            f"{who} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)
 
 
-def _check_address(coordinator: str, *, listens: bool) -> None:
-    """An InputError unless this is a host and a port, and the port is free if this process is to listen there.
-
-    JAX would end the process without a message.
-    """
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"coordinator {coordinator!r} is not HOST:PORT", argument="coordinator")
-    if listens:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind(("", int(port)))
-            except OSError as error:
-                raise InputError(
-                    f"coordinator {coordinator}: port {port} can't be had ({error.strerror})", argument="coordinator"
-                ) from error
+def _check_port(port: int, coordinator: str) -> None:
+    """An InputError if a port is taken, where JAX would end the process without a message."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"coordinator {coordinator}: port {port} can't be had ({error.strerror})", argument="coordinator"
+            ) from error
 
 
 def leave(status: int) -> None:
     """Ends a process that can't go on, without waiting for the others as long as JAX would before it aborts."""
+    if supervisor.is_supervised() and status in (1, 2):  # the others hear of it and end too
+        _exit_now(status)
     if jax.distributed.is_initialized():
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
         leaving.join(LEAVE)
         if leaving.is_alive():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            _exit_now(status)
     sys.exit(status)
+
+
+def _exit_now(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
@@ -123,20 +121,25 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
+def wait_for_all() -> None:
     """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    gather("")
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order. Every process calls this, and each gets all texts."""
+    """The texts of all processes, in their order. Every process calls this, and each gets all texts.
+
+    The texts go through JAX's coordination service. A collective would end with an error where one process is half a
+    minute later than the others; here, only a process that has died ends the waiting.
+    """
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size))
-    rows = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) + 1 - own.size)))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    store, turn, own = distributed.global_state.client, next(_TURNS), jax.process_index()
+    store.key_value_set(f"peer_jax/{turn}/{own}", text)
+    texts = [store.blocking_key_value_get(f"peer_jax/{turn}/{i}", WAIT * 1000) for i in range(jax.process_count())]
+    if turn > 0:  # which all processes have read, since all have come to this turn
+        store.key_value_delete(f"peer_jax/{turn - 1}/{own}")
+    return texts
 
 
 @contextlib.contextmanager

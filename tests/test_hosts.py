@@ -172,13 +172,16 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
         return hosts.start_all(train_command(tiny, tmp_path, *BINDINGS), variables=KEEPS_NO_PROGRAMS)
 
     kill, term = signal.SIGKILL, signal.SIGTERM
+    died = (
+        "has died (its connection has ended): start all processes again, and the run goes on from its last checkpoint"
+    )
     for step, numbers in ((5, (None, kill)), (10, (kill, None)), (13, (kill, kill))):
         for number, (status, errors) in zip(numbers, signal_at(start(), tmp_path, step, numbers), strict=True):
             if number == kill:
                 assert status == -kill
             else:
-                assert status not in (0, -kill)
-                assert "This most likely indicates that another task died" in errors
+                assert status == 1
+                assert errors == f"peer-jax: process {numbers.index(kill)} {died}\n"
         assert max(saved(tmp_path), default=0) >= step - 2 * EVERY
         assert not (tmp_path / "result.json").exists()
 
@@ -319,12 +322,11 @@ def test_two_processes_go_on_from_one_by_columns(told, one):
 
 
 def test_a_process_that_cannot_start_ends_the_others(bad_start):
-    """It ends with its own status before it can tell the others, which end when JAX misses its heartbeat."""
+    """The others have its status, and say what it says."""
     (first, of_first), (second, of_second) = (end.result() for end in bad_start)
-    assert first != 0
-    assert second == 2
-    assert "peer-jax: --set 'Run.stepz=6': Run has no argument 'stepz'" in of_second
-    assert "This most likely indicates that another task died" in of_first
+    assert (first, second) == (2, 2)
+    assert of_second.startswith("peer-jax: --set 'Run.stepz=6': Run has no argument 'stepz'")
+    assert of_first == of_second.replace("peer-jax: ", "peer-jax: process 1 has ended: ")
 
 
 def test_an_unwritable_directory_ends_all_processes_with_one_sentence(hosts, tiny, tmp_path):
@@ -471,8 +473,8 @@ def test_one_process_alone_starts_nothing():
 
 LONELY = """
 import sys
-from peer_jax import cli, processes
-processes.START = 3
+from peer_jax import cli, supervisor
+supervisor.START = 3
 sys.argv = ["peer-jax", "train", "--config=none.gin", "--workdir=none", *sys.argv[1:]]
 cli.main()
 """
@@ -482,12 +484,13 @@ def test_a_process_that_meets_no_other_says_so(hosts):
     """The first process waits where nobody comes; the second asks where nobody listens."""
     ports = [free_port() for _ in range(HOSTS)]
     started = [hosts.start([sys.executable, "-c", LONELY, *flags(host, port)]) for host, port in enumerate(ports)]
-    for process, port in zip(started, ports, strict=True):
+    missing = ("process 1 has not come in 3 s", "process 0 has not come in 3 s, [Errno 111] Connection refused")
+    for process, port, other in zip(started, ports, missing, strict=True):
         status, errors = ended(process)
         said = [line for line in errors.splitlines() if line.startswith("peer-jax: ")]
         assert status == 2, errors
         assert said == [
-            f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together (waited 3 s): start all, and check that "
+            f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together ({other}): start all, and check that "
             "they reach the first"
         ]
         assert "Traceback" not in errors

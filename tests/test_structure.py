@@ -12,11 +12,22 @@ from peer_jax.layers import families
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peer_jax"
-LEAVES = {"errors", "fields", "gin_syntax", "run_directory", "startup", "sharding", "processes"}
+LEAVES = {
+    "errors",
+    "fields",
+    "gin_syntax",
+    "run_directory",
+    "startup",
+    "sharding",
+    "processes",
+    "supervisor",
+    "digests",
+}
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": {"errors"}, "gin_syntax": {"errors"}},
     **{"records": {"errors"}, "run_directory": {"errors", "records"}, "memory": {"errors"}},
-    **{"sharding": {"errors", "fields"}, "processes": {"errors"}},
+    **{"sharding": {"errors", "fields"}, "processes": {"errors", "supervisor"}},
+    **{"supervisor": {"errors"}, "digests": set()},
     "ops": {"errors", "sharding"},
     "layers": {"errors", "fields", "sharding", "ops"},
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
@@ -27,6 +38,7 @@ MAY_IMPORT = {
         "memory",
         "run_directory",
         "startup",
+        "digests",
         "sharding",
         "processes",
         "ops",

@@ -1,5 +1,6 @@
 """Checkpoints of a run: saved asynchronously and atomically, restored from the newest one that is whole."""
 
+import functools
 import json
 import logging
 import os
@@ -13,38 +14,50 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from peer_jax.errors import InputError
-from peer_jax.processes import gather, leads, wait_for_all
-from peer_jax.run_directory import check_room, local, set_aside
+from peer_jax.processes import gather, leads, together, wait_for_all
+from peer_jax.run_directory import check_room, local, make_folder, set_aside
+from peer_jax.training import checkpoint_files as files
+from peer_jax.training.checkpoint_files import METRIC
 
 logger = logging.getLogger(__name__)
-
-METRIC = "validation_loss"
 
 
 class Checkpoints:
     """The ``checkpoints`` folder of a run, to be closed after use or used as a context manager.
 
     A checkpoint holds ``state`` (parameters, optimiser, batch-norm statistics, random streams, step), ``data`` (the
-    position in the data) and, if the model was evaluated at that step, the validation loss that decides which
-    checkpoint is best.
+    position in the data), digests of its files and, if the model was evaluated at that step, the validation loss that
+    decides which checkpoint is best.
 
     Args:
         directory: the folder.
         keep_last: how many of the last checkpoints are kept, beside the best.
-        read_only: change nothing in the folder.
+        read_only: change nothing in the folder, which exists.
+
+    Raises:
+        InputError: in all processes, if the folder can't be made.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, read_only: bool = False) -> None:
+        self.directory = local(directory).absolute()
+        self._keep_last, self._read_only = keep_last, read_only
+        self._closed = False
+        self._writing = 0
+        with together():
+            if leads() and not read_only:
+                make_folder(self.directory, "workdir")
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, which writes checkpoints and removes old ones. Nothing is read through it."""
+        self._set_aside_without_loss()
         policies = [
-            checkpoint_managers.LatestN(keep_last),
+            checkpoint_managers.LatestN(self._keep_last),
             checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
-        self.directory = local(directory).absolute()
-        self._read_only = read_only
-        self._closed = False
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data"),
             item_handlers=_handlers(),
@@ -53,14 +66,17 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=lambda metrics: metrics[METRIC],  # has Orbax write the metrics; the policies decide
                 best_mode="min",
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                cleanup_tmp_directories=True,
+                # Called in the first process when all files are written, before the checkpoint is a finished one.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=lambda: files.write_digests(self.directory, self._writing)
+                ),
             ),
         )
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
-        return sorted(self._manager.all_steps())
+        return files.finished_steps(self.directory)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], validation_loss: float | None = None) -> bool:
         """Starts to write a checkpoint and returns whether it could.
@@ -75,6 +91,7 @@ class Checkpoints:
         metrics = None if validation_loss is None else {METRIC: validation_loss}
 
         def start() -> None:
+            self._writing = step
             self._manager.save(step, args=arguments, metrics=metrics)
 
         for _ in range(3):  # an old error of Orbax's comes up again, up to twice, in place of the new checkpoint
@@ -91,7 +108,7 @@ class Checkpoints:
 
     def wait(self) -> bool:
         """Waits for the checkpoint that is being written and returns whether it was written."""
-        return self._succeeds(self._manager.wait_until_finished)
+        return "_manager" not in vars(self) or self._succeeds(self._manager.wait_until_finished)
 
     def _succeeds(self, action: Callable[[], Any]) -> bool:
         """Calls ``action`` and returns whether it went well in all processes; logs a warning if it did not.
@@ -111,36 +128,62 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and data position of the newest whole checkpoint, or of the one of ``step``; None without any.
 
-        A checkpoint that can't be read is passed over for the one before it, with a warning. It is then set aside as
-        ``damaged-*``, unless this is read-only.
+        A checkpoint with a file that is not what was written, or that can't be read, is passed over for the one before
+        it, with a warning. It is then set aside as ``damaged-*``, unless this is read-only.
 
         Raises:
             InputError: if a checkpoint has other shapes, naming the parameter; or if no checkpoint is whole.
         """
-        steps = [s for s in reversed(self.steps()) if step is None or s == step]
-        damaged = []
-        for candidate in steps:
-            self._check_shapes(candidate, abstract_state)
-            fault = ""
-            try:
-                items = self._read(candidate, abstract_state)
-                data = _verified(items["data"])
-            except Exception as error:  # whatever a damaged file makes the reader raise
-                fault = _reason(error)
-            if faults := list(filter(None, gather(fault))):
-                logger.warning("the checkpoint of step %d can't be read: %s", candidate, faults[0])
-                damaged.append(candidate)
+        damaged, removed = [], []
+        while steps := [s for s in self._agreed_steps() if s not in damaged + removed and step in (None, s)]:
+            candidate = steps[-1]
+            items, fault = self._try(candidate, abstract_state)
+            if not fault:
+                self._set_aside(damaged)
+                return candidate, items["state"], items["data"]
+            if self._read_only and candidate not in self.steps():  # a run that trains has removed it
+                removed.append(candidate)
                 continue
-            self._set_aside(damaged)
-            return candidate, items["state"], data
-        if steps:
+            logger.warning("the checkpoint of step %d can't be read: %s", candidate, fault)
+            damaged.append(candidate)
+        if damaged:
             raise InputError(
-                f"no checkpoint of steps {steps} in {self.directory} can be read: choose another run directory",
+                f"no checkpoint of steps {damaged} in {self.directory} can be read: choose another run directory",
                 argument="workdir",
+            )
+        if removed:
+            raise InputError(
+                f"the checkpoint of step {removed[0]} in {self.directory} has just been removed by the run that trains "
+                "there: choose a later one",
+                argument="checkpoint",
             )
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> Any:
+    def _agreed_steps(self) -> list[int]:
+        """The steps that have a checkpoint as the first process sees them, in all processes."""
+        return json.loads(gather(json.dumps(self.steps() if leads() else []))[0])
+
+    def _try(self, step: int, abstract_state: Any) -> tuple[dict[str, Any], str]:
+        """What a checkpoint holds, and what is wrong with it in any of the processes, which share the checking."""
+        folder, items = self.directory / str(step), {}
+
+        def read() -> None:
+            items.update(self._read(step, abstract_state))
+            items["data"] = _verified(items["data"])
+
+        fault = _first_fault(lambda: files.check(folder, jax.process_index(), jax.process_count()))
+        if not fault:
+            self._check_shapes(step, abstract_state)
+            fault = _first_fault(read)
+        if not fault and leads() and files.read_digests(folder) is None:
+            logger.warning(
+                "the checkpoint of step %d is of an earlier version, which wrote no digests: changed bytes in it would "
+                "not be noticed",
+                step,
+            )
+        return items, fault
+
+    def _read(self, step: int, abstract_state: Any) -> dict[str, Any]:
         """What a checkpoint holds.
 
         Each process reads its part without waiting for the others, because one of them may find its part damaged.
@@ -151,21 +194,28 @@ class Checkpoints:
         )
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         with ocp.Checkpointer(handlers, multiprocessing_options=alone) as reader:
-            return reader.restore(self.directory / str(step), args=arguments)
+            return dict(reader.restore(self.directory / str(step), args=arguments))
 
     def best_step(self) -> int | None:
         """The step of the lowest validation loss; the last step if no loss was measured; None without checkpoints."""
-        losses = {step: self._metric(step) for step in self.steps()}
+        losses, _ = self._losses()
         measured = {step: loss for step, loss in losses.items() if loss is not None}
         return min(measured, key=measured.__getitem__) if measured else max(losses, default=None)
 
-    def _metric(self, step: int) -> float | None:
-        metrics = self._manager.metrics(step)
-        return None if not metrics else metrics.get(METRIC)
+    def _losses(self) -> tuple[dict[int, float | None], list[int]]:
+        """The validation loss of each step, if one was measured, and the steps whose loss is damaged."""
+        losses, damaged = {}, []
+        for step in self.steps():
+            try:
+                losses[step] = files.read_loss(self.directory / str(step))
+            except ValueError as error:
+                logger.warning("the checkpoint of step %d can't be read: %s", step, error)
+                damaged.append(step)
+        return losses, damaged
 
     def _check_shapes(self, step: int, abstract_state: Any) -> None:
         try:
-            saved = self._manager.item_metadata(step)["state"]
+            saved = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state")
             saved = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
         except Exception:  # metadata is damaged, which restoring will find too
             return
@@ -186,17 +236,20 @@ class Checkpoints:
         if self._read_only:
             return
         for step in damaged:
-            wait_for_all(f"read checkpoint {step}")
+            wait_for_all()
             if leads():
                 target = set_aside(self.directory / str(step))
-                logger.warning("it is now %s; going on from the one before it", target)
-            wait_for_all(f"set checkpoint {step} aside")
-        if damaged:
-            self._manager.reload()
+                logger.warning("it is now %s", target)
+            wait_for_all()
+
+    def _set_aside_without_loss(self) -> None:
+        """Sets aside the checkpoints whose validation loss is damaged, because Orbax's manager ends at such a file."""
+        damaged = self._losses()[1] if leads() else []
+        self._set_aside(json.loads(gather(json.dumps(damaged))[0]))
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written and ends Orbax's threads. Closing twice does nothing."""
-        if not self._closed:
+        if not self._closed and "_manager" in vars(self):
             self._closed = True
             for _ in range(3):  # as in save(): until Orbax has raised what it has to say of earlier checkpoints
                 if self._succeeds(self._manager.close):
@@ -223,6 +276,16 @@ def _verified(data: Mapping[str, Any]) -> dict[str, Any]:
     if zlib.crc32(data["text"].encode()) != data["crc32"]:
         raise ValueError("the checksum of its data position is wrong")
     return json.loads(data["text"])
+
+
+def _first_fault(action: Callable[[], None]) -> str:
+    """What has failed in the first process where ``action``, which all processes call, fails; empty if none fails."""
+    fault = ""
+    try:
+        action()
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        fault = _reason(error)
+    return next(filter(None, gather(fault)), "")
 
 
 def _reason(error: Exception) -> str:

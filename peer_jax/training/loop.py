@@ -10,7 +10,7 @@ import jax
 from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted
 from peer_jax.ops import checked as with_checks
-from peer_jax.processes import leads
+from peer_jax.processes import leads, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
 from peer_jax.training import evaluators, ownership, result, room
@@ -94,7 +94,12 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
             evaluations.after(start, functools.partial(trainer.model, state))  # what a run that was stopped left undone
             for step in range(start + 1, steps + 1):
                 rates = run.optimizer.rates(trainer.labels, step - 1, steps)
-                state, metrics = step_function(state, split_batch(next(batches)), rates)
+                batch = split_batch(next(batches))
+                if step == start + 1 and jax.process_count() > 1:
+                    # Processes that compile for different times would miss one another in their first collective.
+                    step_function = step_function.lower(state, batch, rates).compile()
+                    wait_for_all()
+                state, metrics = step_function(state, batch, rates)
                 meter.add(step, metrics, rates)
                 stopping = stop.requested(step)
                 evaluating = evaluations.is_due(step) and not stopping

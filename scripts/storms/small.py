@@ -1,0 +1,88 @@
+"""What the storms share: a small run, the command that trains it, and their command line."""
+
+import argparse
+import collections
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from small_runs import environment, stack, tiny_config  # noqa: E402
+
+Storm = Callable[[Path, random.Random, int], collections.Counter]
+
+
+def main(storm: Storm, text: str, good: set[str], count: int) -> None:
+    """Runs a storm from the command line and prints how its trials ended; exit status 1 if one did not end well.
+
+    Args:
+        storm: gets a folder, a source of random numbers and the number of trials, and counts how they end.
+        text: what ``--help`` says.
+        good: the ends that are as they should be.
+        count: the number of trials by default.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is random (default: 0)")
+    parser.add_argument("--count", type=int, default=count, help=f"number of trials (default: {count})")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="storm-") as folder:
+        ends = storm(Path(folder), random.Random(given.seed), given.count)
+    for end, times in sorted(ends.items()):
+        print(f"{times:6d}  {end}")
+    bad = {end: times for end, times in ends.items() if end not in good}
+    print(f"{sum(ends.values())} trials, seed {given.seed}: {sum(bad.values())} did not end well")
+    sys.exit(1 if bad else 0)
+
+
+def say(trial: int, what: str) -> None:
+    """Tells on standard error how a trial ended."""
+    print(f"trial {trial}: {what}", file=sys.stderr, flush=True)
+
+
+def command(folder: Path, workdir: Path, *bindings: str, layer: str = "peer", also: tuple[str, ...] = ()) -> list[str]:
+    """The command that trains the small run in ``workdir``, with its text in ``folder``."""
+    found = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--no-table", f"--workdir={workdir}", *also]
+    files = stack(tiny_config(folder), layer)
+    return found + [f"--config={file}" for file in files] + [f"--set={binding}" for binding in bindings]
+
+
+def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen:
+    """Starts a command on the CPU; programs that one has compiled are kept in ``folder`` for the others."""
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    path = {"PYTHONPATH": f"{ROOT}{':' if 'PYTHONPATH' in environment() else ''}{environment().get('PYTHONPATH', '')}"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(JAX_PLATFORMS="cpu", **programs, **path, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 300) -> tuple[int | None, str]:
+    """Exit status and standard error of a process; None if it had to be killed after the timeout."""
+    try:
+        _, errors = process.communicate(timeout=timeout)
+        return process.returncode, errors
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None, process.communicate()[1]
+
+
+def sentence(errors: str) -> str:
+    """What is wrong with what a command says when it ends: its last line must be one sentence; empty if nothing is."""
+    lines = errors.splitlines()
+    if "Traceback" in errors:
+        return "a traceback"
+    if not lines or not lines[-1].startswith("peer-jax: "):
+        return "the last line is not the sentence"
+    return "" if len(lines) <= 20 else "more than 20 lines"
