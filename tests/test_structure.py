@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "ops": {"errors", "sharding"},
     "layers": {"errors", "fields", "sharding", "ops"},
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
-    "data": {"errors", "fields", "run_directory"},
+    "data": {"errors", "fields", "run_directory", "digests"},
     "training": {
         "errors",
         "fields",
