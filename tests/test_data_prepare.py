@@ -293,7 +293,7 @@ def tfds_data(prepared, tmp_path_factory):  # `prepared` has imported TensorFlow
 def test_tfds_builder(tfds_data, folder):
     root, texts = tfds_data
     corpus = corpora.tfds_corpus("tiny_text:1.0.0", data_dir=root)
-    path = tasks.prepare(TextTask(corpus, SEQ_LEN, max_train_tokens=5000, cache_dir=folder))
+    path = tasks.prepare(TextTask(corpus, SEQ_LEN, max_train_tokens=5000, cut_at_limits=False, cache_dir=folder))
     taken = decoded(path, "train")
     assert taken == texts[: len(taken)]
     sizes = np.cumsum([len(text) + 1 for text in taken])

@@ -143,6 +143,6 @@ assert not {{"tensorflow", "seqio"}} & set(sys.modules)
     # There are no messages of TensorFlow, and no progress bar without a terminal.
     (said,) = result.stderr.splitlines()
     assert said == (
-        "mine: 2,070 tokens of 90 documents to train on, 230 tokens of 10 documents to validate on, "
+        "mine: 1,890 tokens of 90 documents to train on, 210 tokens of 10 documents to validate on, "
         "which is 10.00% of the text"
     )

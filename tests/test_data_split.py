@@ -63,7 +63,7 @@ def test_shares_of_text_come_out_and_no_text_is_lost_or_shared(tmp_path, sizes, 
 
 def test_any_sizes_and_copies_come_near_the_share():
     rng = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(150):
         sizes = (10 ** rng.uniform(0, 6, rng.integers(2, 40))).astype(int)
         keys = rng.integers(0, 2**63, len(sizes))
         copies = rng.integers(1, 4, len(sizes))

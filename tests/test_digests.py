@@ -22,7 +22,7 @@ def test_every_flipped_bit_and_cut_file_is_found(tmp_path):
     kept = digests.of_folder(tmp_path)
     assert list(kept) == sorted(contents)
     assert digests.changed(tmp_path, kept) == []
-    for name in ("a", "deep/er/c", "zeros") * 30:
+    for name in ("a", "deep/er/c", "zeros") * 8:
         damaged = bytearray(contents[name])
         damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
         (tmp_path / name).write_bytes(damaged)
