@@ -143,6 +143,7 @@ Transformer.d_model=10000000 | d_model=10000000 memory
 Transformer.num_heads=5 | num_heads=5
 Transformer.num_heads=0 | num_heads=0
 Transformer.num_blocks=0 | num_blocks=0
+Transformer.num_blocks=1000000 | num_blocks=1000000
 Transformer.num_blocks=2.5 | num_blocks 2.5
 Transformer.dtype='floaty' | dtype floaty
 Transformer.dtype=%float33 | float33

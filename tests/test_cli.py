@@ -313,6 +313,13 @@ def test_greedy_does_not_depend_on_the_seed(finished, run_cli):
     assert len(texts) == 1
 
 
+def test_generation_past_the_trained_length_says_so_once(finished, run_cli):
+    arguments = ("generate", "--workdir", finished, "--max-new-tokens", 40, "--prompt", "the quick " * 4)
+    status, _, errors = run_cli(*arguments)
+    assert (status, errors.count("\n")) == (0, 1)
+    assert "rows of 32" in errors
+
+
 def test_generate_without_a_prompt(finished, run_cli):
     assert generate(run_cli, finished).endswith("\n")
 

@@ -89,6 +89,7 @@ class Block(nnx.Module):
         return x + y, BlockOutput(aux, cache, routing)
 
 
+MOST_BLOCKS = 10_000
 ROUTE = 6  # position of the argument ``route`` of ``Block.__call__``
 
 
@@ -135,6 +136,8 @@ class Transformer(nnx.Module):
     ) -> None:
         check_positive(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
         check_positive(rope_theta=rope_theta)
+        if num_blocks > MOST_BLOCKS:
+            raise InputError(f"num_blocks={num_blocks} is more than {MOST_BLOCKS}, which would take hours to compile")
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             try:
                 is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)

@@ -1,5 +1,6 @@
 """Using a finished or half-finished run: its model, evaluations of other text, continuations of a prompt."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from peer_jax.training import evaluators, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.result import add_evaluations
 from peer_jax.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last") -> tuple[int, Transformer]:
@@ -118,9 +121,10 @@ def continue_text(
         raise InputError(f"prompt {prompt!r} is not UTF-8: give text", argument="prompt") from None
     _, model = restore_model(run, workdir, checkpoint)
     vocabulary = vocabularies.load(run.task.vocabulary)
+    given = [START_ID, *vocabulary.encode(prompt)]
     (new,) = generate(
         model,
-        [[START_ID, *vocabulary.encode(prompt)]],
+        [given],
         max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -128,4 +132,10 @@ def continue_text(
         key=jax.random.key(seed),
         use_cache=not model.mixes_tokens,
     )
+    if len(given) + len(new) > run.task.seq_len:
+        logger.warning(
+            "the text has %d tokens, and the run was trained on rows of %d: what is beyond them may be poor",
+            len(given) + len(new),
+            run.task.seq_len,
+        )
     return vocabularies.continuation(prompt, new, run.task.vocabulary)
