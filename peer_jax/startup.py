@@ -9,7 +9,9 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
 
@@ -23,15 +25,31 @@ def prepare(*, keep_programs: bool = True) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    _silence_threads()
     if not accelerators():
         keep_freed_memory()
     if keep_programs:
         root = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax").expanduser()
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
+
+
+def _silence_threads() -> None:
+    """Keeps Orbax and TensorStore from printing a traceback in each of their threads that fails, as on a full disk.
+
+    They raise the same errors in the thread that waits for them, which says in one line what has happened.
+    """
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_of_main_thread(error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            show(error)
+
+    sys.unraisablehook = show_of_main_thread
 
 
 def accelerators() -> list[str]:
