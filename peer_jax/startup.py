@@ -10,7 +10,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 from peer_jax.errors import InputError
 
@@ -29,9 +31,7 @@ def prepare(*, keep_programs: bool = True) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    _silence_threads()
     if not accelerators():
         keep_freed_memory()
     if keep_programs:
@@ -112,6 +112,24 @@ def cache_folder() -> Path:
         return folder.expanduser()
     except RuntimeError as error:
         raise InputError(f"{folder} can't be found ({error}): set PEER_JAX_CACHE to a folder") from error
+
+
+def _silence_threads() -> None:
+    """Keeps Orbax and TensorStore from printing a traceback in each of their threads that fails, as on a full disk.
+
+    They raise the same errors in the thread that waits for them, which says in one line what has happened.
+    """
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_of_main_thread(error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            show(error)
+
+    sys.unraisablehook = show_of_main_thread
 
 
 def accelerators() -> list[str]:

@@ -284,6 +284,7 @@ class _Parent:
     def __init__(self, child: int, errors: int, links: Sequence[_Link], process_id: int) -> None:
         self._child, self._errors, self._links, self._id = child, errors, list(links), process_id
         self._held: list[tuple[float, bytes]] = []
+        self._last_written = b""
         self._news: list[tuple[float, End]] = []
         self._pinged = 0.0
         os.set_blocking(errors, False)
@@ -376,6 +377,7 @@ class _Parent:
         with contextlib.suppress(BlockingIOError):
             while written := os.read(self._errors, 2**16):
                 self._held.append((time.monotonic(), written))
+                self._last_written = (self._last_written + written)[-(2**12) :]
                 found = True
         return found
 
@@ -392,10 +394,10 @@ class _Parent:
             os.write(2, self._held.pop(0)[1])
 
     def _last_line(self) -> str:
-        """The last line that the child has written, which it has done a moment ago."""
+        """The last line that the child has written."""
         self._read()
-        text = b"".join(written for _, written in self._held).decode(errors="replace")
-        return next((line[:1000] for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+        lines = self._last_written.decode(errors="replace").splitlines()
+        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _patience(end: End) -> float:
