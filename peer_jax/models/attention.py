@@ -3,6 +3,7 @@
 b  batch     s  queries     S  keys     h  heads     c  width of a head     d  d_model, h * c
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,12 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.layers.checks import check_sizes
+from peer_jax.layers.interface import by_position
+from peer_jax.layers.linear import Linear
 
 
+@by_position
 class KVCache(NamedTuple):
     """Keys and values of the first ``length`` positions; the rest is room for more."""
 
@@ -46,27 +51,17 @@ class Attention(nnx.Module):
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(d_model=d_model, num_heads=num_heads)
         if d_model % num_heads or (d_model // num_heads) % 2:
             raise InputError(
                 f"d_model={d_model} does not split into num_heads={num_heads} heads of an even width: "
                 f"choose d_model as a multiple of {2 * num_heads}"
             )
 
-        def linear(d_in: int, d_out: int, *axes: str) -> nnx.Linear:
-            return nnx.Linear(
-                d_in,
-                d_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                kernel_metadata={"axes": axes},
-                rngs=rngs,
-            )
-
+        linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         self.num_heads, self.rope_theta = num_heads, rope_theta
-        self.query_key_value = linear(d_model, 3 * d_model, "embed", "heads")
-        self.out = linear(d_model, d_model, "heads", "embed")
+        self.query_key_value = linear(d_model, 3 * d_model, ("embed", "heads"))
+        self.out = linear(d_model, d_model, ("heads", "embed"))
 
     def __call__(
         self,
