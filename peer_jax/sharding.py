@@ -292,4 +292,10 @@ def automatic(f: Callable[..., Any], split: Any) -> Callable[..., Any]:
         split: how its outputs are split, from ``split_of``; a tree of which ``f``'s outputs are the leaves, or their
             parents.
     """
-    return f if split is None else jax.sharding.auto_axes(f, out_sharding=split)
+    if split is None:
+        return f
+    mesh = jax.tree.leaves(split)[0].mesh
+    explicit = tuple(
+        axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+    return jax.sharding.auto_axes(f, axes=explicit, out_sharding=split)

@@ -1,4 +1,4 @@
-"""The layers in programs of others: any batch and axes, all of JAX's transformations, explicit meshes, bad arguments."""
+"""The layers in programs of others: any batch and axes, JAX's transformations, explicit meshes, bad arguments."""
 
 import functools
 import sys
@@ -166,7 +166,7 @@ def test_vmap(rng, name):
 
 @EVERY_LAYER
 def test_forward_mode(rng, name):
-    """<w, J v>: ``jvp`` and ``jacfwd`` against reverse mode, whose derivative rules are others; x and parameters move."""
+    """<w, J v> by ``jvp``, in x and the parameters, against reverse mode, whose rules are the ops' own."""
     options = {"implementation": "reference"} if name in ("pkm", "peer") else {}
     graph, params, rest = nnx.split(build(name, **options), nnx.Param, ...)
     default = nnx.graphdef(build(name))
@@ -411,7 +411,7 @@ def test_bad_tokens_are_named():
     ],
 )
 def test_a_size_that_no_memory_holds_is_refused_before_it_is_taken(make):
-    with pytest.raises(InputError, match=r"=\d{3,}.* take [\d.e+]+ TiB, but .* of memory"):
+    with pytest.raises(InputError, match=r"=\d{3,}.* take [\d.e+]+ [GT]iB, but .* of memory"):
         make()
 
 

@@ -170,7 +170,7 @@ class MoE(FeedForward):
         x: Float[Array, "*b s d"],
         logits: Float[Array, "*b s E"],
         mask: Bool[Array, "*b s"],
-        kernels: list[Float[Array, "E i o"]],
+        kernels: list[Array],
     ) -> tuple[Float[Array, "*b s d"], Aux]:
         if not x.size:
             names = ("dropped",) if self.routing == "expert_choice" else ("balance_loss", "router_z_loss", "dropped")
@@ -213,8 +213,8 @@ class MoE(FeedForward):
         choices = self.top_k if self.routing == "token_choice" else 1
         return min(seq_len, math.ceil(seq_len * choices * self.capacity_factor / self.num_experts))
 
-    def _kernels(self) -> list[Float[Array, "E i o"]]:
-        """Up, down and, if gated, gate."""
+    def _kernels(self) -> list[Array]:
+        """Up, down and, if gated, gate: each [E, i, o], with widths i and o."""
         return [kernel[...] for kernel in (self.up, self.down, self.gate) if kernel is not None]
 
     def _mlp(
@@ -228,9 +228,7 @@ class MoE(FeedForward):
             hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate.astype(rows.dtype))) * hidden
         return product(hidden, down.astype(rows.dtype))
 
-    def _by_capacity(
-        self, rows: Float[Array, "b E C d"], kernels: list[Float[Array, "E i o"]]
-    ) -> Float[Array, "b E C d"]:
+    def _by_capacity(self, rows: Float[Array, "b E C d"], kernels: list[Array]) -> Float[Array, "b E C d"]:
         """Applies every expert's MLP to its C rows of each sequence.
 
         On a mesh an all-to-all brings the rows to the devices of their experts, and another one brings outputs back.
@@ -262,7 +260,7 @@ class MoE(FeedForward):
         x: Float[Array, "b s d"],
         logits: Float[Array, "b s E"],
         mask: Bool[Array, "b s"],
-        kernels: list[Float[Array, "E i o"]],
+        kernels: list[Array],
     ) -> tuple[Float[Array, "b s d"], Aux]:
         token, weight = self._choose_tokens(logits, mask)
         y = self._by_capacity(jax.vmap(lambda x, token: x[token])(x, token), kernels)
@@ -297,7 +295,7 @@ class MoE(FeedForward):
         x: Float[Array, "b s d"],
         logits: Float[Array, "b s E"],
         mask: Bool[Array, "b s"],
-        kernels: list[Float[Array, "E i o"]],
+        kernels: list[Array],
     ) -> tuple[Float[Array, "b s d"], Aux]:
         routing, place = self._choose_experts(logits, mask)
         experts, gates = routing.indices[:, :, 0], routing.gates[:, :, 0]
@@ -320,7 +318,7 @@ class MoE(FeedForward):
         x: Float[Array, "b s d"],
         experts: Int[Array, "b s k"],
         place: Int[Array, "b s k"],
-        kernels: list[Float[Array, "E i o"]],
+        kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
         """Outputs of the chosen experts, zero for dropped choices."""
         b, s, k = experts.shape
@@ -339,7 +337,7 @@ class MoE(FeedForward):
         x: Float[Array, "b s d"],
         experts: Int[Array, "b s k"],
         place: Int[Array, "b s k"],
-        kernels: list[Float[Array, "E i o"]],
+        kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
         """Outputs of the chosen experts, by ragged products over the choices sorted by expert.
 
@@ -374,6 +372,7 @@ class MoE(FeedForward):
         return super().options() | ({} if d_ff == 4 * d_model else {"d_ff": d_ff})
 
     def flops_per_token(self, seq_len: int) -> float:
+        check_sizes(seq_len=seq_len)
         router = 2 * math.prod(self.router.kernel.shape)
         return router + self._places_per_token(seq_len) * 2 * self._expert_params()
 

@@ -33,7 +33,8 @@ class PEER(ProductKeyRetrieval):
         query_norm: "batch", "layer" (over each head's query) or None.
         activation: activation of an expert: "gelu", "relu" or "silu".
         score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
-        implementation: implementation of the ops, see ``peer_jax.ops``.
+        implementation: implementation of the ops, see ``peer_jax.ops``; forward-mode derivatives (``jax.jvp``,
+            ``jax.jacfwd``) need "reference".
         dtype: type of the computation; the type of ``x`` if None. The router is always float32.
         param_dtype: type of the parameters.
         query_init, down_init, up_init: initialisers.

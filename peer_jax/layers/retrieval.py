@@ -75,7 +75,8 @@ class ProductKeyRetrieval(FeedForward):
         if num_experts > 2**31:
             raise InputError(f"num_experts={num_experts} is more than int32 counts, 2^31: choose at most 46340^2")
         num_params = (self.num_tables * num_experts + num_heads * d_key) * d_model
-        check_memory(self.name, num_params, param_dtype, d_model=d_model, num_experts=num_experts)
+        sizes = {"d_model": d_model, "num_experts": num_experts, "num_heads": num_heads, "d_key": d_key}
+        check_memory(self.name, num_params, param_dtype, **sizes)
 
         self.d_model, self.num_experts = d_model, num_experts
         self.num_heads, self.top_k, self.d_key = num_heads, top_k, d_key
