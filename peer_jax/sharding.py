@@ -273,17 +273,6 @@ def split_of(x: jax.Array, num_axes: int) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:num_axes]))
 
 
-def split_of_product(x: jax.Array, kernel: jax.Array) -> NamedSharding | None:
-    """How ``x @ kernel`` is split: as ``x``, and its columns as those of ``kernel`` unless ``x`` uses the same axes."""
-    split = split_of(x, x.ndim - 1) or split_of(kernel, 0)
-    if split is None:
-        return None
-    rows = [*split.spec, *[None] * (x.ndim - 1 - len(split.spec))]
-    columns = jax.typeof(kernel).sharding.spec[-1]
-    used = set(mesh_axes((columns,))) & set(mesh_axes(rows))
-    return NamedSharding(split.mesh, PartitionSpec(*rows, None if used else columns))
-
-
 def automatic(f: Callable[..., Any], split: Any) -> Callable[..., Any]:
     """``f``, within which XLA decides how explicit axes of a mesh share the work; ``f`` itself if ``split`` is None.
 

@@ -8,13 +8,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from peer_jax.sharding import split_of_product
+from peer_jax.sharding import split_of
 
 
 class Linear(nnx.Linear):
     """``nnx.Linear`` without a bias, which computes in the type of its input unless ``dtype`` names another.
 
-    On a mesh with explicit axes, all axes of the output but the last are split as those of the input are.
+    On a mesh with explicit axes, the output is split as the input is, but whole along its last axis.
 
     Args:
         d_in: width of the input.
@@ -50,7 +50,7 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, x: Float[Array, "*tokens i"]) -> Float[Array, "*tokens o"]:
-        return super().__call__(x, out_sharding=split_of_product(x, self.kernel[...]))
+        return super().__call__(x, out_sharding=split_of(x, x.ndim - 1))
 
 
 def _in_type_of_first(arrays: Sequence[jax.Array | None], *, dtype: Dtype | None = None) -> list[jax.Array | None]:

@@ -201,7 +201,7 @@ class MoE(FeedForward):
     ) -> tuple[Float[Array, "*b s d"], Bool[Array, "*b s"]]:
         """x and a mask, with zeros for padding."""
         x, mask = real_tokens(self.name, x, mask, self.up.shape[1], in_sequences=True)
-        return x, jnp.ones_like(x[..., 0], bool) if mask is None else mask
+        return x, jnp.ones(x.shape[:-1], bool) if mask is None else mask
 
     def _logits(self, x: Float[Array, "*b s d"]) -> Float[Array, "*b s E"]:
         return self.router(x.astype(jnp.float32))
