@@ -28,7 +28,7 @@ from peer_jax.layers.checks import (
 from peer_jax.layers.interface import Aux, FeedForward, Routing, by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models.attention import Attention, KVCache
-from peer_jax.sharding import constrain
+from peer_jax.sharding import automatic, constrain, split_of
 
 # The Transformer passes these arguments to the factory, so a config binds them at the Transformer.
 FeedForwardFactory = Annotated[
@@ -271,7 +271,8 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         """Embeddings. A table that is split over devices is gathered, and each device looks its own tokens up."""
         table = constrain(self.embed.embedding[...].astype(self.embed.dtype))
-        return constrain(jnp.take(table, tokens, axis=0), "batch")
+        look_up = automatic(functools.partial(jnp.take, axis=0), split_of(tokens, tokens.ndim))
+        return constrain(look_up(table, tokens), "batch")
 
     def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s V"]:
         x = self.final_norm(x)
