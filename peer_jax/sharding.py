@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
@@ -104,7 +104,7 @@ class Sharding:
             logger.warning(said)
         if used == 1:
             return None
-        types = (jax.sharding.AxisType.Auto,) * len(AXES)
+        types = (AxisType.Auto,) * len(AXES)
         return Placement(jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:used]), self.tables)
 
 
@@ -258,3 +258,34 @@ def sum_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
 def mean_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
     """Within ``on_each_device``: averages ``x`` over the devices that ``spec`` splits an array over."""
     return jax.lax.pmean(x, mesh_axes(spec)) if mesh_axes(spec) else x
+
+
+# Meshes of the caller's own that have explicit axes (``jax.set_mesh``): the types of arrays say how they are split.
+
+
+def split_of(x: jax.Array, num_axes: int) -> NamedSharding | None:
+    """How the first ``num_axes`` axes of ``x`` are split over explicit axes of a mesh; None if there are no such axes.
+
+    As a sharding it leaves all other axes of an array whole.
+    """
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:num_axes]))
+
+
+def automatic(f: Callable[..., Any], split: Any) -> Callable[..., Any]:
+    """``f``, within which XLA decides how explicit axes of a mesh share the work; ``f`` itself if ``split`` is None.
+
+    Args:
+        f: a function of arrays.
+        split: how its outputs are split, from ``split_of``; a tree of which ``f``'s outputs are the leaves, or their
+            parents.
+    """
+    if split is None:
+        return f
+    mesh = jax.tree.leaves(split)[0].mesh
+    explicit = tuple(
+        axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+    return jax.sharding.auto_axes(f, axes=explicit, out_sharding=split)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     **{"sharding": {"errors", "fields"}, "processes": {"errors", "supervisor"}},
     **{"supervisor": {"errors"}, "digests": set()},
     "ops": {"errors", "sharding"},
-    "layers": {"errors", "fields", "sharding", "ops"},
+    "layers": {"errors", "memory", "fields", "sharding", "ops"},
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
     "data": {"errors", "fields", "run_directory", "digests"},
     "training": {

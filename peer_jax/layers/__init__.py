@@ -1,4 +1,4 @@
-"""Feed-forward layers that plug into a transformer block: ``y, aux = layer(x)``, x [batch, seq, d_model]."""
+"""Feed-forward layers that plug into a transformer block: ``y, aux = layer(x)``, x [..., d_model]."""
 
 import importlib
 import inspect

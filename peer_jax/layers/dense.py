@@ -1,12 +1,16 @@
 """The dense feed-forward layer: the baseline, and what a coarse expert is made of."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from peer_jax.layers.checks import check_choice, check_layer, check_memory, check_sizes, real_tokens
 from peer_jax.layers.costs import DeviceLoad, LayerCosts
-from peer_jax.layers.interface import ACTIVATIONS, GATED_ACTIVATIONS, Aux, FeedForward, check_choice, check_positive
+from peer_jax.layers.interface import ACTIVATIONS, GATED_ACTIVATIONS, Aux, FeedForward
+from peer_jax.layers.linear import Linear
 from peer_jax.ops import floor
 from peer_jax.ops.floor import Floor
 
@@ -25,6 +29,9 @@ class Dense(FeedForward):
         param_dtype: type of the parameters.
         kernel_init: initialiser of all kernels.
         rngs: random numbers for the parameters.
+
+    Raises:
+        InputError: if sizes or options don't fit, or the layer doesn't fit into memory.
     """
 
     variant_option = "activation"
@@ -40,32 +47,26 @@ class Dense(FeedForward):
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(d_model=d_model)
         d_ff = 4 * d_model if d_ff is None else d_ff
+        check_sizes(d_ff=d_ff)
         check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
-        check_positive(d_model=d_model, d_ff=d_ff)
+        check_layer(dtype, param_dtype, rngs, kernel_init=kernel_init)
+        kernels = 3 if activation in GATED_ACTIVATIONS else 2
+        check_memory(self.name, kernels * d_model * d_ff, param_dtype, d_model=d_model, d_ff=d_ff)
 
-        def linear(d_in: int, d_out: int, *axes: str) -> nnx.Linear:
-            return nnx.Linear(
-                d_in,
-                d_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                kernel_metadata={"axes": axes},
-                rngs=rngs,
-            )
-
+        linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         self.activation = activation
         self.variant = None if activation == "gelu" else activation
         self.is_baseline = activation == "gelu" and d_ff == 4 * d_model
-        self.up = linear(d_model, d_ff, "embed", "hidden")
-        self.gate = linear(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
-        self.down = linear(d_ff, d_model, "hidden", "embed")
+        self.up = linear(d_model, d_ff, ("embed", "hidden"))
+        self.gate = linear(d_model, d_ff, ("embed", "hidden")) if activation in GATED_ACTIVATIONS else None
+        self.down = linear(d_ff, d_model, ("hidden", "embed"))
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
-    ) -> tuple[Float[Array, "b s d"], Aux]:
+        self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
+    ) -> tuple[Float[Array, "*tokens d"], Aux]:
+        x, _ = real_tokens(self.name, x, mask, self.up.in_features)
         if self.gate is None:
             hidden = ACTIVATIONS[self.activation](self.up(x))
         else:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
@@ -13,7 +13,21 @@ from peer_jax.fields import IDENTITY, arguments_of, kind_of
 from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.ops.floor import Floor
 
+T = TypeVar("T", bound=type)
 
+
+def by_position(named_tuple: T) -> T:
+    """Has JAX name the parts of a named tuple by their positions, as in any tuple: ``nnx.tabulate`` needs this."""
+    jax.tree_util.register_pytree_with_keys(
+        named_tuple,
+        lambda parts: ([(jax.tree_util.SequenceKey(place), part) for place, part in enumerate(parts)], None),
+        lambda _, parts: named_tuple(*parts),
+        lambda parts: (tuple(parts), None),
+    )
+    return named_tuple
+
+
+@by_position
 class Aux(NamedTuple):
     """What a layer returns beside its output.
 
@@ -24,11 +38,12 @@ class Aux(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
 
 
+@by_position
 class Routing(NamedTuple):
     """The experts of each token and their weights. An expert whose weight is zero is not used."""
 
-    indices: Int[Array, "b s h k"]
-    gates: Float[Array, "b s h k"]
+    indices: Int[Array, "*tokens h k"]
+    gates: Float[Array, "*tokens h k"]
 
 
 class Table(nnx.Param):
@@ -117,11 +132,14 @@ class FeedForward(nnx.Module):
         """Whether the layer routes tokens to experts, and so has ``route`` and ``num_experts``."""
         return type(self).route is not FeedForward.route
 
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> tuple[Array, Aux]:
-        """Output and auxiliary loss. ``mask`` is True for real tokens; others touch neither statistics nor losses."""
+    def __call__(self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None) -> tuple[Array, Aux]:
+        """Output and auxiliary loss. ``mask`` is True for real tokens.
+
+        What the others hold, even NaN, reaches neither the outputs of real tokens nor statistics, losses or gradients.
+        """
         raise NotImplementedError
 
-    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+    def route(self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None) -> Routing:
         """The experts of each token, without side effects; only of a layer that routes."""
         raise NotImplementedError
 
@@ -171,16 +189,3 @@ def _is_plain(value: object) -> bool:
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 GATED_ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """An InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(repr(c) for c in choices)}")
-
-
-def check_positive(**sizes: float) -> None:
-    """An InputError unless every size is above zero and finite."""
-    for name, value in sizes.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name}={value} must be above zero" + (" and finite" if value > 0 else ""))

@@ -19,6 +19,15 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.layers.checks import (
+    check_choice,
+    check_layer,
+    check_memory,
+    check_number,
+    check_positive,
+    check_sizes,
+    real_tokens,
+)
 from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
 from peer_jax.layers.interface import (
     ACTIVATIONS,
@@ -27,12 +36,11 @@ from peer_jax.layers.interface import (
     Benchmark,
     FeedForward,
     Routing,
-    check_choice,
-    check_positive,
 )
+from peer_jax.layers.linear import Linear
 from peer_jax.ops import sharded
 from peer_jax.ops.traffic import Collectives
-from peer_jax.sharding import EXPERT, constrain, on_each_device
+from peer_jax.sharding import EXPERT, automatic, constrain, on_each_device, split_of
 
 ROUTINGS = ("expert_choice", "token_choice")
 
@@ -48,6 +56,11 @@ class MoE(FeedForward):
     capacity, an expert has C = ceil(seq * top_k * capacity_factor / E) places per sequence. They are filled in the
     order of the tokens and later tokens are dropped, which keeps the layer causal. With ``capacity_factor=None`` no
     token is dropped.
+
+    The input may have any axes before that of the sequence. Token choice without a capacity computes ragged products,
+    which JAX can't batch: under a vmap of a function that is already compiled or differentiated, such as
+    ``jax.vmap(jax.jit(layer))`` and ``jax.jacrev``, give ``capacity_factor=num_experts / top_k``, which drops no token
+    either.
 
     The parameters are ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
 
@@ -69,7 +82,7 @@ class MoE(FeedForward):
         rngs: random numbers for the parameters; the stream ``router`` is for the noise.
 
     Raises:
-        InputError: if sizes or options don't fit.
+        InputError: if sizes or options don't fit, or the layer doesn't fit into memory.
     """
 
     variant_option = "routing"
@@ -95,16 +108,23 @@ class MoE(FeedForward):
         router_init: Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(d_model=d_model, num_experts=num_experts, top_k=top_k)
         d_ff = 4 * d_model if d_ff is None else d_ff
+        check_sizes(d_ff=d_ff)
         check_choice("routing", routing, ROUTINGS)
         check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
-        check_positive(d_model=d_model, num_experts=num_experts, d_ff=d_ff, top_k=top_k)
+        check_number(balance_loss_weight=balance_loss_weight, z_loss_weight=z_loss_weight, router_noise=router_noise)
+        check_layer(dtype, param_dtype, rngs, kernel_init=kernel_init, router_init=router_init)
+        if router_noise < 0:
+            raise InputError(f"router_noise={router_noise} is a standard deviation: it must be at least 0")
         if top_k > num_experts:
             raise InputError(f"top_k={top_k} is more than num_experts={num_experts}")
         if capacity_factor is not None:
             check_positive(capacity_factor=capacity_factor)
         elif routing == "expert_choice":
             raise InputError("capacity_factor=None means no limit, which only routing='token_choice' can do")
+        num_params = num_experts * d_model * (1 + (3 if activation in GATED_ACTIVATIONS else 2) * d_ff)
+        check_memory(self.name, num_params, param_dtype, d_model=d_model, num_experts=num_experts, d_ff=d_ff)
 
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
         self.routing, self.activation, self.dtype = routing, activation, dtype
@@ -112,10 +132,10 @@ class MoE(FeedForward):
         self.variant = routing.replace("_", " ")
         self.is_causal = routing == "token_choice"
         self.mixes_tokens = capacity_factor is not None
-        self.router = nnx.Linear(
+        self.router = Linear(
             d_model,
             num_experts,
-            use_bias=False,
+            None,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             kernel_init=router_init,
@@ -134,36 +154,56 @@ class MoE(FeedForward):
         self.noise_rngs = rngs.fork() if router_noise else None
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
-    ) -> tuple[Float[Array, "b s d"], Aux]:
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        self, x: Float[Array, "*b s d"], mask: Bool[Array, "*b s"] | None = None
+    ) -> tuple[Float[Array, "*b s d"], Aux]:
+        x, mask = self._sequences(x, mask)
         logits = self._logits(x)
         if self.noise_rngs is not None and not self.deterministic:
             noise = jax.random.normal(self.noise_rngs.router(), logits.shape)
             logits = logits + self.router_noise / self.num_experts * noise
         x = x.astype(self.dtype or x.dtype)
-        if self.routing == "expert_choice":
-            return self._expert_choice(x, logits, mask)
-        return self._token_choice(x, logits, mask)
+        split = split_of(x, x.ndim - 1)
+        return automatic(self._forward, split and (split, split_of(x, 0)))(x, logits, mask, self._kernels())
 
-    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+    def _forward(
+        self,
+        x: Float[Array, "*b s d"],
+        logits: Float[Array, "*b s E"],
+        mask: Bool[Array, "*b s"],
+        kernels: list[Array],
+    ) -> tuple[Float[Array, "*b s d"], Aux]:
+        if not x.size:
+            names = ("dropped",) if self.routing == "expert_choice" else ("balance_loss", "router_z_loss", "dropped")
+            return x, Aux(jnp.zeros(()), {name: jnp.zeros(()) for name in names})
+        run = self._expert_choice if self.routing == "expert_choice" else self._token_choice
+        y, aux = run(*_as_batch(x.ndim - 2, x, logits, mask), kernels)
+        # A token with infinite or NaN logits can't be compared with others, whatever experts it got.
+        comparable = jnp.all(jnp.isfinite(logits), axis=-1)
+        return jnp.where(comparable[..., None], y.reshape(x.shape), jnp.nan), aux
+
+    def route(self, x: Float[Array, "*b s d"], mask: Bool[Array, "*b s"] | None = None) -> Routing:
         """Experts and combine weights of each token, without noise.
 
         For expert choice h = 1 and k = E: every expert is listed, with weight zero if it did not choose the token.
         """
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        logits = self._logits(x)
-        if self.routing == "token_choice":
-            routing, _ = self._choose_experts(logits, mask)
-            return routing
-        token, weight = self._choose_tokens(logits, mask)
-        b, s, e = logits.shape
-        rows = jnp.arange(b)[:, None, None]
-        gates = jnp.zeros((b, s, e)).at[rows, token, jnp.arange(e)[:, None]].add(weight)
-        indices = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32), (b, s, 1, e))
-        return Routing(indices, gates[:, :, None])
+        x, mask = self._sequences(x, mask)
 
-    def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s E"]:
+        def run(logits: Float[Array, "*b s E"], mask: Bool[Array, "*b s"]) -> Routing:
+            batch = _as_batch(logits.ndim - 2, logits, mask)
+            expert_choice = self.routing == "expert_choice"
+            routing = self._list_experts(*batch) if expert_choice else self._choose_experts(*batch)[0]
+            return Routing(*(a.reshape(*mask.shape, *a.shape[2:]) for a in routing))
+
+        return automatic(run, split_of(x, x.ndim - 1))(self._logits(x), mask)
+
+    def _sequences(
+        self, x: Float[Array, "*b s d"], mask: Bool[Array, "*b s"] | None
+    ) -> tuple[Float[Array, "*b s d"], Bool[Array, "*b s"]]:
+        """x and a mask, with zeros for padding."""
+        x, mask = real_tokens(self.name, x, mask, self.up.shape[1], in_sequences=True)
+        return x, jnp.ones(x.shape[:-1], bool) if mask is None else mask
+
+    def _logits(self, x: Float[Array, "*b s d"]) -> Float[Array, "*b s E"]:
         return self.router(x.astype(jnp.float32))
 
     def _capacity(self, seq_len: int) -> int:
@@ -173,8 +213,8 @@ class MoE(FeedForward):
         choices = self.top_k if self.routing == "token_choice" else 1
         return min(seq_len, math.ceil(seq_len * choices * self.capacity_factor / self.num_experts))
 
-    def _kernels(self) -> list[Float[Array, "E i o"]]:
-        """Up, down and, if gated, gate."""
+    def _kernels(self) -> list[Array]:
+        """Up, down and, if gated, gate: each [E, i, o], with widths i and o."""
         return [kernel[...] for kernel in (self.up, self.down, self.gate) if kernel is not None]
 
     def _mlp(
@@ -188,12 +228,12 @@ class MoE(FeedForward):
             hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate.astype(rows.dtype))) * hidden
         return product(hidden, down.astype(rows.dtype))
 
-    def _by_capacity(self, rows: Float[Array, "b E C d"]) -> Float[Array, "b E C d"]:
+    def _by_capacity(self, rows: Float[Array, "b E C d"], kernels: list[Array]) -> Float[Array, "b E C d"]:
         """Applies every expert's MLP to its C rows of each sequence.
 
         On a mesh an all-to-all brings the rows to the devices of their experts, and another one brings outputs back.
         """
-        y = self._mlp(_capacity_product, constrain(rows, "group", "experts"), *self._kernels())
+        y = self._mlp(_capacity_product, constrain(rows, "group", "experts"), *kernels)
         return constrain(constrain(y, "group", "experts"), "batch")
 
     # Expert choice.
@@ -201,22 +241,35 @@ class MoE(FeedForward):
     def _choose_tokens(
         self, logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
     ) -> tuple[Int[Array, "b E C"], Float[Array, "b E C"]]:
-        """Each expert's tokens and their weights, which are zero for padding."""
+        """Each expert's tokens and their weights, which are zero for padding and for tokens that can't be compared."""
         probabilities = jnp.swapaxes(jax.nn.softmax(logits), 1, 2)
-        weight, token = _top_k(jnp.where(mask[:, None, :], probabilities, -1.0), self._capacity(logits.shape[1]))
+        able = (mask & jnp.all(jnp.isfinite(logits), axis=-1))[:, None, :]
+        weight, token = _top_k(jnp.where(able, probabilities, -1.0), self._capacity(logits.shape[1]))
         return token, jnp.maximum(weight, 0.0)
 
+    def _list_experts(self, logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]) -> Routing:
+        """Every expert for each token, with weight zero if it did not choose the token."""
+        token, weight = self._choose_tokens(logits, mask)
+        b, s, e = logits.shape
+        gates = jnp.zeros((b, s, e)).at[jnp.arange(b)[:, None, None], token, jnp.arange(e)[:, None]].add(weight)
+        indices = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32), (b, s, 1, e))
+        return Routing(indices, gates[:, :, None])
+
     def _expert_choice(
-        self, x: Float[Array, "b s d"], logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+        self,
+        x: Float[Array, "b s d"],
+        logits: Float[Array, "b s E"],
+        mask: Bool[Array, "b s"],
+        kernels: list[Array],
     ) -> tuple[Float[Array, "b s d"], Aux]:
         token, weight = self._choose_tokens(logits, mask)
-        y = self._by_capacity(jax.vmap(lambda x, token: x[token])(x, token))
+        y = self._by_capacity(jax.vmap(lambda x, token: x[token])(x, token), kernels)
         y = jax.vmap(lambda x, token, y: jnp.zeros_like(x).at[token].add(y))(
             x, token, weight[..., None].astype(x.dtype) * y
         )
         used = jnp.where(weight > 0, 1.0, 0.0)
         taken = jax.vmap(lambda token, used: jnp.zeros(x.shape[1]).at[token].max(used))(token, used)
-        return y, Aux(jnp.zeros(()), {"dropped": 1 - jnp.mean(taken, where=mask)})
+        return y, Aux(jnp.zeros(()), {"dropped": _mean(1 - taken, mask)})
 
     # Token choice.
 
@@ -238,12 +291,16 @@ class MoE(FeedForward):
         return Routing(experts[:, :, None], gates[:, :, None]), jnp.where(kept, place, -1)
 
     def _token_choice(
-        self, x: Float[Array, "b s d"], logits: Float[Array, "b s E"], mask: Bool[Array, "b s"]
+        self,
+        x: Float[Array, "b s d"],
+        logits: Float[Array, "b s E"],
+        mask: Bool[Array, "b s"],
+        kernels: list[Array],
     ) -> tuple[Float[Array, "b s d"], Aux]:
         routing, place = self._choose_experts(logits, mask)
         experts, gates = routing.indices[:, :, 0], routing.gates[:, :, 0]
         run = self._dropless if self.capacity_factor is None else self._within_capacity
-        y = jnp.einsum("bskd,bsk->bsd", run(x, experts, place), gates.astype(x.dtype))
+        y = jnp.einsum("bskd,bsk->bsd", run(x, experts, place, kernels), gates.astype(x.dtype))
 
         real = mask.astype(jnp.float32)
         tokens = jnp.maximum(jnp.sum(real, axis=1), 1.0)
@@ -252,14 +309,18 @@ class MoE(FeedForward):
         probability = jnp.sum(jax.nn.softmax(logits) * real[..., None], axis=1) / tokens[:, None]
         balance = jnp.mean(self.num_experts * jnp.sum(share * probability, axis=-1))
         z = jnp.mean(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * real, axis=1) / tokens)
-        dropped = jnp.mean(jnp.where(place < 0, 1.0, 0.0), where=mask[..., None])
+        dropped = _mean(jnp.mean(jnp.where(place < 0, 1.0, 0.0), axis=-1), mask)
         metrics = {"balance_loss": balance, "router_z_loss": z, "dropped": dropped}
         return y, Aux(self.balance_loss_weight * balance + self.z_loss_weight * z, metrics)
 
     def _within_capacity(
-        self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
+        self,
+        x: Float[Array, "b s d"],
+        experts: Int[Array, "b s k"],
+        place: Int[Array, "b s k"],
+        kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
-        """Outputs of the chosen experts; outputs of dropped choices are arbitrary, as their weights are zero."""
+        """Outputs of the chosen experts, zero for dropped choices."""
         b, s, k = experts.shape
         e, capacity = self.num_experts, self._capacity(s)
         slot = jnp.where(place < 0, e * capacity, experts * capacity + place)
@@ -267,16 +328,23 @@ class MoE(FeedForward):
         empty = jnp.zeros(e * capacity, jnp.int32)
         taken = jax.vmap(lambda slot, token: empty.at[slot].set(token, mode="drop"))(slot, token)
         rows = jnp.take_along_axis(x, taken[..., None], axis=1, mode="promise_in_bounds").reshape(b, e, capacity, -1)
-        y = self._by_capacity(rows).reshape(b, e * capacity, -1)
-        return jax.vmap(lambda y, slot: y[slot])(y, jnp.minimum(slot, e * capacity - 1))
+        y = self._by_capacity(rows, kernels).reshape(b, e * capacity, -1)
+        y = jax.vmap(lambda y, slot: y[slot])(y, jnp.minimum(slot, e * capacity - 1))
+        return jnp.where((place < 0)[..., None], 0, y)
 
     def _dropless(
-        self, x: Float[Array, "b s d"], experts: Int[Array, "b s k"], place: Int[Array, "b s k"]
+        self,
+        x: Float[Array, "b s d"],
+        experts: Int[Array, "b s k"],
+        place: Int[Array, "b s k"],
+        kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
         """Outputs of the chosen experts, by ragged products over the choices sorted by expert.
 
         If experts are split over devices, every device gathers the tokens of all these devices, computes the choices
         of its own experts, and sends the outputs back.
+
+        JAX has no vmap of ragged products yet: under vmap, every expert has a place for every token instead.
         """
 
         def of_device(kernels: list[Array], x: Array, experts: Array) -> Array:
@@ -294,13 +362,17 @@ class MoE(FeedForward):
             return sharded.scatter_sum(y) if split else y
 
         specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
-        return on_each_device(of_device, specs, sharded.TOKENS)(self._kernels(), x, experts)
+        try:
+            return on_each_device(of_device, specs, sharded.TOKENS)(kernels, x, experts)
+        except NotImplementedError:
+            return self._within_capacity(x, experts, place, kernels)
 
     def options(self) -> dict[str, object]:
         _, d_model, d_ff = self.up.shape
         return super().options() | ({} if d_ff == 4 * d_model else {"d_ff": d_ff})
 
     def flops_per_token(self, seq_len: int) -> float:
+        check_sizes(seq_len=seq_len)
         router = 2 * math.prod(self.router.kernel.shape)
         return router + self._places_per_token(seq_len) * 2 * self._expert_params()
 
@@ -344,6 +416,16 @@ def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}
     On a mesh every device selects among its own sequences; GSPMD would gather all sequences first.
     """
     return sharded.by_tokens(lambda scores: tuple(jax.lax.top_k(scores, k)), (), (scores,))
+
+
+def _as_batch(num_axes: int, *arrays: Array) -> list[Array]:
+    """The arrays with their first ``num_axes`` axes, which may be none, as one axis."""
+    return [a.reshape(math.prod(a.shape[:num_axes]), *a.shape[num_axes:]) for a in arrays]
+
+
+def _mean(values: Float[Array, "b s"], mask: Bool[Array, "b s"]) -> Float[Array, ""]:
+    """The mean over real tokens; zero if there are none."""
+    return jnp.sum(values, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
 
 def _capacity_product(rows: Float[Array, "b E C i"], kernels: Float[Array, "E i o"]) -> Float[Array, "b E C o"]:

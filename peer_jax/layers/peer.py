@@ -9,8 +9,9 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
+from peer_jax.layers.checks import check_choice, check_function, real_tokens
 from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
-from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table, check_choice
+from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.ops import expert_mix, floor, traffic
 from peer_jax.ops.floor import Floor
@@ -32,15 +33,18 @@ class PEER(ProductKeyRetrieval):
         query_norm: "batch", "layer" (over each head's query) or None.
         activation: activation of an expert: "gelu", "relu" or "silu".
         score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
-        implementation: implementation of the ops, see ``peer_jax.ops``.
+        implementation: implementation of the ops, see ``peer_jax.ops``; forward-mode derivatives (``jax.jvp``,
+            ``jax.jacfwd``) need "reference".
         dtype: type of the computation; the type of ``x`` if None. The router is always float32.
         param_dtype: type of the parameters.
         query_init, down_init, up_init: initialisers.
         rngs: random numbers for the parameters.
 
     Raises:
-        InputError: if sizes don't fit.
+        InputError: if sizes or options don't fit, or the layer doesn't fit into memory.
     """
+
+    num_tables = 2
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class PEER(ProductKeyRetrieval):
         rngs: nnx.Rngs,
     ) -> None:
         check_choice("activation", activation, ACTIVATIONS)
+        check_function(down_init=down_init, up_init=up_init)
         super().__init__(
             d_model,
             num_experts,
@@ -83,8 +88,9 @@ class PEER(ProductKeyRetrieval):
         self.up = Table(up_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
-    ) -> tuple[Float[Array, "b s d"], Aux]:
+        self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
+    ) -> tuple[Float[Array, "*tokens d"], Aux]:
+        x, mask = real_tokens(self.name, x, mask, self.d_model)
         routing = self._route(x, mask, self.query_norm)
         y = expert_mix(
             x.astype(self.dtype or x.dtype),
@@ -98,9 +104,6 @@ class PEER(ProductKeyRetrieval):
 
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 4 * self.num_heads * self.top_k * self.d_model
-
-    def num_active_params(self) -> int:
-        return self.num_params() - 2 * self._idle_experts() * self.d_model
 
     def costs(self, load: DeviceLoad) -> LayerCosts:
         tables = self.down, self.up

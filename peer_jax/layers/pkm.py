@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
+from peer_jax.layers.checks import check_function, real_tokens
 from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.interface import TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
@@ -23,7 +24,7 @@ class PKM(ProductKeyRetrieval):
     those of ``PEER``; ``top_k`` is 32 by default, as in the PEER paper's baseline.
 
     Raises:
-        InputError: if sizes don't fit.
+        InputError: if sizes or options don't fit, or the layer doesn't fit into memory.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PKM(ProductKeyRetrieval):
         value_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
         rngs: nnx.Rngs,
     ) -> None:
+        check_function(value_init=value_init)
         super().__init__(
             d_model,
             num_experts,
@@ -62,8 +64,9 @@ class PKM(ProductKeyRetrieval):
         self.values = Table(value_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
-    ) -> tuple[Float[Array, "b s d"], Aux]:
+        self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
+    ) -> tuple[Float[Array, "*tokens d"], Aux]:
+        x, mask = real_tokens(self.name, x, mask, self.d_model)
         indices, gates = routing = self._route(x, mask, self.query_norm)
         y = value_bag(
             self.values[...], indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation
@@ -72,9 +75,6 @@ class PKM(ProductKeyRetrieval):
 
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model
-
-    def num_active_params(self) -> int:
-        return self.num_params() - self._idle_experts() * self.d_model
 
     def costs(self, load: DeviceLoad) -> LayerCosts:
         """As for ``PEER``, but the gates take the type of the computation."""

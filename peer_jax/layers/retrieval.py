@@ -2,11 +2,12 @@
 
 Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242).
 
-b  batch     s  sequence     d  d_model     h  heads     k  top-k     n  sub-keys in a half, N = n * n
+d  d_model     h  heads     k  top-k     n  sub-keys in a half, N = n * n
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
+from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
 from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
-from peer_jax.layers.interface import Aux, FeedForward, Routing, Table, check_choice, check_positive
+from peer_jax.layers.interface import Aux, FeedForward, Routing, Table
+from peer_jax.layers.linear import Linear
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
 from peer_jax.ops.floor import Floor
 
@@ -30,7 +33,12 @@ class ProductKeyRetrieval(FeedForward):
 
     Query batch-norm uses statistics over the real tokens of the batch in training, and running statistics in
     evaluation. Scores, norm and gates are float32.
+
+    Attributes:
+        num_tables: number of tables of the subclass, each of which has a row of ``d_model`` per expert.
     """
+
+    num_tables: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -49,7 +57,9 @@ class ProductKeyRetrieval(FeedForward):
         query_init: Initializer,
         rngs: nnx.Rngs,
     ) -> None:
-        check_positive(d_model=d_model, num_experts=num_experts, num_heads=num_heads, top_k=top_k, d_key=d_key)
+        check_sizes(d_model=d_model, num_experts=num_experts, num_heads=num_heads, top_k=top_k, d_key=d_key)
+        check_flag(share_sub_keys=share_sub_keys)
+        check_layer(dtype, param_dtype, rngs, query_init=query_init)
         check_choice("query_norm", query_norm, QUERY_NORMS)
         check_choice("score_activation", score_activation, SCORE_ACTIVATIONS)
         check_implementation(implementation)
@@ -62,20 +72,24 @@ class ProductKeyRetrieval(FeedForward):
             raise InputError(f"d_key={d_key} must be even: it is split into two halves")
         if top_k > num_experts:
             raise InputError(f"top_k={top_k} is more than num_experts={num_experts}")
+        if num_experts > 2**31:
+            raise InputError(f"num_experts={num_experts} is more than int32 counts, 2^31: choose at most 46340^2")
+        num_params = (self.num_tables * num_experts + num_heads * d_key) * d_model
+        sizes = {"d_model": d_model, "num_experts": num_experts, "num_heads": num_heads, "d_key": d_key}
+        check_memory(self.name, num_params, param_dtype, **sizes)
 
         self.d_model, self.num_experts = d_model, num_experts
         self.num_heads, self.top_k, self.d_key = num_heads, top_k, d_key
         self.share_sub_keys, self.score_activation = share_sub_keys, score_activation
         self.implementation = implementation
         self.dtype = dtype
-        self.query_proj = nnx.Linear(
+        self.query_proj = Linear(
             d_model,
             num_heads * d_key,
-            use_bias=False,
+            ("embed", "keys"),
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=query_init,
-            kernel_metadata={"axes": ("embed", "keys")},
             rngs=rngs,
         )
         self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None
@@ -98,24 +112,27 @@ class ProductKeyRetrieval(FeedForward):
         shape = (2, n, d_key // 2) if share_sub_keys else (num_heads, 2, n, d_key // 2)
         self.sub_keys = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype, -(d_key**-0.5), d_key**-0.5))
 
-    def route(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Routing:
+    def route(self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None) -> Routing:
         """The experts retrieved for each token and their gates; running statistics stay as they are."""
+        x, mask = real_tokens(self.name, x, mask, self.d_model)
         return self._route(x, mask, nnx.clone(self.query_norm))
 
     def _route(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, norm: nnx.BatchNorm | nnx.LayerNorm | None
+        self,
+        x: Float[Array, "*tokens d"],
+        mask: Bool[Array, "*tokens"] | None,
+        norm: nnx.BatchNorm | nnx.LayerNorm | None,
     ) -> Routing:
-        b, s, _ = x.shape
         queries = self.query_proj(x).astype(jnp.float32)
         if isinstance(norm, nnx.BatchNorm):
             queries = _batch_norm(norm, queries, mask)
-        queries = queries.reshape(b, s, self.num_heads, self.d_key)
+        queries = queries.reshape(*x.shape[:-1], self.num_heads, self.d_key)
         if isinstance(norm, nnx.LayerNorm):
             queries = norm(queries)
         scores, indices = product_key_top_k(queries, self.sub_keys[...], self.top_k, implementation=self.implementation)
         return Routing(indices, SCORE_ACTIVATIONS[self.score_activation](scores))
 
-    def _aux(self, routing: Routing, mask: Bool[Array, "b s"] | None) -> Aux:
+    def _aux(self, routing: Routing, mask: Bool[Array, "*tokens"] | None) -> Aux:
         """No loss. The metric is the largest gate of a head, averaged over heads and tokens: it is near 1 if softmax
         picks a single expert.
         """
@@ -132,9 +149,9 @@ class ProductKeyRetrieval(FeedForward):
         n = self.sub_keys.shape[-2]
         return 2 * self.num_heads * self.d_key * (self.d_model + n)
 
-    def _idle_experts(self) -> int:
-        """The number of experts that a token doesn't use."""
-        return max(0, self.num_experts - self.num_heads * self.top_k)
+    def num_active_params(self) -> int:
+        idle = max(0, self.num_experts - self.num_heads * self.top_k)
+        return self.num_params() - self.num_tables * idle * self.d_model
 
     def _costs(
         self,
@@ -180,9 +197,11 @@ class ProductKeyRetrieval(FeedForward):
 
 
 def _batch_norm(
-    norm: nnx.BatchNorm, queries: Float[Array, "b s q"], mask: Bool[Array, "b s"] | None
-) -> Float[Array, "b s q"]:
+    norm: nnx.BatchNorm, queries: Float[Array, "*tokens q"], mask: Bool[Array, "*tokens"] | None
+) -> Float[Array, "*tokens q"]:
     """Batch-norm over the real tokens; a batch without real tokens leaves the running statistics as they are."""
+    if not queries.size:
+        return queries
     if mask is None:
         return norm(queries)
     some = jnp.any(mask)

@@ -3,6 +3,7 @@
 b  batch     s  queries     S  keys     h  heads     c  width of a head     d  d_model, h * c
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,13 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
+from peer_jax.layers.checks import check_sizes
+from peer_jax.layers.interface import by_position
+from peer_jax.layers.linear import Linear
+from peer_jax.sharding import automatic, split_of
 
 
+@by_position
 class KVCache(NamedTuple):
     """Keys and values of the first ``length`` positions; the rest is room for more."""
 
@@ -46,27 +52,17 @@ class Attention(nnx.Module):
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(d_model=d_model, num_heads=num_heads)
         if d_model % num_heads or (d_model // num_heads) % 2:
             raise InputError(
                 f"d_model={d_model} does not split into num_heads={num_heads} heads of an even width: "
                 f"choose d_model as a multiple of {2 * num_heads}"
             )
 
-        def linear(d_in: int, d_out: int, *axes: str) -> nnx.Linear:
-            return nnx.Linear(
-                d_in,
-                d_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                kernel_metadata={"axes": axes},
-                rngs=rngs,
-            )
-
+        linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         self.num_heads, self.rope_theta = num_heads, rope_theta
-        self.query_key_value = linear(d_model, 3 * d_model, "embed", "heads")
-        self.out = linear(d_model, d_model, "heads", "embed")
+        self.query_key_value = linear(d_model, 3 * d_model, ("embed", "heads"))
+        self.out = linear(d_model, d_model, ("heads", "embed"))
 
     def __call__(
         self,
@@ -80,8 +76,21 @@ class Attention(nnx.Module):
         Without a cache, tokens attend to the keys of x, and S = s. With a cache, x continues the cached tokens, S is
         the size of the cache, and the cache is returned with x in it.
         """
-        b, s, d = x.shape
-        qkv = self.query_key_value(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
+        split = split_of(x, x.ndim - 1)
+        attend = automatic(self._attend, split and (split, split_of(x, 0)))
+        y, cache = attend(self.query_key_value(x), positions, mask, cache)
+        return self.out(y), cache
+
+    def _attend(
+        self,
+        query_key_value: Float[Array, "b s width"],
+        positions: Int[Array, "b s"],
+        mask: Bool[Array, "b s S"],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "b s d"], KVCache | None]:
+        """The weighted values of all heads, and the cache with keys and values in it."""
+        b, s, width = query_key_value.shape
+        qkv = query_key_value.reshape(b, s, 3, self.num_heads, width // (3 * self.num_heads))
         query = rotate(qkv[:, :, 0], positions, self.rope_theta)
         key, value = rotate(qkv[:, :, 1], positions, self.rope_theta), qkv[:, :, 2]
         if cache is not None:
@@ -91,7 +100,7 @@ class Attention(nnx.Module):
             cache = KVCache(key, value, cache.length + s)
             key, value = key.astype(query.dtype), value.astype(query.dtype)
         y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-        return self.out(y.reshape(b, s, d)), cache
+        return y.reshape(b, s, width // 3), cache
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token: projections, and scores and weighted values of all ``seq_len`` keys."""

@@ -4,6 +4,7 @@ b  batch     s  sequence     S  keys     d  d_model     V  vocabulary
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
@@ -15,9 +16,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Gives, Placed
-from peer_jax.layers.interface import Aux, FeedForward, Routing, check_positive
+from peer_jax.layers.checks import (
+    check_dtype,
+    check_flag,
+    check_function,
+    check_layer,
+    check_memory,
+    check_positive,
+    check_sizes,
+)
+from peer_jax.layers.interface import Aux, FeedForward, Routing, by_position
+from peer_jax.layers.linear import Linear
 from peer_jax.models.attention import Attention, KVCache
-from peer_jax.sharding import constrain
+from peer_jax.sharding import automatic, constrain, split_of
 
 # The Transformer passes these arguments to the factory, so a config binds them at the Transformer.
 FeedForwardFactory = Annotated[
@@ -49,6 +60,10 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
                 "or a list of blocks"
             )
         return tuple(range(int(number) - 1, num_blocks, int(number)))
+    if not isinstance(blocks, Sequence) or not all(isinstance(block, numbers.Integral) for block in blocks):
+        raise InputError(
+            f"sparse_blocks={blocks!r} is not 'middle', 'all', 'every n' or a list of blocks, such as [1, 3]"
+        )
     if bad := [block for block in blocks if not 0 <= block < num_blocks]:
         raise InputError(
             f"sparse_blocks={list(blocks)} names block {bad[0]}, but blocks run from 0 to {num_blocks - 1}"
@@ -56,6 +71,7 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
     return tuple(blocks)
 
 
+@by_position
 class BlockOutput(NamedTuple):
     """What a block returns beside the residual stream; ``cache`` and ``routing`` only if they were asked for."""
 
@@ -113,7 +129,8 @@ class Transformer(nnx.Module):
         rngs: random numbers for the parameters.
 
     Raises:
-        InputError: if sizes don't fit, or a layer that routes doesn't say how many experts it has.
+        InputError: if sizes or options don't fit, the parameters don't fit into memory, or a layer that routes doesn't
+            say how many experts it has.
     """
 
     def __init__(
@@ -134,18 +151,20 @@ class Transformer(nnx.Module):
         embed_init: Initializer = nnx.initializers.normal(0.02),
         rngs: nnx.Rngs,
     ) -> None:
-        check_positive(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
+        check_sizes(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
         check_positive(rope_theta=rope_theta)
         if num_blocks > MOST_BLOCKS:
             raise InputError(f"num_blocks={num_blocks} is more than {MOST_BLOCKS}, which would take hours to compile")
-        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            try:
-                is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
-            except TypeError:
-                is_float = False
-            if not is_float:
-                raise InputError(f"{name}={value!r} is not a type of floats: try float32 or bfloat16")
+        check_flag(tie_embeddings=tie_embeddings, remat=remat)
+        check_layer(dtype, param_dtype, rngs, embed_init=embed_init)
+        check_dtype(dtype=dtype)
+        for name, factory in (("ffw", ffw), ("sparse_ffw", ffw if sparse_ffw is None else sparse_ffw)):
+            check_function(**{name: factory})
+        num_params = d_model * (vocab_size * (1 if tie_embeddings else 2) + num_blocks * 4 * d_model)
+        sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_blocks": num_blocks}
+        check_memory("Transformer", num_params, param_dtype, **sizes)
         sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
+        dense = tuple(sorted({*range(num_blocks)} - {*sparse}))
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def norm(width: int) -> nnx.RMSNorm:
@@ -153,8 +172,12 @@ class Transformer(nnx.Module):
 
         def block(index: int) -> Block:
             attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
-            make = sparse_ffw if index in sparse else ffw
+            make, alike = (sparse_ffw, sparse) if index in sparse else (ffw, dense)
             layer = make(d_model, **types)
+            if index == min(alike):  # now that the size of one is known, and before the others are made
+                nonlocal num_params
+                num_params += len(alike) * layer.num_params()
+                check_memory("Transformer", num_params, param_dtype, **sizes)
             if layer.routes and layer.num_experts is None:
                 raise InputError(f"{layer.name} defines route: set self.num_experts in its constructor too")
             return Block(attention, layer, d_model, norm)
@@ -167,11 +190,9 @@ class Transformer(nnx.Module):
         )
         self.blocks = nnx.List([block(index) for index in range(num_blocks)])
         self.final_norm = norm(d_model)
-        head_axes = {"axes": ("embed", "vocab")}
+        head_init = nnx.initializers.lecun_normal()
         self.head = (
-            None
-            if tie_embeddings
-            else nnx.Linear(d_model, vocab_size, use_bias=False, kernel_metadata=head_axes, **types)
+            None if tie_embeddings else Linear(d_model, vocab_size, ("embed", "vocab"), kernel_init=head_init, **types)
         )
 
     @property
@@ -197,6 +218,7 @@ class Transformer(nnx.Module):
         ``segment_ids`` number the documents packed into a row, 0 for padding; a token attends to its own document
         only. Metrics are named ``block_<i>/<metric>``.
         """
+        _check_tokens(tokens, segment_ids)
         run = nnx.remat(Block.__call__, static_argnums=ROUTE) if self.remat else Block.__call__
         x, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
         loss, metrics = jnp.zeros(()), {}
@@ -207,6 +229,7 @@ class Transformer(nnx.Module):
 
     def route(self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None) -> dict[int, Routing]:
         """The routing of every block whose layer routes, by the block's index; call it in evaluation mode."""
+        _check_tokens(tokens, segment_ids)
         run = functools.partial(Block.__call__, route=True)
         _, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
         return {index: output.routing for index, output in enumerate(outputs) if output.routing is not None}
@@ -219,6 +242,7 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens: Int[Array, "b s"], cache: list[KVCache]) -> tuple[Float[Array, "b s V"], list[KVCache]]:
         """Logits of tokens that continue the cached ones, and the cache extended by these tokens."""
+        _check_tokens(tokens, None)
         b, s = tokens.shape
         positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
         size = cache[0].key.shape[1]
@@ -250,7 +274,8 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         """Embeddings. A table that is split over devices is gathered, and each device looks its own tokens up."""
         table = constrain(self.embed.embedding[...].astype(self.embed.dtype))
-        return constrain(jnp.take(table, tokens, axis=0), "batch")
+        look_up = automatic(functools.partial(jnp.take, axis=0), split_of(tokens, tokens.ndim))
+        return constrain(look_up(table, tokens), "batch")
 
     def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s V"]:
         x = self.final_norm(x)
@@ -284,6 +309,18 @@ class Transformer(nnx.Module):
         """Parameters that one token uses; all embeddings are counted."""
         idle = sum(block.ffw.num_params() - block.ffw.num_active_params() for block in self.blocks)
         return self.num_params() - idle
+
+
+def _check_tokens(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None) -> None:
+    """An InputError unless these are integers of the same shape, [batch, seq]."""
+    for name, array in (("tokens", tokens), ("segment_ids", tokens if segment_ids is None else segment_ids)):
+        if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise InputError(
+                f"{name} must be an array of integers, not {getattr(array, 'dtype', type(array).__name__)}"
+            )
+        if array.ndim != 2 or array.shape != tokens.shape:
+            of_tokens = "" if array is tokens else f", as tokens have {list(tokens.shape)}"
+            raise InputError(f"{name} must have the shape [batch, seq]{of_tokens}, not {list(array.shape)}")
 
 
 def _layout(

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose
+from peer_jax.ops.choice import choose, explained
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
+from peer_jax.sharding import automatic, split_of
 
 Activation = Callable[[Array], Array]
 
@@ -36,7 +37,8 @@ def expert_mix(
     """Sum over heads and k of ``gates * activation(down[indices] . x) * up[indices]``.
 
     Rows are cast to the type of ``x`` after they are gathered; products accumulate in float32. Differentiable in all
-    but the indices; the gradients of the tables add up in float32.
+    but the indices; the gradients of the tables add up in float32. Forward-mode derivatives (``jax.jvp``,
+    ``jax.jacfwd``) need ``"reference"``.
 
     Args:
         x: one vector per token.
@@ -62,8 +64,15 @@ def expert_mix(
         raise InputError(f"tables {down.shape} must have rows, as wide as x {x.shape}")
     check_pairs("expert_mix", x.shape[:-1], indices, gates)
     check_indices("expert_mix", indices, down.shape[0])
-    gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
+    if not indices.size:
+        return jnp.zeros(x.shape, x.dtype)
+    mix = functools.partial(_mix, activation=activation, implementation=implementation)
+    with explained("expert_mix"):
+        return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
 
+
+def _mix(x, down, up, indices, gates, *, activation, implementation):
+    gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
     *tokens, h, k = indices.shape
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)

@@ -7,6 +7,7 @@ c  d_key / 2       k  keys retrieved per head        p  min(k, n), candidates pe
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from peer_jax.errors import InputError
 from peer_jax.ops import sharded
 from peer_jax.ops.checks import check_not_nan
-from peer_jax.ops.choice import check_implementation
+from peer_jax.ops.choice import check_implementation, explained
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.cpu.product_keys import backward_by_rows
+from peer_jax.ops.rows import dot_rows
 from peer_jax.ops.top_k import top_k_columns
+from peer_jax.sharding import automatic, split_of
 
 
 def product_key_top_k(
@@ -33,7 +36,8 @@ def product_key_top_k(
 
     q1 and q2 are the halves of a query. The result is exact: a key outside the best k of either half is beaten by k
     others. Scores and sums are float32 whatever the inputs are. Highest first; equal scores of a half rank by lower
-    index, equal sums by the rank of the first half, then of the second.
+    index, equal sums by the rank of the first half, then of the second. Scores are differentiable in queries and
+    sub-keys. Forward-mode derivatives (``jax.jvp``, ``jax.jacfwd``) need ``"reference"``.
 
     Args:
         queries: one query per token and head; ``d_key = 2 * c``.
@@ -61,12 +65,20 @@ def product_key_top_k(
     check_implementation(implementation)
 
     *tokens, h, d_key = queries.shape
+    if not math.prod((*tokens, h)):
+        return jnp.zeros((*tokens, h, k), jnp.float32), jnp.zeros((*tokens, h, k), jnp.int32)
     retrieve = _reference if implementation == "reference" else _xla
-    scores, indices = sharded.by_tokens(
-        lambda sub_keys, queries: retrieve(queries, sub_keys, k), (sub_keys,), (queries.reshape(-1, h, d_key),)
-    )
+
+    def of_all_tokens(queries: Array, sub_keys: Array) -> tuple[Array, Array]:
+        found = sharded.by_tokens(
+            lambda sub_keys, queries: retrieve(queries, sub_keys, k), (sub_keys,), (queries.reshape(-1, h, d_key),)
+        )
+        return tuple(a.reshape(*tokens, h, k) for a in found)
+
+    with explained("product_key_top_k"):
+        scores, indices = automatic(of_all_tokens, split_of(queries, len(tokens)))(queries, sub_keys)
     check_not_nan("product_key_top_k", scores)
-    return scores.reshape(*tokens, h, k), indices.reshape(*tokens, h, k)
+    return scores, indices
 
 
 def _combine(
@@ -107,8 +119,8 @@ def _reference(
     return scores, i1 * n + i2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _xla(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _retrieve(
     queries: Float[Array, "t h d_key"], sub_keys: Float[Array, "2 n c"] | Float[Array, "h 2 n c"], k: int
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     t, h, _ = queries.shape
@@ -146,8 +158,42 @@ def _half_scores(queries: Float[Array, "g m c"], keys: Float[Array, "g n c"]) ->
     return scores.reshape(keys.shape[1], -1)
 
 
+@_retrieve.defjvp
+def _retrieve_jvp(k, primals, tangents):
+    """The derivative of a score, which is a product of a query and its sub-keys; indices have none."""
+    (queries, sub_keys), (d_queries, d_sub_keys) = primals, tangents
+    scores, indices = _retrieve(queries, sub_keys, k)
+    d_scores = _scores_of(d_queries, sub_keys, indices) + _scores_of(queries, d_sub_keys, indices)
+    return (scores, indices), (d_scores, np.zeros(indices.shape, jax.dtypes.float0))
+
+
+def _scores_of(
+    queries: Float[Array, "t h d_key"],
+    sub_keys: Float[Array, "2 n c"] | Float[Array, "h 2 n c"],
+    indices: Int[Array, "t h k"],
+) -> Float[Array, "t h k"]:
+    """Scores of the keys that ``indices`` name."""
+    t, h, k = indices.shape
+    n, c = sub_keys.shape[-2:]
+    keys = sub_keys.reshape(-1, 2, n, c).astype(jnp.float32)
+    queries = queries.astype(jnp.float32).reshape(t * h, 2, c)
+    first = n * jnp.minimum(jnp.arange(h, dtype=jnp.int32), keys.shape[0] - 1)[None, :, None]
+    halves = (
+        dot_rows(queries[:, half], keys[:, half].reshape(-1, c), (first + index).reshape(t * h, k))
+        for half, index in enumerate((indices // n, indices % n))
+    )
+    return sum(halves).reshape(t, h, k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _xla(
+    queries: Float[Array, "t h d_key"], sub_keys: Float[Array, "2 n c"] | Float[Array, "h 2 n c"], k: int
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    return _retrieve(queries, sub_keys, k)
+
+
 def _xla_forward(queries, sub_keys, k):
-    scores, indices = _xla(queries, sub_keys, k)
+    scores, indices = _retrieve(queries, sub_keys, k)
     return (scores, indices), (queries, sub_keys, indices)
 
 

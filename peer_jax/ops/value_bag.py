@@ -5,6 +5,8 @@ Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.
 t  tokens     r  retrieved values per token, r = h * k     d  value width     N  values     h, k  heads, top-k
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,10 +14,11 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose
+from peer_jax.ops.choice import choose, explained
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
+from peer_jax.sharding import automatic, split_of
 
 
 def value_bag(
@@ -28,7 +31,7 @@ def value_bag(
     """Sum over heads and k of ``gates * values[indices]``, in the type of ``gates``.
 
     Values are cast to the type of ``gates`` after they are gathered; sums accumulate in float32. Differentiable in
-    the values and gates.
+    the values and gates. Forward-mode derivatives (``jax.jvp``, ``jax.jacfwd``) need ``"reference"``.
 
     Args:
         values: the table.
@@ -47,8 +50,15 @@ def value_bag(
         raise InputError(f"values {values.shape} must have rows")
     check_pairs("value_bag", gates.shape[:-2], indices, gates)
     check_indices("value_bag", indices, values.shape[0])
-    gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
+    if not indices.size:
+        return jnp.zeros((*gates.shape[:-2], values.shape[1]), gates.dtype)
+    bag = functools.partial(_bag, implementation=implementation)
+    with explained("value_bag"):
+        return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
 
+
+def _bag(values, indices, gates, *, implementation):
+    gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
     *tokens, h, k = indices.shape
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 from peer_jax.errors import InputError
 from peer_jax.gin_syntax import Binding, Macro, Reference, literal
-from peer_jax.layers.interface import check_positive
+from peer_jax.layers.checks import check_positive
 from peer_jax.training.flops import short
 
 Bindings = Mapping[str, Any]

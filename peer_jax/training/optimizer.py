@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import Table, check_choice, check_positive
+from peer_jax.layers.checks import check_choice, check_positive
+from peer_jax.layers.interface import Table
 from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
 from peer_jax.training.update_by_rows import update_by_rows
 

@@ -9,7 +9,7 @@ from flax import nnx
 from peer_jax.data.pipeline import TextTask, vocabulary_size
 from peer_jax.errors import InputError
 from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
-from peer_jax.layers.interface import check_positive
+from peer_jax.layers.checks import check_positive
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding, current
 from peer_jax.training.flops import steps_for
