@@ -412,7 +412,7 @@ def test_bad_tokens_are_named():
     ],
 )
 def test_a_size_that_no_memory_holds_is_refused_before_it_is_taken(make):
-    with pytest.raises(InputError, match=r"=\d{3,}.* take [\d.e+]+ [GT]iB, but .* of memory"):
+    with pytest.raises(InputError, match=r"=\d{3,}.* takes at least [\d.e+]+ [GT]iB of memory, and there are"):
         make()
 
 
