@@ -153,8 +153,6 @@ class Transformer(nnx.Module):
     ) -> None:
         check_sizes(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
         check_positive(rope_theta=rope_theta)
-        if num_blocks > MOST_BLOCKS:
-            raise InputError(f"num_blocks={num_blocks} is more than {MOST_BLOCKS}, which would take hours to compile")
         check_flag(tie_embeddings=tie_embeddings, remat=remat)
         check_layer(dtype, param_dtype, rngs, embed_init=embed_init)
         check_dtype(dtype=dtype)
@@ -163,6 +161,8 @@ class Transformer(nnx.Module):
         num_params = d_model * (vocab_size * (1 if tie_embeddings else 2) + num_blocks * 4 * d_model)
         sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_blocks": num_blocks}
         check_memory("Transformer", num_params, param_dtype, **sizes)
+        if num_blocks > MOST_BLOCKS:
+            raise InputError(f"num_blocks={num_blocks} is more than {MOST_BLOCKS}, which would take hours to compile")
         sparse = sparse_block_indices(sparse_blocks, num_blocks) if sparse_ffw is not None else ()
         dense = tuple(sorted({*range(num_blocks)} - {*sparse}))
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
