@@ -232,7 +232,8 @@ def test_tied_embeddings(rng, params_of):
     assert "head.kernel" not in params
     assert model.num_params() == compiled("dense", training=True)[0].num_params() - V * D
     expected, _ = decoder("dense", params, tokens, segments)
-    assert relative_error(logits, expected) < FP32
+    real = segments > 0
+    assert relative_error(np.asarray(logits)[real], expected[real]) < FP32
 
     def total(params):
         return np.sum(decoder("dense", params, tokens, segments)[0] * np.asarray(weights, np.float64))
