@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -30,6 +31,7 @@ from small_runs import (
 from peer_jax.errors import InputError
 from peer_jax.training import loop
 from peer_jax.training.checkpoint import Checkpoints
+from peer_jax.training.restore import restore_model
 
 SIZE = 1000
 
@@ -345,6 +347,92 @@ def test_reading_only_changes_nothing(saved):
     before = sorted(path.name for path in saved.iterdir())
     assert restore(saved, read_only=True)[0] == 2
     assert sorted(path.name for path in saved.iterdir()) == before
+
+
+def test_a_checkpoint_without_digests_is_read_with_a_note(saved, caplog):
+    """Earlier versions wrote none."""
+    for path in saved.glob("*/digests.json"):
+        path.unlink()
+    step, state, _ = restore(saved)
+    assert step == 3
+    assert_same(arrays(state), arrays(state_of(3)))
+    assert caplog.text.count("the checkpoint of step 3 is of an earlier version, which wrote no digests") == 1
+
+
+def test_digests_cover_every_file(saved):
+    for folder in (saved / "1", saved / "3"):
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        digests = json.loads((folder / "digests.json").read_text())
+        assert files - digests.keys() == {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+LOSS_DAMAGES = {
+    "empty": empty,
+    "no JSON": lambda path: path.write_text("{"),
+    "another loss": lambda path: path.write_text(path.read_text().replace("2.0", "0.5")),
+    "a list": lambda path: path.write_text("[2.0]"),
+    "NaN": lambda path: path.write_text('{"validation_loss": NaN}'),
+    "gone": delete,
+}
+
+
+@pytest.mark.parametrize("damage", LOSS_DAMAGES)
+@pytest.mark.parametrize("digests", ["with digests", "without digests"])
+def test_a_damaged_validation_loss(tmp_path, caplog, damage, digests):
+    """It neither makes a checkpoint the best one nor ends a run, whether it is in the newest checkpoint or not."""
+    with Checkpoints(tmp_path, keep_last=4) as checkpoints:
+        for step, loss in {1: 3.0, 2: 2.0, 3: 4.0}.items():
+            checkpoints.save(step, state_of(step), {}, loss)
+    if digests == "without digests":
+        for path in tmp_path.glob("*/digests.json"):
+            path.unlink()
+    LOSS_DAMAGES[damage](tmp_path / "2" / "metrics" / "metrics")
+    unnoticed = digests == "without digests" and damage in ("another loss", "gone")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.best_step() == (2 if unnoticed and damage != "gone" else 1)
+        assert checkpoints.restore(ABSTRACT)[0] == 3
+    with Checkpoints(tmp_path, keep_last=4) as checkpoints:
+        assert checkpoints.restore(ABSTRACT)[0] == 3
+        assert checkpoints.save(4, state_of(4), {}, 5.0)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == ({"1", "2", "3", "4"} if unnoticed else {"1", "damaged-2", "3", "4"})
+    assert ("the checkpoint of step 2 can't be read" in caplog.text) != unnoticed
+
+
+def test_checkpoints_that_are_a_file(tiny, tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(InputError, match=r"checkpoints can't be made \(File exists\): choose another folder"):
+        train(tiny, tmp_path, "Run.steps=2")
+    with pytest.raises(InputError, match="has no checkpoints: give the directory of a run"):
+        restore_model(load(tiny), tmp_path)
+
+
+def test_reading_beside_a_run_that_saves(tmp_path, caplog, capfd):
+    """Checkpoints are removed while they are looked for, checked and read; whatever is found is whole."""
+    ended = threading.Event()
+    first = Checkpoints(tmp_path, keep_last=1)
+    first.save(1, state_of(1), {"next": 1}, 1.0)
+    first.wait()
+
+    def save() -> None:
+        for step in range(2, 60):
+            first.save(step, state_of(step), {"next": step}, 1 / step)
+        first.close()
+        ended.set()
+
+    saving = threading.Thread(target=save)
+    saving.start()
+    found = []
+    while not ended.is_set():
+        with Checkpoints(tmp_path, read_only=True) as checkpoints:
+            step, state, data = checkpoints.restore(ABSTRACT)
+            assert data == {"next": step}
+            assert_same(arrays(state), arrays(state_of(step)))
+            found.append(step)
+    saving.join()
+    assert found == sorted(found)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("peer_jax")] == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

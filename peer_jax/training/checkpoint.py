@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -20,6 +21,10 @@ from peer_jax.training import checkpoint_files as files
 from peer_jax.training.checkpoint_files import METRIC
 
 logger = logging.getLogger(__name__)
+
+NO_DIGESTS = (
+    "the checkpoint of step %d is of an earlier version, which wrote no digests: changed bytes in it are not noticed"
+)
 
 
 class Checkpoints:
@@ -126,7 +131,7 @@ class Checkpoints:
         return not faults
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, state and data position of the newest whole checkpoint, or of the one of ``step``; None without any.
+        """Step, state and data position of the newest whole checkpoint, or of the one of ``step``; None without it.
 
         A checkpoint with a file that is not what was written, or that can't be read, is passed over for the one before
         it, with a warning. It is then set aside as ``damaged-*``, unless this is read-only.
@@ -138,30 +143,38 @@ class Checkpoints:
         while steps := [s for s in self._agreed_steps() if s not in damaged + removed and step in (None, s)]:
             candidate = steps[-1]
             items, fault = self._try(candidate, abstract_state)
-            if not fault:
+            unchecked = files.lacks_digests(self.directory / str(candidate))
+            if (fault or unchecked) and self._is_being_removed(candidate, step is None):
+                removed.append(candidate)
+            elif fault:
+                logger.warning("the checkpoint of step %d can't be read: %s", candidate, fault)
+                damaged.append(candidate)
+            else:
+                if unchecked and leads():
+                    logger.warning(NO_DIGESTS, candidate)
                 self._set_aside(damaged)
                 return candidate, items["state"], items["data"]
-            if self._read_only and candidate not in self.steps():  # a run that trains has removed it
-                removed.append(candidate)
-                continue
-            logger.warning("the checkpoint of step %d can't be read: %s", candidate, fault)
-            damaged.append(candidate)
         if damaged:
             raise InputError(
                 f"no checkpoint of steps {damaged} in {self.directory} can be read: choose another run directory",
                 argument="workdir",
-            )
-        if removed:
-            raise InputError(
-                f"the checkpoint of step {removed[0]} in {self.directory} has just been removed by the run that trains "
-                "there: choose a later one",
-                argument="checkpoint",
             )
         return None
 
     def _agreed_steps(self) -> list[int]:
         """The steps that have a checkpoint as the first process sees them, in all processes."""
         return json.loads(gather(json.dumps(self.steps() if leads() else []))[0])
+
+    def _is_being_removed(self, step: int, any_newer: bool) -> bool:
+        """Whether a run that trains removes this checkpoint while it is read, or has a newer one, if that will do."""
+        if not self._read_only:
+            return False
+        for _ in range(10):
+            steps = self.steps()
+            if step not in steps or (any_newer and steps[-1] > step):
+                return True
+            time.sleep(0.1)
+        return False
 
     def _try(self, step: int, abstract_state: Any) -> tuple[dict[str, Any], str]:
         """What a checkpoint holds, and what is wrong with it in any of the processes, which share the checking."""
@@ -175,12 +188,6 @@ class Checkpoints:
         if not fault:
             self._check_shapes(step, abstract_state)
             fault = _first_fault(read)
-        if not fault and leads() and files.read_digests(folder) is None:
-            logger.warning(
-                "the checkpoint of step %d is of an earlier version, which wrote no digests: changed bytes in it would "
-                "not be noticed",
-                step,
-            )
         return items, fault
 
     def _read(self, step: int, abstract_state: Any) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def read_digests(folder: epath.Path) -> dict[str, str] | None:
     return kept
 
 
+def lacks_digests(folder: epath.Path) -> bool:
+    """Whether a checkpoint has no digests, because an earlier version wrote it or because it is being removed."""
+    return not (folder / DIGESTS).exists()
+
+
 def check(folder: epath.Path, share: int = 0, shares: int = 1) -> None:
     """Reads every file of a checkpoint.
 

@@ -30,24 +30,29 @@ def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last"
     directory = RunDirectory(workdir)
     if not directory.checkpoints.is_dir():
         raise InputError(f"{directory} has no checkpoints: give the directory of a run", argument="workdir")
+    trainer = run.trainer()
+    abstract_state = trainer.abstract_state()
     with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        if checkpoint == "best":
-            step = checkpoints.best_step()
-        elif checkpoint == "last":
-            step = None
-        elif checkpoint.isdecimal() and int(checkpoint) in steps:
-            step = int(checkpoint)
-        else:
-            raise InputError(
-                f"checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}",
-                argument="checkpoint",
-            )
-        trainer = run.trainer()
-        restored = checkpoints.restore(trainer.abstract_state(), step)
+        restored = checkpoints.restore(abstract_state, _step(checkpoints, checkpoint))
+        while restored is None and checkpoints.steps():  # a run that trains there has removed that checkpoint
+            restored = checkpoints.restore(abstract_state, _step(checkpoints, checkpoint))
     if restored is None:
         raise InputError(f"{directory} holds no checkpoint: train first", argument="workdir")
     return restored[0], trainer.model(restored[1])
+
+
+def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:
+    """The step of "best" or of a number; None for "last"."""
+    steps = checkpoints.steps()
+    if checkpoint == "best":
+        return checkpoints.best_step()
+    if checkpoint == "last":
+        return None
+    if checkpoint.isdecimal() and int(checkpoint) in steps:
+        return int(checkpoint)
+    raise InputError(
+        f"checkpoint {checkpoint!r} is not 'last', 'best' or one of the saved steps {steps}", argument="checkpoint"
+    )
 
 
 def evaluate_run(
