@@ -3,13 +3,11 @@
 The run must end with one sentence, and the second command must finish it. Needs the right to mount a tmpfs.
 """
 
-import collections
 import contextlib
 import json
 import os
 import random
 import subprocess
-import time
 from pathlib import Path
 
 import small
@@ -39,11 +37,6 @@ def fill(folder: Path, leave: int) -> Path:
     return filler
 
 
-def steps_logged(workdir: Path) -> int:
-    path = workdir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     """How a trial ends, and what the run has written to standard error."""
     with small_disk(folder / "disk", 16):
@@ -51,8 +44,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
         command = small.command(folder.parent, workdir, f"Run.steps={STEPS}", "Run.checkpoint_every=10")
         moment, leave = draw.randrange(STEPS), draw.choice((0, 0, 4096, 2**16, 2**20))
         process = small.start(command, folder.parent)
-        while process.poll() is None and steps_logged(workdir) < moment:
-            time.sleep(0.002)
+        small.wait_for_steps([process], workdir, moment)
         filler = fill(folder / "disk", leave)
         status, errors = small.end(process)
         if status == 0:
@@ -67,16 +59,5 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
         return "one sentence, then finished" if finished else f"NOT RESUMED, status {status}", errors
 
 
-def storm(folder: Path, draw: random.Random, count: int) -> collections.Counter:
-    """Counts how trials end."""
-    small.tiny_config(folder)
-    ends: collections.Counter = collections.Counter()
-    for number in range(count):
-        how, errors = trial(folder / str(number), draw)
-        small.say(number, how if how in GOOD else f"{how}:\n{errors[-4000:]}")
-        ends[how] += 1
-    return ends
-
-
 if __name__ == "__main__":
-    small.main(storm, __doc__, GOOD, 20)
+    small.main(small.repeated(trial, GOOD), __doc__, GOOD, 20)

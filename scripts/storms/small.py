@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from small_runs import environment, stack, tiny_config  # noqa: E402
 
+PROGRAM = (sys.executable, "-m", "peer_jax")
 Storm = Callable[[Path, random.Random, int], collections.Counter]
 
 
@@ -39,6 +41,21 @@ def main(storm: Storm, text: str, good: set[str], count: int) -> None:
     sys.exit(1 if bad else 0)
 
 
+def repeated(trial: Callable[[Path, random.Random], tuple[str, str]], good: set[str]) -> Storm:
+    """A storm of trials, each of which gets a folder of its own and says how it ends and what was written there."""
+
+    def storm(folder: Path, draw: random.Random, count: int) -> collections.Counter:
+        tiny_config(folder)
+        ends: collections.Counter = collections.Counter()
+        for number in range(count):
+            how, errors = trial(folder / str(number), draw)
+            say(number, how if how in good else f"{how}:\n{errors[-4000:]}")
+            ends[how] += 1
+        return ends
+
+    return storm
+
+
 def say(trial: int, what: str) -> None:
     """Tells on standard error how a trial ended."""
     print(f"trial {trial}: {what}", file=sys.stderr, flush=True)
@@ -46,7 +63,7 @@ def say(trial: int, what: str) -> None:
 
 def command(folder: Path, workdir: Path, *bindings: str, layer: str = "peer", also: tuple[str, ...] = ()) -> list[str]:
     """The command that trains the small run in ``workdir``, with its text in ``folder``."""
-    found = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--no-table", f"--workdir={workdir}", *also]
+    found = [*PROGRAM, "train", "--quiet", "--no-table", f"--workdir={workdir}", *also]
     files = stack(tiny_config(folder), layer)
     return found + [f"--config={file}" for file in files] + [f"--set={binding}" for binding in bindings]
 
@@ -66,6 +83,18 @@ def start(command: list[str], folder: Path, **variables: str) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def steps_logged(workdir: Path) -> int:
+    """How many lines a run has logged."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_steps(processes: list[subprocess.Popen], workdir: Path, steps: int) -> None:
+    """Waits until a run has logged so many lines, or one of its processes has ended."""
+    while steps_logged(workdir) < steps and all(process.poll() is None for process in processes):
+        time.sleep(0.002)
 
 
 def end(process: subprocess.Popen, timeout: float = 300) -> tuple[int | None, str]:
