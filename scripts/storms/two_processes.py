@@ -1,6 +1,6 @@
 """Kills, stops or misleads one of two processes that train together, and gives the same commands again.
 
-Both must end within a minute, the other with one sentence that names the cause; the second commands must finish the run.
+Both must end within a minute, the other with one sentence that names the cause; the same commands must then finish it.
 """
 
 import json
