@@ -183,7 +183,8 @@ PEER.num_experts=63 | num_experts=63 64
 PEER.num_experts=0 | num_experts=0
 PEER.num_experts=-4 | num_experts=-4
 PEER.num_experts='64' | num_experts '64'
-PEER.num_experts=1000000000000 | memory experts
+PEER.num_experts=1000000000000 | num_experts 2^31
+PEER.num_experts=2147395600 | memory
 PEER.top_k=65 | top_k=65
 PEER.top_k=0 | top_k=0
 PEER.top_k=2.5 | top_k 2.5
@@ -456,8 +457,10 @@ bench op --tokens -5 | --tokens
 bench op --d-model 0 | --d-model
 bench op --num-experts 63 | --num-experts 63 64
 bench op --num-experts 1000000000000 | --num-experts memory
-bench layer --num-experts 1000000000000 | --num-experts memory
-bench step --num-experts 1000000000000 | --num-experts memory
+bench layer --num-experts 1000000000000 | num_experts 2^31
+bench step --num-experts 1000000000000 | num_experts 2^31
+bench layer --num-experts 2147395600 | --num-experts memory
+bench step --num-experts 2147395600 | --num-experts memory
 bench op --tokens 1000000000000 | memory
 bench op --heads 0 | --heads
 bench op --top-k 0 | --top-k

@@ -45,8 +45,8 @@ BINDINGS = (
     "Run.evaluate_every=9",
     "local_files.validation_share=0.4",
 )
-# Sums over the parts of a batch come in another order: a rounding of 6e-8 each, some dozen of them per step. In 24 steps
-# this may change which expert is a token's last, once or twice.
+# Sums over the parts of a batch come in another order: a rounding of 6e-8 each, some dozen of them per step. In 24
+# steps this may change which expert is a token's last, once or twice.
 REDUCED = 1e-4
 
 

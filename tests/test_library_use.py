@@ -1,7 +1,6 @@
 """The layers in programs of others: any batch and axes, JAX's transformations, explicit meshes, bad arguments."""
 
 import functools
-import sys
 
 import eight_devices
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import relative_error
 
+from peer_jax import memory
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
@@ -419,7 +419,7 @@ def test_a_size_that_no_memory_holds_is_refused_before_it_is_taken(make):
 def test_the_blocks_of_a_transformer_are_counted_together(monkeypatch):
     """Each of its layers would fit, but not all of them."""
     one = dense(8, d_ff=4096).num_params() * 4
-    monkeypatch.setattr(sys.modules["peer_jax.layers.checks"], "_memory", lambda _: 3 * one)
+    monkeypatch.setattr(memory, "of_device", lambda: 3 * one)
     transformer(ffw=functools.partial(Dense, d_ff=4096), sparse_ffw=None)
     with pytest.raises(InputError, match="num_blocks=4"):
         transformer(ffw=functools.partial(Dense, d_ff=4096), sparse_ffw=None, num_blocks=4)

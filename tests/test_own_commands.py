@@ -137,12 +137,14 @@ def test_a_sweep_compares_it_with_peer_and_the_report_shows_both(tiny, folder, r
     page = (runs / "report.html").read_text()
     assert "peer_sigmoid" in page
     assert "mine" in page
-    # Everything is finished, and a result that can't be read costs its own row alone.
+    # Everything is finished but a result that can't be read, which is set aside and made again.
     damaged = next(runs.glob("peer-*/result.json"))
     damaged.write_text(json.dumps({k: v for k, v in json.loads(damaged.read_text()).items() if k != "machine"}))
     assert succeeded(run_cli("sweep", "--config", sweep, *flags))
     with (runs / "results.csv").open() as file:
-        assert {row["method"] for row in csv.DictReader(file)} == {"peer_sigmoid", "mine"}
+        assert {row["method"] for row in csv.DictReader(file)} == {"peer", "peer_sigmoid", "mine"}
+    assert "machine" in json.loads(damaged.read_text())
+    assert "machine" not in json.loads(damaged.with_name("damaged-result.json").read_text())
 
 
 def test_an_optimiser_of_ones_own_stands_where_adamw_stood(tiny, folder, run_cli):

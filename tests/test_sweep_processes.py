@@ -277,7 +277,7 @@ def test_dry_run_prints_every_run_and_makes_nothing(config, tmp_path):
     for name in RUNS:
         (line,) = [line for line in done.stdout.splitlines() if name in line]
         assert line.split()[-1] in ("s", "min")  # its time was estimated
-    assert "8e+08 training FLOPs in all; 2 programs" in done.stdout
+    assert "8.03e+08 training FLOPs in all; 2 programs" in done.stdout  # steps are whole
     assert "About" in done.stdout
 
 
