@@ -121,7 +121,7 @@ def gone(pid):
         return True
 
 
-def test_runs_are_made_once_and_skipped_afterwards(sweep, tmp_path):
+def test_runs_are_made_once_and_skipped_afterwards(sweep, config, tmp_path, run_cli):
     status, printed, errors = outcome(sweep())
     assert status == 0, errors
     folder = tmp_path / "sweep"
@@ -148,7 +148,8 @@ def test_runs_are_made_once_and_skipped_afterwards(sweep, tmp_path):
     assert results(folder).keys() == RUNS | {"dense-d8-2e8-seed2"}
     assert before == {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in RUNS}
 
-    status, printed, errors = outcome(sweep("AdamW.b1=0.5"))  # another config in the same directory
+    other = ["--config", config, "--workdir", folder, "--set=AdamW.b1=0.5"]  # another config in the same directory
+    status, printed, errors = run_cli("sweep", *other)
     assert (status, printed) == (2, "")
     assert errors.splitlines()[-1].startswith("peer-jax: ")
     assert "AdamW.b1 = 0.9" in errors.splitlines()[-1]
@@ -281,17 +282,15 @@ def test_dry_run_prints_every_run_and_makes_nothing(config, tmp_path):
     assert "About" in done.stdout
 
 
-def test_a_directory_that_can_t_be_written_is_refused(config, tmp_path):
+def test_a_directory_that_can_t_be_written_is_refused(config, tmp_path, run_cli):
     blocker = tmp_path / "file"
     blocker.write_text("")
-    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", f"--workdir={blocker / 'x'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(JAX_PLATFORMS="cpu"), text=True, capture_output=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("peer-jax: --workdir ")
-    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(JAX_PLATFORMS="cpu"), text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--workdir" in done.stderr
+    status, _, errors = run_cli("sweep", "--config", config, "--workdir", blocker / "x")
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("peer-jax: --workdir ")
+    status, printed, errors = run_cli("sweep", "--config", config)
+    assert (status, printed) == (2, "")
+    assert "--workdir" in errors
 
 
 def told(worker, seconds=60):
