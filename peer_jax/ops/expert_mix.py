@@ -71,7 +71,17 @@ def expert_mix(
         return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
 
 
-def _mix(x, down, up, indices, gates, *, activation, implementation):
+def _mix(
+    x: Float[Array, "*tokens d"],
+    down: Float[Array, "N d"],
+    up: Float[Array, "N d"],
+    indices: Int[Array, "*tokens h k"],
+    gates: Float[Array, "*tokens h k"],
+    *,
+    activation: Activation,
+    implementation: str | None,
+) -> Float[Array, "*tokens d"]:
+    """``expert_mix`` of arguments that fit one another."""
     gates, indices, valid = drop_invalid(gates, indices, down.shape[0])
     *tokens, h, k = indices.shape
     flat = x.reshape(-1, x.shape[-1])

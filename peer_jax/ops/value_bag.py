@@ -57,7 +57,14 @@ def value_bag(
         return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
 
 
-def _bag(values, indices, gates, *, implementation):
+def _bag(
+    values: Float[Array, "N d"],
+    indices: Int[Array, "*tokens h k"],
+    gates: Float[Array, "*tokens h k"],
+    *,
+    implementation: str | None,
+) -> Float[Array, "*tokens d"]:
+    """``value_bag`` of arguments that fit one another."""
     gates, indices, valid = drop_invalid(gates, indices, values.shape[0])
     *tokens, h, k = indices.shape
     gates = gates.reshape(-1, h * k)
