@@ -43,6 +43,18 @@ AdamW.learning_rate = 0.01
 AdamW.warmup_steps = 5
 """
 
+SWEEP = """
+Sweep.configs = ({base!r}, {size!r}, {tiny!r})
+Sweep.layers = {layers!r}
+Sweep.methods = ("dense", "peer")
+Sweep.sizes = {{"d8": {{"Transformer.d_model": 8}}}}
+Sweep.budgets = (2e8,)
+Sweep.seeds = (0, 1)
+Sweep.bindings = {{"Transformer.num_blocks": 1, "Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
+Sweep.min_steps = 1
+Sweep.max_epochs = 1e6
+"""
+
 
 def write_text(path, seed=0):
     words = [
@@ -77,6 +89,14 @@ def tiny_config(base):
         task = TextTask(local_files(corpus, validation_share=0.1), SEQ_LEN, cache_dir=folder / "cache")
         ensure_prepared(task, progress=False)
         path.write_text(TINY.format(seq_len=SEQ_LEN, cache=str(folder / "cache"), corpus=str(corpus), batch=BATCH))
+    return path
+
+
+def sweep_config(folder, tiny):
+    """A gin file of a sweep of four runs of seconds."""
+    path = folder / "sweep.gin"
+    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "tiny": tiny}
+    path.write_text(SWEEP.format(layers=str(CONFIGS / "layers"), **{name: str(file) for name, file in files.items()}))
     return path
 
 

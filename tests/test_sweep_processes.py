@@ -9,34 +9,19 @@ import sys
 import time
 
 import pytest
-from small_runs import CONFIGS, ROOT, environment
+from small_runs import ROOT, environment, sweep_config
 
 from peer_jax.config import load
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.workers import Task, Worker
 
-SWEEP = """
-Sweep.configs = ({base!r}, {size!r}, {tiny!r})
-Sweep.layers = {layers!r}
-Sweep.methods = ("dense", "peer")
-Sweep.sizes = {{"d8": {{"Transformer.d_model": 8}}}}
-Sweep.budgets = (2e8,)
-Sweep.seeds = (0, 1)
-Sweep.bindings = {{"Transformer.num_blocks": 1, "Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
-Sweep.min_steps = 1
-Sweep.max_epochs = 1e6
-"""
 LONG = ("Sweep.budgets=(1e12,)",)  # more than anybody waits for
 RUNS = {f"{method}-d8-2e8-seed{seed}" for method in ("dense", "peer") for seed in (0, 1)}
 
 
 @pytest.fixture(scope="module")
 def config(tiny, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    path = base / "sweep.gin"
-    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "tiny": tiny}
-    path.write_text(SWEEP.format(layers=str(CONFIGS / "layers"), **{name: str(file) for name, file in files.items()}))
-    return path
+    return sweep_config(tmp_path_factory.getbasetemp(), tiny)
 
 
 def start(config, folder, *bindings, workers=2, compiled):

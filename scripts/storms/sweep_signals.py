@@ -12,20 +12,9 @@ import time
 from pathlib import Path
 
 import small
+from small_runs import sweep_config
 
 GOOD = {"stopped with one sentence, then finished", "a worker was killed, then finished", "finished before the signal"}
-CONFIGS = small.ROOT / "configs"
-SWEEP = """
-Sweep.configs = ({base!r}, {size!r}, {tiny!r})
-Sweep.layers = {layers!r}
-Sweep.methods = ("dense", "peer")
-Sweep.sizes = {{"d8": {{"Transformer.d_model": 8}}}}
-Sweep.budgets = (2e8,)
-Sweep.seeds = (0, 1)
-Sweep.bindings = {{"Transformer.num_blocks": 1, "Run.checkpoint_every": 20, "Run.evaluate_every": 1000}}
-Sweep.min_steps = 1
-Sweep.max_epochs = 1e6
-"""
 RUNS = 4
 
 
@@ -39,10 +28,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     """How a trial ends, and what the sweep has written to standard error."""
     folder.mkdir()
-    config = folder / "sweep.gin"
-    files = {"base": CONFIGS / "base.gin", "size": CONFIGS / "sizes" / "tiny.gin", "layers": CONFIGS / "layers"}
-    files["tiny"] = small.tiny_config(folder.parent)
-    config.write_text(SWEEP.format(**{name: str(file) for name, file in files.items()}))
+    config = sweep_config(folder, small.tiny_config(folder.parent))
     command = [*small.PROGRAM, "sweep", f"--config={config}", f"--workdir={folder / 'runs'}", "--workers=2"]
     process = small.start(command, folder.parent)
     time.sleep(draw.choice((draw.uniform(0, 5), draw.uniform(0, 25))))
