@@ -1,7 +1,7 @@
 """Signals a sweep, or kills one of its workers, at a random moment from its very start, and gives the command again.
 
-A signal must end it with one sentence and status 128 + its number; a killed worker must cost its own run alone. The
-second command must finish every run.
+A signal must end it with one sentence and status 128 + its number, or at once while Python itself starts; a killed
+worker must cost its own run alone. The second command must finish every run.
 """
 
 import os
@@ -42,7 +42,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     how = "a worker was killed, then finished" if killed else "stopped with one sentence, then finished"
     if status == 0:
         how = "finished before the signal"
-    elif status is None or "Traceback" in errors or status != (1 if killed else 128 + number):
+    elif status is None or "Traceback" in errors or status not in ({1} if killed else {128 + number, -number}):
         return f"status {status} after {number.name}", errors
     status, errors = small.end(small.start(command, folder.parent))
     finished = status == 0 and len(list(folder.glob("runs/*/result.json"))) == RUNS
