@@ -1,6 +1,6 @@
 """Signals a sweep, or kills one of its workers, at a random moment from its very start, and gives the command again.
 
-A signal must end it with one sentence and status 128 + its number, or at once while Python itself starts; a killed
+A signal must end it with one sentence and status 128 + its number, or at once where nothing is to be saved; a killed
 worker must cost its own run alone. The second command must finish every run.
 """
 
