@@ -15,9 +15,7 @@ if [ $# = 0 ]; then
   ruff check . || lint=1
   ruff format --check . || lint=1
   # Processes take whole files, because the tests of a file share what they prepare, in the order of tests/conftest.py.
-  # There is one more process than cores, because some tests wait for others that they have started.
-  cores=$(python -c 'import os; print(os.cpu_count() or 1)')
-  set -- -n "$((cores < 4 ? cores + 1 : 4))" --dist loadfile --no-loadscope-reorder
+  set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 status=0
 python -m pytest "$@" || status=$?
