@@ -260,6 +260,16 @@ def mean_over(spec: PartitionSpec, x: jax.Array) -> jax.Array:
     return jax.lax.pmean(x, mesh_axes(spec)) if mesh_axes(spec) else x
 
 
+def part_bytes(tree: Any) -> int:
+    """Bytes of the parts of arrays, which may be abstract, that one device has."""
+
+    def of_one(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(of_one, jax.tree.leaves(tree)))
+
+
 # Meshes of the caller's own that have explicit axes (``jax.set_mesh``): the types of arrays say how they are split.
 
 

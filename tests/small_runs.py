@@ -193,6 +193,20 @@ def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):
     monkeypatch.setattr(loop, "train_batches", make_interrupting)
 
 
+def refused(outcome, words):
+    """Asserts that a command, by what ``run_cli`` returns, ends with status 2 and one sentence that has the words."""
+    status, printed, errors = outcome
+    assert (status, printed) == (2, ""), errors
+    assert errors.startswith("peer-jax: ")
+    assert errors.count("\n") == 1, errors
+    assert "Traceback" not in errors
+    assert "<ast." not in errors
+    assert "object at 0x" not in errors
+    assert len(errors) < 1200
+    for word in words.split():
+        assert word in errors, errors
+
+
 @contextlib.contextmanager
 def training(folder):
     """For a module of tests: code in this context may use optax, and a second run of a config compiles nothing."""

@@ -83,14 +83,14 @@ def being_written(folder):
 
 
 def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
-    """At three moments; scripts/storms/kills.py has many."""
     never, killed = tmp_path / "never", tmp_path / "killed"
     finish(start(tiny, never))
 
     moments = (
         (lambda: (killed / "config.gin").exists(), signal.SIGKILL),  # nothing is trained yet
         (lambda: logged(killed) >= 10 and being_written(killed), signal.SIGKILL),
-        (lambda: logged(killed) >= 85, signal.SIGTERM),
+        (lambda: logged(killed) >= 85, signal.SIGKILL),
+        (lambda: logged(killed) >= 115, signal.SIGTERM),
     )
     for condition, number in moments:
         process = start(tiny, killed, **KEEPS_NO_PROGRAMS)

@@ -38,16 +38,14 @@ from peer_jax.training.checkpoint import Checkpoints
 # Batches that 8 devices share; and so much validation that its last batch of 128 rows has some in both processes.
 STEPS, EVERY = 24, 4
 BINDINGS = (
-    "Transformer.num_blocks=1",
     "Run.batch_size=8",
     f"Run.steps={STEPS}",
     f"Run.checkpoint_every={EVERY}",
     "Run.evaluate_every=9",
     "local_files.validation_share=0.4",
 )
-# Sums over the parts of a batch come in another order: a rounding of 6e-8 each, some dozen of them per step. In 24
-# steps this may change which expert is a token's last, once or twice.
-REDUCED = 1e-4
+# Sums over the parts of a batch come in another order: a rounding of 6e-8 each, some dozen of them.
+REDUCED = 5e-6
 
 
 pytestmark = pytest.mark.usefixtures("trains")
@@ -121,9 +119,9 @@ def test_eight_devices_train_as_one(one, eight, two, processes):
     assert (a["tokens"], a["bytes"], a["words"]) == (b["tokens"], b["bytes"], b["words"])
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert a[name] == pytest.approx(b[name], rel=REDUCED)
-    assert a["experts"].keys() == b["experts"].keys() == {"block_0"}
+    assert a["experts"].keys() == b["experts"].keys() == {"block_1"}
     for name in ("usage", "unevenness"):
-        assert a["experts"]["block_0"][name] == pytest.approx(b["experts"]["block_0"][name], rel=REDUCED)
+        assert a["experts"]["block_1"][name] == pytest.approx(b["experts"]["block_1"][name], rel=REDUCED)
     assert (found["machine"]["devices"], found["machine"]["processes"]) == (8, processes)
     same = ("training_flops", "tokens", "epochs", "corpus", "params_total")
     assert [found[name] for name in same] == [expected[name] for name in same]
@@ -176,8 +174,7 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
     died = (
         "has died (its connection has ended): start all processes again, and the run goes on from its last checkpoint"
     )
-    # scripts/storms/two_processes.py has many moments.
-    for step, numbers in ((5, (None, kill)), (10, (kill, None))):
+    for step, numbers in ((5, (None, kill)), (10, (kill, None)), (13, (kill, kill))):
         for number, (status, errors) in zip(numbers, signal_at(start(), tmp_path, step, numbers), strict=True):
             if number == kill:
                 assert status == -kill

@@ -22,6 +22,7 @@ LEAVES = {
     "processes",
     "supervisor",
     "digests",
+    "memory",
 }
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": {"errors"}, "gin_syntax": {"errors"}},

@@ -43,7 +43,7 @@ from peer_jax.models import Transformer
 from peer_jax.ops import traffic
 from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET
 from peer_jax.ops.traffic import INDEX
-from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, use
+from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, part_bytes, use
 from peer_jax.training.flops import TRAINING_TO_FORWARD
 from peer_jax.training.run import Run
 from peer_jax.training.step import TrainState
@@ -229,11 +229,6 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
     return Plan(sizes, sharding.tables, load.tokens, counted.memory(), counted.step(), tuple(unknown))
 
 
-def _part(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of the part of an array that one device has."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
 class _Counting:
     """The counts of one run, by the formulas above; a layer whose costs are unknown counts nothing."""
 
@@ -258,8 +253,7 @@ class _Counting:
     def memory(self) -> MemoryPlan:
         """Bytes per device."""
         parameters, optimizer, others = (
-            sum(map(_part, jax.tree.leaves(tree)))
-            for tree in (self.state.params, self.state.optimizer, self.state.others)
+            part_bytes(tree) for tree in (self.state.params, self.state.optimizer, self.state.others)
         )
         batch = 3 * INDEX * self.t * self.accumulation
         return MemoryPlan(parameters, optimizer, others + batch, max(self.moments(), key=lambda moment: moment.total))
@@ -295,7 +289,7 @@ class _Counting:
 
     def _gradients(self, *of: str | int, only_tables: bool = False) -> float:
         """Bytes of the part of the gradients of ``_params(*of)`` that a device has."""
-        return float(sum(_part(leaf) for _, leaf, is_table in self._params(*of) if is_table or not only_tables))
+        return float(sum(part_bytes(leaf) for _, leaf, is_table in self._params(*of) if is_table or not only_tables))
 
     def _held_for_update(self) -> float:
         """Bytes that XLA copies on CPU before the forward pass: arrays that are updated whole, and the first rows of
@@ -303,7 +297,7 @@ class _Counting:
         """
         if not self.on_cpu:
             return 0.0
-        sizes = (_part(leaf) for _, leaf, _ in self._params())
+        sizes = (part_bytes(leaf) for _, leaf, _ in self._params())
         return float(sum(size if size <= ROWS_BUDGET else 3 * ROWS_BUDGET for size in sizes))
 
     def _kept(self) -> list[float]:
@@ -316,7 +310,7 @@ class _Counting:
         """Bytes that the backward pass of a block holds beside what is kept."""
         attention = 2 * FLOAT * self.t * self.model.num_heads * self.seq_len
         others = self.placement.size(FSDP) - 1
-        kernels = others * sum(_part(leaf) for _, leaf, is_table in self._params(index) if not is_table)
+        kernels = others * sum(part_bytes(leaf) for _, leaf, is_table in self._params(index) if not is_table)
         return max(attention, self.layers[index].working) + 2 * kernels
 
     # Work.
@@ -333,7 +327,7 @@ class _Counting:
         kernels = passes * sum(self._whole(leaf)[0] for _, leaf, is_table in self._params() if not is_table)
         rows = sum(layer.rows_read for layer in self.layers)
         kept = sum(self._kept()) + 2 * FLOAT * self.t * self.model.vocab_size
-        state = sum(map(_part, jax.tree.leaves((self.state.params, self.state.optimizer))))
+        state = part_bytes((self.state.params, self.state.optimizer))
         return {
             "update": 2 * (self._gradients() + state),
             "kernels": self.accumulation * kernels,
@@ -346,7 +340,7 @@ class _Counting:
         named = mesh_axes(leaf.sharding.spec)
         F = self.placement.size(FSDP) if FSDP in named else 1
         parts = F * (self.E if EXPERT in named else 1)
-        return F * _part(leaf), F, self.P // parts
+        return F * part_bytes(leaf), F, self.P // parts
 
     def _interconnect(self) -> dict[str, float]:
         """Bytes that a device receives by cause, in rings as in ``traffic``; statistics and norms are left out."""

@@ -1,17 +1,16 @@
 """How long a step takes, by a short measurement."""
 
-import math
-import os
 import statistics
 import time
 
 import jax
 import numpy as np
 
+from peer_jax import memory
 from peer_jax.data.pipeline import vocabulary_size
 from peer_jax.errors import InputError
 from peer_jax.ops import checked as with_checks
-from peer_jax.sharding import split_batch, use
+from peer_jax.sharding import part_bytes, split_batch, use
 from peer_jax.training.flops import training_flops
 from peer_jax.training.run import Run
 
@@ -51,16 +50,8 @@ def _measure(run: Run) -> float:
 
 
 def _check_size(state: object, step_flops: float) -> None:
-    device = jax.devices()[0]
-    needed = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
-    if device.platform == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if step_flops > LONGEST_STEP * SLOWEST_CPU:
-            raise InputError(f"a step of {step_flops:.2g} FLOPs takes too long to be tried on a CPU")
-    else:
-        available = (device.memory_stats() or {}).get("bytes_limit", needed)
+    """Raises InputError if a step can't be tried on this machine."""
+    if jax.default_backend() == "cpu" and step_flops > LONGEST_STEP * SLOWEST_CPU:
+        raise InputError(f"a step of {step_flops:.2g} FLOPs takes too long to be tried on a CPU")
     # Beside the state, a step needs gradients, and at least as much again for activations and copies.
-    if 1.5 * needed > available:
-        raise InputError(f"its state of {needed / 2**30:.1f} GiB does not fit {available / 2**30:.1f} GiB of memory")
+    memory.check(1.5 * part_bytes(state), "a step", "choose smaller sizes, or more devices to split the state over")

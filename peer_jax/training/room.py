@@ -5,15 +5,11 @@ parameters and the optimiser's moments, the residual streams and attention's pro
 backward pass, and the logits.
 """
 
-import math
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 
 from peer_jax import memory
 from peer_jax.models import Transformer
-from peer_jax.sharding import current
+from peer_jax.sharding import current, part_bytes
 from peer_jax.training.step import TrainState
 
 FLOAT = 4  # bytes
@@ -30,7 +26,7 @@ def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumu
     kept = 1 if model.remat else len(model.blocks)
     streams = tokens * model.d_model * jnp.dtype(model.dtype).itemsize * len(model.blocks)
     memory.check(
-        _bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens),
+        part_bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens),
         "a training step",
         f"lower batch_size={batch_size}, seq_len={seq_len}, d_model={model.d_model} or the number of experts, or raise "
         f"accumulation={accumulation}",
@@ -50,16 +46,6 @@ def check_evaluation(model: Transformer, *, batch_size: int, seq_len: int) -> No
 
 def _devices() -> int:
     return 1 if current() is None else current().mesh.size
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of the part of abstract arrays that one device has."""
-    return sum(_part(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _part(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
