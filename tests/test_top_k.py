@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_jax.ops.cpu.top_k import by_tournament
-from peer_jax.ops.top_k import plain, top_k_columns
+from peer_jax.ops.top_k import by_groups, plain, top_k_columns
 
-WAYS = {"tournament": by_tournament, "rows": plain}
+WAYS = {"tournament": by_tournament, "groups": by_groups, "rows": plain}
 
 
 @functools.cache
@@ -53,10 +53,12 @@ def test_zeros_rank_by_their_sign(way):
     np.testing.assert_array_equal(np.signbit(values[:, 0]), [False, False, True, True])
 
 
-@pytest.mark.parametrize(("n", "k"), [(512, 16), (1000, 32), (128, 100), (300, 17)])
-def test_large_columns(rng, n, k):
-    x = rng.normal(size=(n, 65)).astype(np.float32)
-    for ours, expected in zip(jitted("tournament", k)(x), sorted_columns(x, k), strict=True):
+@pytest.mark.parametrize(("n", "k"), [(512, 16), (1000, 32), (128, 100), (300, 17), (2049, 1)])
+@pytest.mark.parametrize("way", ["tournament", "groups"])
+@pytest.mark.parametrize("different", [2**32, 40])
+def test_large_columns(rng, way, n, k, different):
+    x = rng.integers(0, different, (n, 65)).astype(np.float32)
+    for ours, expected in zip(jitted(way, k)(x), sorted_columns(x, k), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -73,17 +75,18 @@ def test_a_nan_is_not_lost(rng, where, sign):
 
 
 @pytest.mark.parametrize(
-    ("platform", "k", "columns", "by_tournament"),
+    ("platform", "k", "columns", "ours"),
     [
         ("cpu", 8, 64, True),
         ("cpu", 128, 64, True),
         ("cpu", 8, 63, False),
         ("cpu", 129, 64, False),
-        ("cuda", 8, 64, False),
+        ("cuda", 8, 64, True),
+        ("cuda", 33, 64, False),
         ("tpu", 8, 64, False),
     ],
 )
-def test_the_tournament_is_for_many_columns_on_cpu(platform, k, columns, by_tournament):
+def test_jax_s_own_is_for_few_columns_or_many_values(platform, k, columns, ours):
     x = jax.ShapeDtypeStruct((256, columns), jnp.float32)
     text = jax.jit(lambda x: top_k_columns(x, k)).trace(x).lower(lowering_platforms=(platform,)).as_text()
-    assert ("top_k" not in text) is by_tournament
+    assert ("top_k" not in text) is ours

@@ -123,6 +123,7 @@ class Transformer(nnx.Module):
         tie_embeddings: use the embedding table for the logits too.
         remat: recompute blocks in the backward pass instead of keeping their activations.
         rope_theta: base of the rotary frequencies.
+        attention_implementation: implementation of the attention, see ``peer_jax.models.attention.Attention``.
         dtype: type of the computation; logits are always float32.
         param_dtype: type of the parameters.
         embed_init: initialiser of the embedding table.
@@ -146,6 +147,7 @@ class Transformer(nnx.Module):
         tie_embeddings: bool = False,
         remat: Placed[bool] = False,
         rope_theta: float = 10_000.0,
+        attention_implementation: Placed[str | None] = None,
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
         embed_init: Initializer = nnx.initializers.normal(0.02),
@@ -171,7 +173,9 @@ class Transformer(nnx.Module):
             return nnx.RMSNorm(width, **types)
 
         def block(index: int) -> Block:
-            attention = Attention(d_model, num_heads, rope_theta=rope_theta, **types)
+            attention = Attention(
+                d_model, num_heads, rope_theta=rope_theta, implementation=attention_implementation, **types
+            )
             make, alike = (sparse_ffw, sparse) if index in sparse else (ffw, dense)
             layer = make(d_model, **types)
             if index == min(alike):  # now that the size of one is known, and before the others are made

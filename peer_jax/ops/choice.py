@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
+from peer_jax.ops.parts import Xla
 
 # Bytes of the table, and of the gathered rows, up to which a CPU is fastest if it holds all of these rows at once
 # (docs/performance.md).
@@ -18,7 +19,11 @@ HELD = 2**20
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 
-SPLIT = "Mosaic GPU kernels need whole tables, but these are split over devices."
+# What each device computes by itself where tables are split; XLA partitions "reference" as a whole.
+PARTS = {"xla": Xla(), "mosaic_gpu": mosaic_gpu.KernelParts()}
+
+# Compute capability of the GPUs on which the kernels were measured, and are the default.
+HOPPER = "9.0"
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -54,9 +59,10 @@ def choose(
 ) -> str:
     """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
 
-    None means "xla"; on a CPU it means "reference" if table and gathered rows are small and float32, because its
-    backward pass can be faster. The kernels of "mosaic_gpu" have not been measured on a GPU yet, so they run only if
-    they are asked for. Where they can't run, "xla" does instead, and a warning says why, once for each reason.
+    None means the kernels of "mosaic_gpu" on a Hopper GPU, where they were faster at every size that was measured
+    (docs/performance.md), and else "xla"; on a CPU it means "reference" if table and gathered rows are small and
+    float32, because its backward pass can be faster. Where kernels that were asked for can't run, "xla" does instead,
+    and a warning says why, once for each reason.
 
     Args:
         implementation: what the caller of the op asks for.
@@ -69,18 +75,23 @@ def choose(
         InputError: if the implementation is unknown.
     """
     check_implementation(implementation)
-    split = sharded.splits_experts()
-    if implementation is None:
-        if split:
-            return "xla"
-        small = 4 * x.shape[1] * max(x.shape[0] * r, table.shape[0]) <= HELD and table.dtype == jnp.float32
-        return "reference" if small and (platform or jax.default_backend()) == "cpu" else "xla"
-    if implementation != "mosaic_gpu":
+    if implementation not in (None, "mosaic_gpu"):
         return implementation
-    if reason := SPLIT if split else mosaic_gpu.why_not(x, table, r, platform):
+    platform = platform or jax.default_backend()
+    if implementation is None and platform == "cpu":
+        small = 4 * x.shape[1] * max(x.shape[0] * r, table.shape[0]) <= HELD and table.dtype == jnp.float32
+        return "reference" if small and not sharded.splits_experts() else "xla"
+    reason = mosaic_gpu.why_not(*sharded.part_shapes(x, table), r, platform)
+    if reason and implementation:
         _say_once(reason)
-        return "xla"
-    return implementation
+    return "xla" if reason or (implementation is None and not _is_hopper(platform)) else "mosaic_gpu"
+
+
+def _is_hopper(platform: str) -> bool:
+    try:
+        return getattr(jax.devices(platform)[0], "compute_capability", None) == HOPPER
+    except RuntimeError:  # no GPU on this machine: the program is compiled for another one
+        return False
 
 
 @functools.cache

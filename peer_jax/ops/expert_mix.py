@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose, explained
+from peer_jax.ops.choice import PARTS, choose, explained
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
@@ -50,7 +50,7 @@ def expert_mix(
         implementation: ``"reference"``: plain gather and einsum, which holds [tokens, h, k, d]; ``"xla"``: chunks of
             tokens, and a backward pass that gathers again; ``"mosaic_gpu"``: kernels for Hopper GPUs and newer, or
             ``"xla"`` where they can't run; None picks. On tables that are split over devices, XLA partitions
-            ``"reference"``; ``"xla"`` exchanges tokens (``peer_jax.ops.sharded``).
+            ``"reference"``; the others exchange tokens (``peer_jax.ops.sharded``).
 
     Raises:
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
@@ -87,8 +87,8 @@ def _mix(
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
     chosen, split = choose(implementation, flat, down, h * k), sharded.splits_experts()
-    if split and chosen == "xla":
-        y = sharded.expert_mix(flat, down, up, *pairs, activation)
+    if split and chosen in PARTS:
+        y = sharded.expert_mix(PARTS[chosen], flat, down, up, *pairs, activation)
     else:
         mix = _IMPLEMENTATIONS[chosen]
         run = sharded.by_partitioner if split else sharded.by_tokens

@@ -4,9 +4,16 @@ n  elements per column     m  columns
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.cpu import top_k as on_cpu
+from peer_jax.ops.keys import key_of, place_of, value_of
+
+# The most elements per column that a GPU sorts at once, within a block; and the highest k for which groups were faster
+# than ``jax.lax.top_k`` there (docs/performance.md).
+SORTED = 64
+MOST = 32
 
 
 def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
@@ -15,10 +22,34 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
     1 <= k <= n. -0 ranks below 0. A column that has a NaN gives NaN values, at valid places.
     """
     cpu = on_cpu.by_tournament if on_cpu.is_faster(k, x.shape[1]) else plain
-    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, k), default=lambda x: plain(x, k))
+    cuda = by_groups if k <= MOST and x.shape[0] > SORTED else plain
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: cpu(x, k), cuda=lambda x: cuda(x, k), default=lambda x: plain(x, k)
+    )
 
 
 def plain(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
     """``jax.lax.top_k``, which works on rows."""
     values, place = jax.lax.top_k(x.T, k)
     return values.T, place.T
+
+
+def by_groups(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
+    """Sorts the best elements of groups of neighbours, and goes on with the k best groups until few elements are left.
+
+    Every one of the k best elements is in one of the k best groups: the best element of any other group, and so all of
+    its elements, are behind the best of k groups. No more than ``SORTED`` elements, or 2 k, are sorted at once.
+    """
+    sorted_at_once = max(SORTED, 2 * k)
+    with jax.enable_x64(True):
+        keys = key_of(x.T, jnp.arange(x.shape[0], dtype=jnp.int32)[None])
+        while keys.shape[1] > sorted_at_once:
+            size = -(-keys.shape[1] // sorted_at_once)
+            padding = (0, 0), (0, -keys.shape[1] % size)
+            groups = jnp.pad(keys, padding, constant_values=jnp.iinfo(jnp.int64).min).reshape(len(keys), -1, size)
+            number = jnp.broadcast_to(jnp.arange(groups.shape[1], dtype=jnp.int32), groups.shape[:2])
+            _, best = jax.lax.sort((~groups.max(axis=2), number), dimension=1, is_stable=False, num_keys=1)
+            chosen = jnp.take_along_axis(groups, best[:, :k, None], axis=1, mode="promise_in_bounds")
+            keys = chosen.reshape(len(keys), -1)
+        best = ~jax.lax.sort(~keys, dimension=1, is_stable=False)[:, :k].T
+        return value_of(best), place_of(best)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose, explained
+from peer_jax.ops.choice import PARTS, choose, explained
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
@@ -71,8 +71,8 @@ def _bag(
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
     pairs = indices.reshape(-1, h * k), gates
     chosen, split = choose(implementation, like_y, values, h * k), sharded.splits_experts()
-    if split and chosen == "xla":
-        y = sharded.value_bag(values, *pairs)
+    if split and chosen in PARTS:
+        y = sharded.value_bag(PARTS[chosen], values, *pairs)
     else:
         run = sharded.by_partitioner if split else sharded.by_tokens
         y = run(_IMPLEMENTATIONS[chosen], (values,), pairs)

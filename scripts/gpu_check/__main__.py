@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-TOTAL = 465  # seconds
+TOTAL = 470  # seconds
 PATIENCE = 4  # smoke mode, which runs on busy machines, may take this many times as long
 SPEED_UP = 5.0  # target: how many times faster than "reference" the forward pass is
 COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdict")
@@ -29,32 +29,43 @@ COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdic
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Runs ``module`` with ``words`` as arguments, for at most ``limit`` seconds."""
+    """Runs ``module`` with ``words`` as arguments, for at most ``limit`` seconds.
+
+    ``alone``: whether it wants the GPU for itself, for its times or its memory. ``smokes``: whether it can run without
+    a GPU; the kernels are interpreted then, which a layer has no option for, and there is no cuDNN.
+    """
 
     name: str
     module: str
     words: tuple[str, ...]
     limit: int
+    alone: bool = True
+    smokes: bool = True
 
 
 # The most important parts come first: the limits add up to more than the total, which only hanging parts would use up.
 PARTS = [
-    Part("correctness", "gpu_check.correctness", ("mosaic_gpu",), 110),
+    Part("correctness", "gpu_check.correctness", ("mosaic_gpu",), 130, alone=False),
+    Part("correctness", "gpu_check.correctness", ("xla",), 120, alone=False),
+    Part("correctness", "gpu_check.correctness", ("reference",), 90, alone=False),
     Part("speed", "gpu_check.speed", ("ops", "mosaic_gpu"), 90),
     Part("speed", "gpu_check.speed", ("ops", "xla"), 75),
+    Part("step", "gpu_check.speed", ("step", "mosaic_gpu", "cudnn"), 60, smokes=False),
+    Part("step", "gpu_check.speed", ("step", "xla", "cudnn"), 60, smokes=False),
+    Part("step", "gpu_check.speed", ("step", "xla", "xla"), 60),
+    Part("layer", "gpu_check.model", ("layer", "mosaic_gpu"), 60, smokes=False),
+    Part("layer", "gpu_check.model", ("layer", "xla"), 60),
+    Part("attention", "gpu_check.model", ("attention",), 60),
+    Part("correctness", "gpu_check.correctness", ("mosaic_gpu", "large"), 60, smokes=False),
     Part("speed", "gpu_check.speed", ("ops", "reference"), 60),
-    Part("step", "gpu_check.speed", ("step", "mosaic_gpu"), 75),
-    Part("step", "gpu_check.speed", ("step", "xla"), 75),
-    Part("correctness", "gpu_check.correctness", ("xla",), 100),
     Part("speed", "gpu_check.pytorch", (), 75),
-    Part("correctness", "gpu_check.correctness", ("reference",), 80),
 ]
 RUNNING: list[subprocess.Popen] = []
 
 
 def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
     """The rows that the part printed, and one more that says what went wrong, if anything did."""
-    implementation = part.words[-1] if part.words else "pytorch"
+    implementation = " ".join(part.words[1:] or part.words) or "pytorch"
     left = deadline - time.monotonic()
     if left < 10:
         return [failure(part.name, implementation, "left out: the time was used up")]
@@ -127,13 +138,14 @@ def speed_ups(rows: list[dict], smoke: bool) -> list[dict]:
     for (case, direction, implementation), taken in times.items():
         if implementation != "mosaic_gpu":
             continue
-        for other in ("reference", "xla", "pytorch eager", "pytorch compiled"):
+        for other in ("reference", "xla", "pytorch eager", "pytorch compiled", "PEER-pytorch"):
             if (slow := times.get((case, direction, other))) is not None:
                 is_target = other == "reference" and direction == "forward" and not smoke
                 target, verdict = "", ""
                 if is_target:
                     target, verdict = f">= {SPEED_UP:g}x", "pass" if slow / taken >= SPEED_UP else "FAIL"
-                cells = ("speed", case, implementation, f"{direction}: over {other}", f"{slow / taken:.2f}x")
+                part = "layer" if case.startswith("PEER") else "speed"
+                cells = (part, case, implementation, f"{direction}: over {other}", f"{slow / taken:.2f}x")
                 found.append(dict(zip(COLUMNS, (*cells, target, verdict), strict=True)))
     return found
 
@@ -163,7 +175,8 @@ def table(rows: list[dict]) -> str:
 
 def write(folder: Path, machine: dict, rows: list[dict], took: float) -> str:
     """Writes both files; returns the text of the table."""
-    order = ["machine", "correctness", "expert_mix", "value_bag", "product_key_top_k", "speed", "memory", "step"]
+    order = ["machine", "correctness", "expert_mix", "value_bag", "product_key_top_k", "speed", "top_k", "attention"]
+    order += ["layer", "step", "memory"]
     rows = sorted(
         [*rows, *speed_ups(rows, machine["smoke"])], key=lambda row: (order.index(row["part"]), natural(row["case"]))
     )
@@ -194,19 +207,20 @@ def main() -> int:
     start, machine, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
     text = ""
     limit = TOTAL * (PATIENCE if arguments.smoke else 1)
-    # Smoke mode interprets kernels, which a layer has no option for.
-    parts = [part for part in PARTS if not (arguments.smoke and part.words == ("step", "mosaic_gpu"))]
+    parts = [part for part in PARTS if part.smokes or not arguments.smoke]
+    alone, others = [part for part in parts if part.alone], [part for part in parts if not part.alone]
     # In smoke mode the times mean nothing, so two parts run at once.
-    with ThreadPoolExecutor(2 if arguments.smoke else 1) as pool:
-        try:
-            for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), parts):
-                rows += found
-                text = write(folder, machine, rows, time.monotonic() - start)
-        except BaseException:  # Ctrl-C doesn't reach the parts, which are in sessions of their own
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(RUNNING):
-                kill(process)
-            raise
+    for group, at_once in ((others, 2), (alone, 2 if arguments.smoke else 1)):
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), group):
+                    rows += found
+                    text = write(folder, machine, rows, time.monotonic() - start)
+            except BaseException:  # Ctrl-C doesn't reach the parts, which are in sessions of their own
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(RUNNING):
+                    kill(process)
+                raise
     print(text, end="")
     print(f"written to {folder}/table.txt and {folder}/rows.json")
     return int(any(row["verdict"] == "FAIL" for row in rows + speed_ups(rows, arguments.smoke)))

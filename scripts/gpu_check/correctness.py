@@ -1,8 +1,9 @@
 """Values and gradients of the ops against NumPy in float64, on some tokens and rows of problems of real size.
 
-python -m gpu_check.correctness IMPLEMENTATION [--smoke]    prints rows as lines of JSON
+python -m gpu_check.correctness IMPLEMENTATION [large] [--smoke]    prints rows as lines of JSON
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,11 +14,16 @@ import numpy as np
 
 from gpu_check.ops import SMOKE, bag_by, both, draw, emit, emit_error, mix_by, verdict
 from peer_jax.ops import mosaic_gpu, product_key_top_k
+from peer_jax.ops.parts import Xla
 
 # Errors are relative to the largest value. In float32, results are products of some hundred terms and sums of some
 # hundred pairs, and each term rounds off 6e-8 of a partial sum. In bfloat16, a rounding costs 2^-9 of a value; the
 # result is rounded once, and each term of its sum up to twice.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
+
+
+BFLOAT16 = ("bfloat16", "bfloat16")
+REPEATS = 1 if SMOKE else 20
 
 
 class Case(NamedTuple):
@@ -33,7 +39,7 @@ class Case(NamedTuple):
 
 
 def cases(implementation: str) -> Iterator[Case]:
-    """Real sizes, sizes that no block size divides, and a case where one row has a 64th of all pairs."""
+    """Real sizes, sizes that no block size divides, and cases where one row has a 64th and a half of all pairs."""
     types = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
     for dtype, rows in types[2:] if SMOKE else types:
         yield Case("ragged", *((3, 64, 23, 6) if SMOKE else (1037, 320, 5003, 21)), dtype, rows)
@@ -44,6 +50,7 @@ def cases(implementation: str) -> Iterator[Case]:
         yield Case("T=32768 d=768 N=1024^2", 32768, 768, 1024**2, 128, dtype, rows, 0.0, implementation != "reference")
     if not SMOKE:
         yield Case("one row has 1/64", 4096, 1024, 16384, 32, "float32", "float32", 1 / 64)
+        yield Case("one row has 1/2", 4096, 1024, 16384, 32, "bfloat16", "bfloat16", 1 / 2)
 
 
 def gelu(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +114,15 @@ def expected_bag(values, gates, indices, dy, tokens, rows) -> dict[str, np.ndarr
     return found
 
 
-def compare(part: str, case: str, implementation: str, actual: dict, expected: dict, tolerance: float) -> None:
+def compare(
+    part: str,
+    case: str,
+    implementation: str,
+    actual: dict,
+    expected: dict,
+    tolerance: float,
+    against: str = "float64",
+) -> None:
     """Prints a row with the largest error, and which result has it."""
     errors = {}
     for name, value in actual.items():
@@ -116,7 +131,7 @@ def compare(part: str, case: str, implementation: str, actual: dict, expected: d
     worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     result = f"{errors[worst]:.1e} ({worst} of {', '.join(errors)})"
     passed = all(error <= tolerance for error in errors.values())
-    emit(part, case, implementation, "error against float64", result, f"<= {tolerance:.1e}", verdict(passed))
+    emit(part, case, implementation, f"error against {against}", result, f"<= {tolerance:.1e}", verdict(passed))
 
 
 def check(part: str, implementation: str, case: Case) -> None:
@@ -141,15 +156,44 @@ def check(part: str, implementation: str, case: Case) -> None:
         # The gradient of the hot row is a sum over this many pairs; its rounding grows with the root of their number.
         pairs = case.hot * case.t * case.r
         compare(part, name, implementation, actual, expected, max(TOLERANCE[case.dtype], 2.4e-7 * pairs**0.5))
-        what = "equal in two runs"
-        second = run(*primals, indices, dy)
-        equal = all(bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+        repeats = REPEATS if implementation == "mosaic_gpu" else 1
+        what = f"equal in {repeats + 1} runs"
+        equal = all(
+            bool(jnp.array_equal(a, b))
+            for _ in range(repeats)
+            for a, b in zip(*map(jax.tree.leaves, (first, run(*primals, indices, dy))), strict=True)
+        )
         promised = implementation == "mosaic_gpu"
         emit(
             part, name, implementation, what, str(equal), "True" if promised else "", verdict(equal) if promised else ""
         )
     except Exception as error:  # whatever it is, the next case may work
         emit_error(part, name, implementation, what, error)
+
+
+def check_parts(t: int, d: int, rows: int, r: int, dtype: str) -> None:
+    """What a device does that holds a quarter of a table's rows: the kernels against XLA, which has tests on CPU."""
+    name = f"part of a table, T={t} d={d} N={4 * rows} hk={r}, {dtype}"
+    x, down, up, gates, indices, dy = draw(t, d, rows, r, dtype, dtype, 0.0)
+    indices = indices * 4 - rows  # from the first row of this device; three quarters are elsewhere
+
+    def run(parts, x, down, up, gates, indices, dy):
+        y, kept = parts.mix(x, down, up, indices, gates, jax.nn.gelu)
+        mix = parts.mix_backward(x, down, up, indices, gates, jax.nn.gelu, kept, dy)
+        bag = parts.bag(up, indices, gates), *parts.bag_backward(up, indices, gates, dy)
+        near = jnp.clip(indices, 0, rows - 1)
+        return y, *mix, *bag, parts.dots(x, down, near), parts.sums(gates, up, near, x.dtype)
+
+    try:
+        found, wanted = (
+            jax.device_get(jax.jit(functools.partial(run, parts))(x, down, up, gates, indices, dy))
+            for parts in (mosaic_gpu.KernelParts(interpret=jax.default_backend() == "cpu"), Xla())
+        )
+        names = ["y", "dx", "d_down", "d_up", "d_gates", "bag", "d_values", "d_bag_gates", "dots", "sums"]
+        pair = (dict(zip(names, map(wide, arrays), strict=True)) for arrays in (found, wanted))
+        compare("expert_mix", name, "mosaic_gpu", *pair, TOLERANCE[dtype], against="xla")
+    except Exception as error:
+        emit_error("expert_mix", name, "mosaic_gpu", "error against xla", error)
 
 
 def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int, dtype: str) -> None:
@@ -199,7 +243,10 @@ def check_top_k(implementation: str, t: int, h: int, n: int, d_key: int, k: int,
         emit_error(part, name, implementation, "error against float64", error)
 
 
-def main(implementation: str) -> None:
+def main(implementation: str, size: str = "") -> None:
+    if size == "large":  # tables of 8 GiB, which nothing fits beside
+        check("expert_mix", implementation, Case("T=16384 d=256 N=4096^2", 16384, 256, 4096**2, 128, *BFLOAT16))
+        return
     if implementation == "mosaic_gpu" and not SMOKE:
         x, table = (jax.ShapeDtypeStruct((rows, 768), jnp.bfloat16) for rows in (32768, 1024**2))
         reason = mosaic_gpu.why_not(x, table, 128)
@@ -213,11 +260,15 @@ def main(implementation: str) -> None:
             for dtype in ("bfloat16",) if SMOKE else ("float32", "bfloat16"):
                 check("value_bag", implementation, Case(f"T={t} d={d} N={N}", t, d, N, r, dtype, dtype))
         if implementation == "mosaic_gpu":  # has no kernel for product_key_top_k
+            for dtype in ("float32",) if SMOKE else ("float32", "bfloat16"):
+                check_parts(*((3, 64, 6, 4) if SMOKE else (4096, 768, 16384, 128)), dtype)
             return
-        for sizes in ((9, 2, 5, 8, 4),) if SMOKE else ((1037, 3, 37, 24, 7), (4096, 8, 1024, 128, 16)):
+        for sizes in (
+            ((9, 2, 5, 8, 4),) if SMOKE else ((1037, 3, 37, 24, 7), (1037, 2, 600, 24, 32), (4096, 8, 1024, 128, 16))
+        ):
             for dtype in ("float32",) if SMOKE else ("float32", "bfloat16"):
                 check_top_k(implementation, *sizes, dtype)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*(word for word in sys.argv[1:] if word != "--smoke"))

@@ -73,8 +73,19 @@ def draw(t: int, d: int, N: int, r: int, dtype: str, rows: str, hot: Array) -> t
     """x, down, up, gates, indices, dy. A share ``hot`` of the indices is N // 2; the others are uniform."""
     key = iter(jax.random.split(jax.random.key(0), 7))
     x, dy = (jax.random.normal(next(key), (t, d), dtype) for _ in range(2))
-    down, up = (jax.random.normal(next(key), (N, d), rows) * d**-0.5 for _ in range(2))
+    down, up = (draw_table(next(key), N, d, rows) for _ in range(2))
     gates = jax.nn.softmax(jax.random.normal(next(key), (t, r)), axis=-1).astype(dtype)
     indices = jax.random.randint(next(key), (t, r), 0, N, jnp.int32)
     indices = jnp.where(jax.random.uniform(next(key), (t, r)) < hot, N // 2, indices)
     return x, down, up, gates, indices, dy
+
+
+def draw_table(key: Array, N: int, d: int, dtype: str) -> Array:
+    """Random rows of norm 1; those of a table too large for JAX's generator repeat, with other signs."""
+    if N * d < 2**31:
+        return jax.random.normal(key, (N, d), dtype) * d**-0.5
+    first = jax.random.normal(key, (1024, d), dtype) * d**-0.5
+    number = jax.lax.broadcasted_iota(jnp.uint32, (N // 1024, 1024, d), 0)
+    column = jax.lax.broadcasted_iota(jnp.uint32, (N // 1024, 1024, d), 2)
+    sign = 1 - 2 * ((number * (2 * column + 1) * 0x9E3779B1) >> 31).astype(jnp.int32)
+    return (first[None] * sign.astype(dtype)).reshape(N, d)

@@ -7,14 +7,15 @@ import json
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 
 SMOKE = "--smoke" in sys.argv
 SIZES = [(6, 64, 25, 4)] if SMOKE else [(4096, 1024, 16384, 32), (4096, 1024, 65536, 32), (32768, 768, 1024**2, 128)]
 
 
-def emit(case: str, implementation: str, what: str, result: str, **more) -> None:
-    row = {"part": "speed", "case": case, "implementation": implementation, "what": what, "result": result}
+def emit(case: str, implementation: str, what: str, result: str, *, part: str = "speed", **more) -> None:
+    row = {"part": part, "case": case, "implementation": implementation, "what": what, "result": result}
     print(json.dumps(row | {"target": "", "verdict": ""} | more), flush=True)
 
 
@@ -67,6 +68,29 @@ def main() -> None:
                 emit(case, name, "backward", f"{taken * 1e3:.3f} ms", seconds=taken)
             except Exception as error:  # out of memory, or no compiler
                 emit(case, name, "time", f"{type(error).__name__}: {error}".splitlines()[0][:160])
+    time_layer(torch, seconds, device)
+
+
+def time_layer(torch: types.ModuleType, seconds: Callable[..., float], device: str) -> None:
+    """PEER of PEER-pytorch as it comes, in bfloat16; the sizes are those of ``gpu_check.model``."""
+    t, d, N = (64, 64, 8**2) if SMOKE else (8192, 1024, 1024**2)
+    case = f"PEER T={t} d={d} N={N} h=8 k=16, bfloat16"
+    try:
+        from PEER_pytorch import PEER
+    except ImportError:
+        emit(case, "PEER-pytorch", "time", "PEER-pytorch is not installed", part="layer")
+        return
+    try:
+        layer = PEER(d, heads=8, num_experts=N, num_experts_per_head=16, dim_key=64).to(device, torch.bfloat16)
+        x, dy = (torch.randn(1, t, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+        with torch.no_grad():
+            taken = seconds(lambda: layer(x))
+        emit(case, "PEER-pytorch", "forward", f"{taken * 1e3:.3f} ms", part="layer", seconds=taken)
+        x.requires_grad_()
+        taken = seconds(lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], dy))
+        emit(case, "PEER-pytorch", "forward + backward", f"{taken * 1e3:.3f} ms", part="layer", seconds=taken)
+    except Exception as error:  # out of memory
+        emit(case, "PEER-pytorch", "time", f"{type(error).__name__}: {error}".splitlines()[0][:160], part="layer")
 
 
 if __name__ == "__main__":

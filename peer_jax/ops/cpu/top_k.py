@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int64
 
+from peer_jax.ops.keys import key_of, place_of, value_of
+
 # With fewer columns the tournament's vectors are mostly empty; a higher k was not measured (docs/log.md).
 FEWEST_COLUMNS = 64
 MOST = 128
@@ -34,42 +36,18 @@ def by_tournament(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
     # The padding has the highest places, so it ranks behind all real elements, even behind those of -inf.
     x = _once(jnp.pad(x, ((0, size - x.shape[0]), (0, 0)), constant_values=-jnp.inf))
     with jax.enable_x64(True):
-        rounds = [_key(x, jnp.arange(size, dtype=jnp.int32)[:, None])]
+        rounds = [key_of(x, jnp.arange(size, dtype=jnp.int32)[:, None])]
         while rounds[-1].shape[0] > K:
             pairs = rounds[-1].reshape(-1, 2, x.shape[1])
             rounds.append(_once(jnp.maximum(pairs[:, 0], pairs[:, 1])))
         best = _sort(rounds.pop())
         while rounds:
-            beaten = (_place(best) >> len(rounds) - 1) ^ 1
+            beaten = (place_of(best) >> len(rounds) - 1) ^ 1
             # The first round keeps values instead of keys, which are twice as large.
-            losers = _take(rounds[-1], beaten) if len(rounds) > 1 else _key(_take(x, beaten), beaten)
+            losers = _take(rounds[-1], beaten) if len(rounds) > 1 else key_of(_take(x, beaten), beaten)
             rounds.pop()
             best = _merge(best, _sort(_once(losers)))
-        return _value(best[:k]), _place(best[:k])
-
-
-# A key is an integer that ranks an element by its value, then by its place. The high half has the value's bits, changed
-# such that they order as integers; the low half has the complement of the place. NaN ranks first.
-
-_PLACES = 2**32 - 1
-_MAGNITUDE = 2**31 - 1
-
-
-def _key(x: Float[Array, "p m"], place: Int[Array, "p #m"]) -> Int64[Array, "p m"]:
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    ordered = jnp.where(jnp.isnan(x), jnp.int32(_MAGNITUDE), bits ^ ((bits >> 31) & jnp.int32(_MAGNITUDE)))
-    return (ordered.astype(jnp.int64) << 32) | (jnp.int64(_PLACES) - place.astype(jnp.int64))
-
-
-def _place(key: Int64[Array, "p m"]) -> Int[Array, "p m"]:
-    return (jnp.int64(_PLACES) - (key & jnp.int64(_PLACES))).astype(jnp.int32)
-
-
-def _value(key: Int64[Array, "p m"]) -> Float[Array, "p m"]:
-    """The values of keys that are sorted with the highest first; all NaN for a column whose highest is NaN."""
-    ordered = (key >> 32).astype(jnp.int32)
-    x = jax.lax.bitcast_convert_type(ordered ^ ((ordered >> 31) & jnp.int32(_MAGNITUDE)), jnp.float32)
-    return jnp.where(jnp.isnan(x[:1]), jnp.float32(jnp.nan), x)
+        return value_of(best[:k]), place_of(best[:k])
 
 
 def _take(a: Array, place: Int[Array, "k m"]) -> Array:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peer_jax.ops.mosaic_gpu.parts import KernelParts
 from peer_jax.ops.mosaic_gpu.tables import sum_pairs
 from peer_jax.ops.mosaic_gpu.tokens import mix_tokens
 
-__all__ = ["expert_mix", "value_bag", "why_not"]
+__all__ = ["KernelParts", "expert_mix", "value_bag", "why_not"]
 
 Activation = Callable[[Array], Array]
 Sized = jax.ShapeDtypeStruct  # takes the place of an array whose shape and type are all that matters
@@ -100,7 +101,7 @@ def expert_mix(
     """
     if (down.shape, down.dtype) != (up.shape, up.dtype):
         raise ValueError(f"down {down.shape} {down.dtype} and up {up.shape} {up.dtype} must be alike.")
-    interpret = _check(x, down, indices.shape[1], interpret)
+    _check(x, down, indices.shape[1])
     return _expert_mix(x, down, up, indices.astype(jnp.int32), gates, activation, interpret)
 
 
@@ -116,18 +117,13 @@ def value_bag(
     The result is deterministic. ``interpret`` and the errors raised are those of ``expert_mix``.
     """
     t, r = indices.shape
-    interpret = _check(Sized((t, values.shape[1]), gates.dtype), values, r, interpret)
+    _check(Sized((t, values.shape[1]), gates.dtype), values, r)
     return _value_bag(values, indices.astype(jnp.int32), gates, interpret)
 
 
-def _check(x, table, r, interpret):
+def _check(x, table, r) -> None:
     if (reason := _why_not_sizes(x, table, r)) is not None:
         raise ValueError(reason)
-    if interpret is True:
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        return plgpu.InterpretGPUParams()
-    return interpret
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -1,4 +1,4 @@
-"""Makes functions such that kernels of JAX 0.11 can call them."""
+"""What the kernels of JAX 0.11 need in other forms than their callers have: activations, and how to simulate them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,3 +33,12 @@ def without_rules(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return y
 
     return call
+
+
+def interpreter(interpret: Any) -> Any:
+    """What ``plgpu.kernel`` takes as ``interpret``: False, or how to simulate a kernel on CPU, by default for True."""
+    if interpret is not True:
+        return interpret
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()

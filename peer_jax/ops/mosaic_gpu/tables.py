@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peer_jax.ops.mosaic_gpu.inline import interpreter
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
 from peer_jax.ops.pairs import sort_pairs
 
@@ -26,6 +27,8 @@ def sum_pairs(
 ) -> list[Float[Array, "{num_rows} d"]]:
     """One table for each term (weights, cotangents, dtype): row i sums weights[t, r] * cotangents[t] over its pairs.
 
+    A pair whose index is ``num_rows`` belongs to no row.
+
     The pairs are sorted by row. A block owns consecutive rows of the tables, and hence consecutive pairs: the
     cotangents of their tokens come through one ring, whatever row they belong to. A sum stays in float32 registers,
     adds up in the order of the tokens and is written once; it is zero for a row that was not retrieved. Without
@@ -40,7 +43,8 @@ def sum_pairs(
     t, r = indices.shape
     d = terms[0][1].shape[1]
     pairs = sort_pairs(indices)
-    starts = jnp.searchsorted(pairs.row, jnp.arange(num_rows + 1, dtype=pairs.row.dtype)).astype(jnp.int32)
+    rows = jnp.arange(num_rows + 1, dtype=pairs.row.dtype)
+    starts = jnp.searchsorted(pairs.row, rows, method="scan_unrolled").astype(jnp.int32)  # as one kernel
     tokens = pairs.pair // r
     # The weights of a pair are next to each other, padded to 16 bytes, the least that a bulk copy takes.
     weights = jnp.stack([weights.reshape(-1)[pairs.pair] for weights, _, _ in terms], axis=-1)
@@ -127,5 +131,5 @@ def sum_pairs(
         grid=(pl.cdiv(num_rows, owned),),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=interpret,
+        interpret=interpreter(interpret),
     )(starts, tokens, weights, *cotangents)

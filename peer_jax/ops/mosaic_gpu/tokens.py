@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peer_jax.ops.mosaic_gpu.inline import without_rules
+from peer_jax.ops.mosaic_gpu.inline import interpreter, without_rules
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
 
 WARPS = 4  # in the 128 threads that Pallas schedules as one; each warp takes a row, so no dot product crosses warps
@@ -27,11 +27,15 @@ def mix_tokens(
     activation: Callable[[Array], Array] | None,
     dtype: Any,
     interpret: Any,
+    *,
+    counts: Int[Array, " t"] | None = None,
+    y_dtype: Any = None,
 ) -> tuple[Float[Array, "t d"] | None, Float[Array, "t r"] | None]:
-    """y = sum over r of gates * activation(s) * write[indices] in ``dtype``, with s = read[indices] . x in float32.
+    """y = sum over r of gates * activation(s) * write[indices], with s = read[indices] . x in float32.
 
     Without ``write``, only s is computed; without ``read``, y = sum over r of gates * write[indices]. Rows are cast to
-    ``dtype``.
+    ``dtype``, and so is y unless ``y_dtype`` is given. With ``counts``, a token has that many rows, the first of its
+    ``indices``; the gates behind them must be zero and the indices repeat the last one; s is not defined there.
 
     Each block works on one token. Its rows come through a ring in shared memory, each by one bulk copy, some steps
     ahead of the arithmetic. Blocks are small enough for about four per multiprocessor, which together have nearly
@@ -57,6 +61,9 @@ def mix_tokens(
         operands["x"] = x
     if gates is not None:
         operands["gates"] = jnp.pad(gates.astype(jnp.float32), padding)
+    if counts is not None:
+        operands["counts"] = counts
+    y_dtype = y_dtype or dtype
     outputs, scratch = {}, {"indices_smem": plgpu.SMEM((steps * WARPS,), jnp.int32), "listed": plgpu.Barrier()}
     stages = count_stages(WARPS * d * sum(table.dtype.itemsize for table in tables.values()), steps)
     for name, table in tables.items():
@@ -69,9 +76,9 @@ def mix_tokens(
         outputs["s"] = jax.ShapeDtypeStruct((t, steps * WARPS), jnp.float32)
     if gates is not None:
         scratch["gates_smem"] = plgpu.SMEM((steps * WARPS,), jnp.float32)
-        if x is None:
-            scratch["y_smem"] = plgpu.SMEM((d,), dtype)
-        outputs["y"] = jax.ShapeDtypeStruct((t, d), dtype)
+        if x is None or x.dtype != y_dtype:
+            scratch["y_smem"] = plgpu.SMEM((d,), y_dtype)
+        outputs["y"] = jax.ShapeDtypeStruct((t, d), y_dtype)
 
     # Up to d = 3072 a lane's part of a row fits its registers; at 4096 (128 numbers) ptxas spills some 40 bytes.
     vector = 4 if d % 128 == 0 else 2
@@ -83,6 +90,7 @@ def mix_tokens(
         ref = dict(zip([*operands, *outputs, *scratch], refs, strict=True))
         ref.setdefault("y_smem", ref.get("x_smem"))  # x is no longer needed when y is written
         token = jax.lax.axis_index("token")
+        own_steps = steps if counts is None else jax.lax.div(ref["counts"][token] + WARPS - 1, WARPS)
 
         def fetch(step, stage):
             four = [ref["indices_smem"][step * WARPS + warp] for warp in range(WARPS)]
@@ -106,7 +114,7 @@ def mix_tokens(
                 copy(ref[name].at[token], ref[f"{name}_smem"], ref["ready"])
         plgpu.barrier_wait(ref["listed"])
         for stage in range(stages):
-            fetch(stage, stage)
+            pl.when(stage < own_steps)(functools.partial(fetch, stage, stage))
         plgpu.barrier_wait(ref["ready"])
         x_rows = load_x() if x is not None and d <= REGISTER_WIDTH else None
 
@@ -125,7 +133,7 @@ def mix_tokens(
                 total += jax.lax.broadcast_in_dim(weights, (WARPS, d), (0,)) * rows("write", stage)
             plgpu.commit_smem()  # every warp has read its rows
 
-            @pl.when(step + stages < steps)
+            @pl.when(step + stages < own_steps)
             def _():
                 fetch(step + stages, stage)
 
@@ -134,9 +142,9 @@ def mix_tokens(
         total = None
         if gates is not None:
             total = plgpu.layout_cast(jnp.zeros((WARPS, d), jnp.float32), layout)
-        total = jax.lax.fori_loop(0, steps, body, total)
+        total = jax.lax.fori_loop(0, own_steps, body, total)
         if gates is not None:
-            ref["y_smem"][...] = jnp.sum(total, axis=0).astype(dtype)
+            ref["y_smem"][...] = jnp.sum(total, axis=0).astype(y_dtype)
         plgpu.commit_smem()
         for name in outputs:
             plgpu.copy_smem_to_gmem(ref[f"{name}_smem"], ref[name].at[token])
@@ -149,7 +157,7 @@ def mix_tokens(
         grid=(t,),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=interpret,
+        interpret=interpreter(interpret),
     )(*operands.values())
     out = dict(zip(outputs, out, strict=True))
     return out.get("y"), out["s"][:, :r] if "s" in out else None
