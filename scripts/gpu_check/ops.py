@@ -87,5 +87,5 @@ def draw_table(key: Array, N: int, d: int, dtype: str) -> Array:
     first = jax.random.normal(key, (1024, d), dtype) * d**-0.5
     number = jax.lax.broadcasted_iota(jnp.uint32, (N // 1024, 1024, d), 0)
     column = jax.lax.broadcasted_iota(jnp.uint32, (N // 1024, 1024, d), 2)
-    sign = 1 - 2 * ((number * (2 * column + 1) * 0x9E3779B1) >> 31).astype(jnp.int32)
+    sign = 1 - 2 * ((number * (2 * column + 1) * jnp.uint32(0x9E3779B1)) >> 31).astype(jnp.int32)
     return (first[None] * sign.astype(dtype)).reshape(N, d)
