@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from eight_devices import measured
 from reference import relative_error
 
-from peer_jax.ops import mosaic_gpu
+from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.mosaic_gpu import tables
+from peer_jax.sharding import Sharding, use
 
 # As in test_expert_mix: float32 sums of some hundred terms, and three roundings to bfloat16.
 FP32 = 1e-5
@@ -110,6 +112,40 @@ def test_value_bag(rng, simulated):
     assert relative_error(y, reference.value_bag(*arguments)) < FP32
     for grad, wanted in zip(grads, reference.value_bag_grad(*arguments, dy), strict=True):
         assert relative_error(grad, wanted.reshape(grad.shape)) < FP32
+
+
+def errors_on_split_tables(form):
+    """Of y and the gradients of both ops against loops, within ``shard_map`` on two devices."""
+    from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
+
+    # It asserts that no device has a barrier whenever one has finished, but others may be at work.
+    GPUSharedMemory.assert_no_barriers_allocated = lambda self: None
+    t, d, N, r = 4, {"rows": 64, "columns": 128}[form], 6, 5
+    x, down, up, indices, gates, dy = draw(np.random.default_rng(0), t, d, N, r, jnp.float32, jnp.float32)
+    indices[0], indices[3] = 5, [0, 4, 0, 5, 1]  # the first device has no row for the first token
+    parts = mosaic_gpu.KernelParts(interpret=True)
+
+    @jax.jit
+    def run(x, down, up, gates):
+        def mix(x, down, up, gates):
+            return sharded.expert_mix(parts, x, down, up, jnp.asarray(indices), gates, jax.nn.gelu)
+
+        y, pullback = jax.vjp(mix, x, down, up, gates)
+        bag, bag_pullback = jax.vjp(lambda *a: sharded.value_bag(parts, a[0], jnp.asarray(indices), a[1]), up, gates)
+        return y, *pullback(dy), bag, *bag_pullback(dy)
+
+    with use(Sharding(data=1, expert=2, tables=form).place(jax.devices()[:2])):
+        found = run(x, down, up, gates)
+    mix, bag = (x, down, up, indices[:, None], gates[:, None], "gelu"), (up, indices[:, None], gates[:, None])
+    wanted = reference.expert_mix(*mix), *reference.expert_mix_grad(*mix, dy)
+    wanted += reference.value_bag(*bag), *reference.value_bag_grad(*bag, dy)
+    return [float(relative_error(a, b.reshape(a.shape))) for a, b in zip(found, wanted, strict=True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_split_tables(form):
+    assert max(measured("test_mosaic_gpu", "errors_on_split_tables", form)) < FP32
 
 
 def sized(t, d, N, r, dtype):

@@ -40,7 +40,7 @@ def rotate(x: Float[Array, "b s h c"], positions: Int[Array, "b s"], theta: floa
 
 
 IMPLEMENTATIONS = ("xla", "cudnn")
-WIDEST_HEAD = 128  # of cuDNN
+WIDEST_HEAD, OLDEST_GPU = 128, 8.0  # for cuDNN; 8.0 is Ampere
 
 
 class Attention(nnx.Module):
@@ -120,9 +120,22 @@ class Attention(nnx.Module):
             value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
             cache = KVCache(key, value, cache.length + s)
             key, value = key.astype(query.dtype), value.astype(query.dtype)
-        chosen = self.implementation or ("cudnn" if cache is None and _cudnn_can_run(query) else "xla")
+        chosen = "xla" if cache is not None else self._choose(query)
         y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=chosen)
         return y.reshape(b, s, width // 3), cache
+
+    def _choose(self, query: Float[Array, "b s h c"]) -> str:
+        """The implementation without a cache.
+
+        Raises:
+            InputError: if cuDNN was asked for and can't run.
+        """
+        if self.implementation == "xla":
+            return "xla"
+        reason = why_not_cudnn(query)
+        if reason and self.implementation == "cudnn":
+            raise InputError(f"attention with implementation='cudnn' needs {reason}: None takes what can run")
+        return "xla" if reason else "cudnn"
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token: projections, and scores and weighted values of all ``seq_len`` keys."""
@@ -130,13 +143,18 @@ class Attention(nnx.Module):
         return 2 * 4 * d * d + 4 * seq_len * d
 
 
-def _cudnn_can_run(query: Float[Array, "b s h c"]) -> bool:
-    """Whether cuDNN's attention runs on the device in use, for queries of this shape and type."""
-    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    try:
-        capability = float(getattr(jax.devices()[0], "compute_capability", "0"))
-    except ValueError:  # AMD: "gfx942"
-        return False
+def why_not_cudnn(query: Float[Array, "b s h c"] | jax.ShapeDtypeStruct) -> str | None:
+    """What cuDNN's attention lacks to run here for queries of this shape and type; None if it can run."""
     _, s, _, c = query.shape
-    return capability >= 8 and c % 8 == 0 and c <= WIDEST_HEAD and s % 2 == 0
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16, not {query.dtype}"
+    if c % 8 or c > WIDEST_HEAD or s % 2:
+        return f"heads of a multiple of 8 up to {WIDEST_HEAD} wide and sequences of even length, not {c} and {s}"
+    if jax.default_backend() != "gpu":
+        return f"an NVIDIA GPU, not {jax.default_backend()!r}"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    try:
+        newer = float(capability) >= OLDEST_GPU
+    except (TypeError, ValueError):  # AMD: "gfx942"
+        newer = False
+    return None if newer else f"a GPU of compute capability {OLDEST_GPU:g} or higher, not {capability}"

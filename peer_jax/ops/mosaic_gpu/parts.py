@@ -79,7 +79,7 @@ class Own(NamedTuple):
 
     def only(self, values: Float[Array, "g r"]) -> Float[Array, "g r"]:
         """The values of its own pairs, and zeros."""
-        return jnp.where(jnp.arange(values.shape[1]) < self.counts[:, None], values, 0)
+        return jnp.where(jnp.arange(values.shape[1])[None] < self.counts[:, None], values, 0)
 
     def put_back(self, values: Float[Array, "g r"]) -> Float[Array, "g r"]:
         """The values in the order that the pairs had."""
@@ -91,7 +91,7 @@ def own_first(indices: Int[Array, "g r"], gates: Float[Array, "g r"], num_rows: 
     own = (indices >= 0) & (indices < num_rows)
     counts = jnp.sum(own, axis=1, dtype=jnp.int32)
     order = jnp.argsort(~own, axis=1, stable=True).astype(jnp.int32)
-    place = jnp.arange(indices.shape[1], dtype=jnp.int32)
+    place = jnp.arange(indices.shape[1], dtype=jnp.int32)[None]
     live = place < counts[:, None]
     rows = jnp.take_along_axis(indices, order, axis=1)
     last = jnp.take_along_axis(rows, jnp.maximum(counts - 1, 0)[:, None], axis=1)
