@@ -27,7 +27,7 @@ from small_runs import (
     without_times,
 )
 
-from peer_jax import processes
+from peer_jax import cluster, processes
 from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, InUse
 from peer_jax.run_directory import RunDirectory
@@ -427,32 +427,13 @@ def test_gathered_text(told):
 # Starting
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"coordinator": "a:1"}, "coordinator given without num_processes and process_id: give all"),
-        ({"num_processes": 2, "process_id": 0}, "num_processes and process_id given without coordinator: give all"),
-        ({"coordinator": "a:1", "process_id": 0}, "coordinator and process_id given without num_processes: give all"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id 2 is not one of 0 to 1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "process_id -1 is not one of 0 to 1"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "coordinator 'a' is not HOST:PORT"),
-        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "coordinator ':1' is not HOST:PORT"),
-        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "coordinator 'a:70000' is not HOST:PORT"),
-    ],
-)
-def test_flags_that_cannot_be(given, says):
-    with pytest.raises(InputError) as refused:
-        processes.start(**given, environment={})
-    assert str(refused.value) == says
-
-
 def test_a_port_that_is_taken():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"coordinator a:{port}: port {port} can't be had .*in use"):
-            processes.start(f"a:{port}", 2, 0, environment={})
+        with pytest.raises(InputError, match=f"a:{port}: port {port} can't be had .*in use"):
+            processes.start(cluster.find(f"a:{port}", 2, 0))
 
 
 def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
@@ -464,7 +445,7 @@ def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
 
 
 def test_one_process_alone_starts_nothing():
-    processes.start(environment={})
+    processes.start(cluster.find(environment={}))
     assert not jax.distributed.is_initialized()
     assert jax.process_count() == 1
     assert processes.leads()
@@ -493,25 +474,6 @@ def test_a_process_that_meets_no_other_says_so(hosts):
             "they reach the first"
         ]
         assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7"}, True),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # in a batch script, before srun
-        ({"SLURM_STEP_NUM_TASKS": ""}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": ""}, False),
-    ],
-)
-def test_cluster_is_seen_in_the_environment(environment, several):
-    assert processes.in_cluster(environment) == several
 
 
 # One process
