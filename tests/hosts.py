@@ -76,6 +76,11 @@ class Hosts:
         own = [(), second]
         return [self.start([*command, *own[host], *flags(host, port)], variables=variables) for host in range(HOSTS)]
 
+    def start_launched(self, command, launcher, variables=None):
+        """Starts two processes of one run as a launcher would, which tells them its variables and gives no flags."""
+        port = free_port()
+        return [self.start(command, variables=(variables or {}) | launcher(host, port)) for host in range(HOSTS)]
+
     def measured(self, folder, module, function, *arguments, hosts=HOSTS):
         """What ``module.function(*arguments)`` returns in each of two processes, or in one with all devices."""
         command = [sys.executable, __file__, module, function, json.dumps(arguments), str(folder), str(hosts)]

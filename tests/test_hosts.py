@@ -6,6 +6,7 @@ Here two processes have 4 devices each; that their data is disjoint and complete
 import concurrent.futures
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hosts import HOSTS, Hosts, ended, finish, flags, free_port, train_command
+from hosts import HOSTS, Hosts, ended, finish, flags, free_port, open_mpi_5, slurm, train_command
 from small_runs import (
     KEEPS_NO_PROGRAMS,
     arrays,
@@ -197,6 +198,28 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
         finish(process)
     assert losses(tmp_path) == losses(two)  # bit for bit, and none twice
     assert without_times(result_of(tmp_path)) == without_times(result_of(two))
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi_5])
+def test_a_process_that_dies_under_a_launcher_is_named(hosts, tiny, two, tmp_path, launcher):
+    """No flag says where the processes meet. The process that trains is killed, then the same commands go on."""
+    started = hosts.start_launched(train_command(tiny, tmp_path, *BINDINGS), launcher)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not path.exists() or '{"step": 5,' not in path.read_text():
+        assert all(process.poll() is None for process in started)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    (child,) = Path(f"/proc/{started[1].pid}/task/{started[1].pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    killed = "peer-jax: process 1 was killed by SIGKILL: start all processes again, and the run goes on from its last"
+    assert ended(started[0]) == (1, f"{killed} checkpoint\n")
+    status, errors = ended(started[1])
+    assert status == 128 + signal.SIGKILL
+    assert errors.endswith(f"{killed} checkpoint; is memory full?\n")
+    for process in hosts.start_launched(train_command(tiny, tmp_path, *BINDINGS), launcher):
+        finish(process)
+    assert losses(tmp_path) == losses(two)
 
 
 # Checkpoints on other devices
