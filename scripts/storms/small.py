@@ -88,7 +88,11 @@ def start(command: list[str], folder: Path, **variables: str) -> subprocess.Pope
 
 
 def start_two(
-    folder: Path, workdir: Path, *bindings: str, also: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    folder: Path,
+    workdir: Path,
+    *bindings: str,
+    also: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    **variables: str,
 ) -> list[subprocess.Popen]:
     """Starts the small run in two processes; ``also`` has the further arguments of each."""
     port = free_port()
@@ -97,6 +101,7 @@ def start_two(
             command(folder, workdir, *bindings, also=(*flags(host, port), *more)),
             folder,
             JAX_NUM_CPU_DEVICES="1",
+            **variables,
         )
         for host, more in enumerate(also)
     ]
