@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer_jax import startup, supervisor
+from peer_jax import cluster, startup, supervisor
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 if TYPE_CHECKING:
@@ -97,13 +97,13 @@ def train(
     Sharding.data, fsdp, expert and tables in the config say. If the run has several processes, each runs this command
     with the same DIR on a file system that all share.
     """
-    where = supervisor.address(coordinator, num_processes, process_id)
-    if where is not None and num_processes > 1:
-        supervisor.supervise(where, num_processes, process_id)  # goes on in a child, which may import JAX
+    place = cluster.find(coordinator, num_processes, process_id)
+    if place is not None and place.num_processes > 1:
+        supervisor.supervise(place)  # goes on in a child, which may import JAX
     startup.prepare()
     from peer_jax import processes
 
-    processes.start(coordinator, num_processes, process_id, from_cluster=distributed)
+    processes.start(place, from_cluster=distributed)
     startup.check_devices()
     run = _load(config, set_, import_)
     from peer_jax.training.loop import train as train_run

@@ -8,13 +8,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
 
 from peer_jax import supervisor
+from peer_jax.cluster import Place
 from peer_jax.errors import InputError, InUse
 from peer_jax.supervisor import START
 
@@ -27,40 +28,36 @@ HEAD_START = 0.5  # of the others, which JAX would abort once the first process 
 _TURNS = itertools.count()
 
 
-def start(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    from_cluster: bool = False,
-    environment: Mapping[str, str] = os.environ,
-) -> None:
+def start(place: Place | None, *, from_cluster: bool = False) -> None:
     """Joins the other processes of the run, if there are any; to be called before JAX is used.
 
     Args:
-        coordinator: HOST:PORT where the first process listens; None if a cluster tells, or there is one process.
-        num_processes: how many processes there are.
-        process_id: which of them this is, from 0.
-        from_cluster: have JAX look for any cluster that it knows; not needed for Slurm, Open MPI and TPU pods of GKE.
-        environment: where the cluster's variables are looked for.
+        place: which process this is, as ``cluster.find`` tells.
+        from_cluster: if there is no place, have JAX look for any cluster that it knows.
 
     Raises:
-        InputError: if only some of the first three arguments are given, or the processes don't find one another in
-            time.
+        InputError: if the processes don't find one another in time, or JAX finds no cluster.
     """
-    where = supervisor.address(coordinator, num_processes, process_id)
-    if where is None and not from_cluster and not in_cluster(environment):
+    if place is None and not from_cluster:
         return
-    if where is not None and process_id == 0:
-        _check_port(where[1], coordinator)
+    arguments: dict[str, Any] = {}
+    if place is not None:
+        if place.process_id == 0:
+            _check_port(place)
+        arguments = {
+            "coordinator_address": place.coordinator,
+            "num_processes": place.num_processes,
+            "process_id": place.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+        if place.local_id is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            arguments["local_device_ids"] = place.local_id  # several processes of a host have one GPU each
     failures = []
 
     def join() -> None:
         try:
             jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
+                **arguments,
                 initialization_timeout=2 * START,
                 heartbeat_timeout_seconds=HEARTBEAT,
                 shutdown_timeout_seconds=SHUTDOWN,
@@ -73,23 +70,22 @@ def start(
     joining.start()
     joining.join(START)
     if failures or joining.is_alive():
-        who = "the cluster's processes" if where is None else f"{num_processes} processes at {coordinator}"
+        who = "the cluster's processes" if place is None else f"{place.num_processes} processes at {place.coordinator}"
         reason = (str(failures[0]) or type(failures[0]).__name__).splitlines()[0] if failures else f"waited {START} s"
         raise InputError(
             f"{who} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)
 
 
-def _check_port(port: int, coordinator: str) -> None:
-    """An InputError if a port is taken, where JAX would end the process without a message."""
+def _check_port(place: Place) -> None:
+    """An InputError if the port is taken, where JAX would end the process without a message."""
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            trial.bind(("", port))
+            trial.bind(("", place.port))
         except OSError as error:
-            raise InputError(
-                f"coordinator {coordinator}: port {port} can't be had ({error.strerror})", argument="coordinator"
-            ) from error
+            taken = f"{place.coordinator}: port {place.port} can't be had ({error.strerror})"
+            raise place.refusal("coordinator", taken) from error
 
 
 def leave(status: int) -> None:
@@ -113,13 +109,6 @@ def _exit_now(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether the environment names several processes of Slurm, Open MPI or a TPU pod of GKE."""
-    counts = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    several = any(count.isdecimal() and int(count) > 1 for count in counts)
-    return several or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def leads() -> bool:

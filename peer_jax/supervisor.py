@@ -8,6 +8,7 @@ fork, they compare what they were started with. Afterwards each tells the others
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import json
 import os
 import select
@@ -18,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from peer_jax.cluster import Place
 from peer_jax.errors import InputError
 
 # Seconds. START is how long processes wait for one another when they start. A parent that is silent for SILENCE has
@@ -35,42 +37,18 @@ def is_supervised() -> bool:
     return _SUPERVISED
 
 
-def address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple[str, int] | None:
-    """Host and port where the first process listens; None if none of the three is given.
-
-    Raises:
-        InputError: if only some are given, or one can't be.
-    """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return None
-    if missing:
-        there = sorted(given.keys() - missing)
-        raise InputError(f"{' and '.join(there)} given without {' and '.join(missing)}: give all", argument=missing[0])
-    if not 0 <= process_id < num_processes:
-        raise InputError(f"process_id {process_id} is not one of 0 to {num_processes - 1}", argument="process_id")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"coordinator {coordinator!r} is not HOST:PORT", argument="coordinator")
-    return host.strip("[]"), int(port)
-
-
-def supervise(coordinator: tuple[str, int], num_processes: int, process_id: int) -> None:
+def supervise(place: Place) -> None:
     """Meets the other processes and forks; returns in the child, while the parent stays here until it exits.
 
     Args:
-        coordinator: host and port where the first process listens.
-        num_processes: how many processes there are.
-        process_id: which of them this is.
+        place: which process this is, how many there are and where the first one listens. JAX listens there later.
 
     Raises:
         InputError: in all processes, if they were not all started with the same number of processes and a number of
             their own, or if not all come in time.
     """
     global _SUPERVISED
-    meet = _gather if process_id == 0 else _find
-    links = meet(coordinator, num_processes, process_id)
+    links = _gather(place) if place.process_id == 0 else _find(place)
     reads, writes = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -86,7 +64,7 @@ def supervise(coordinator: tuple[str, int], num_processes: int, process_id: int)
         _SUPERVISED = True
         return
     os.close(writes)
-    _Parent(child, reads, links, process_id).run()
+    _Parent(child, reads, links, place.process_id).run()
 
 
 def _die_with_parent() -> None:
@@ -173,79 +151,81 @@ class _Link:
 # Meeting
 
 
-def _gather(coordinator: tuple[str, int], num_processes: int, process_id: int) -> list[_Link]:
+def _gather(place: Place) -> list[_Link]:
     """The first process's connections to all others, once all have come with the right number of processes."""
     links: dict[int, _Link] = {}
     deadline = time.monotonic() + START
-    with _listen(coordinator[1]) as server:
-        while len(links) < num_processes - 1:
+    try:
+        server = _listen(place.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return _find(place)  # another process may have number 0, too, and tells all of them
+        taken = f"{place.coordinator}: port {place.port} can't be had ({error.strerror})"
+        raise place.refusal("coordinator", taken) from error
+    with server:
+        while len(links) < place.num_processes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 link = _Link(server.accept()[0], -1)
             except TimeoutError:
-                missing = sorted(set(range(1, num_processes)) - links.keys())
+                missing = sorted(set(range(1, place.num_processes)) - links.keys())
                 came = f"process {', '.join(map(str, missing))} has not come in {START} s"
-                _refuse(list(links.values()), _not_together(coordinator, num_processes, came), None)
+                _refuse(list(links.values()), InputError(_not_together(place, came)))
             hello = _message(link, time.monotonic() + PING)
             if not isinstance(hello, dict) or hello.get("hello") != _HELLO:
                 link.connection.close()
                 continue
             link.process, count = hello["process"], hello["count"]
             everyone = [*links.values(), link]
-            if count != num_processes:
-                told = f"{count} of process {link.process} is not the {num_processes} of process 0: give all the same"
-                _refuse(everyone, told, "num_processes")
-            if link.process in links:
-                told = f"{link.process} is given to two processes: give each its own, from 0 to {num_processes - 1}"
-                _refuse(everyone, told, "process_id")
+            if count != place.num_processes:
+                told = f"{count} of process {link.process} is not the {place.num_processes} of process 0"
+                _refuse(everyone, place.refusal("num_processes", f"{told}: give all the same"))
+            if link.process in (0, *links):
+                each = f"give each its own, from 0 to {place.num_processes - 1}"
+                _refuse(everyone, place.refusal("process_id", f"{link.process} is given to two processes: {each}"))
             links[link.process] = link
     for link in links.values():
         link.send({"start": True})
     return list(links.values())
 
 
-def _find(coordinator: tuple[str, int], num_processes: int, process_id: int) -> list[_Link]:
+def _find(place: Place) -> list[_Link]:
     """The connection of another process to the first one, once all have come."""
     deadline = time.monotonic() + START
     while True:
         try:
-            link = _Link(socket.create_connection(coordinator, timeout=PING), 0)
+            link = _Link(socket.create_connection((place.host, place.port), timeout=PING), 0)
             break
         except OSError as error:
             if time.monotonic() > deadline:
                 came = f"process 0 has not come in {START} s, {error}"
-                raise InputError(_not_together(coordinator, num_processes, came)) from error
+                raise InputError(_not_together(place, came)) from error
             time.sleep(0.1)
-    link.send({"hello": _HELLO, "process": process_id, "count": num_processes})
-    answer = _message(link, deadline + PING)
+    link.send({"hello": _HELLO, "process": place.process_id, "count": place.num_processes})
+    answer = _message(link, time.monotonic() + START + 2 * PING)  # the first one already listens, and waits for START
     if not isinstance(answer, dict):
-        host, port = coordinator
-        raise InputError(
-            f"{host}:{port} is where another program or a run that has begun listens, not process 0 of a run that "
-            f"waits for process {process_id}: check the numbers of the processes, or choose another port",
-            argument="coordinator",
+        raise place.refusal(
+            "coordinator",
+            f"{place.coordinator} is where another program or a run that has begun listens, not process 0 of a run "
+            f"that waits for process {place.process_id}: check the numbers of the processes, or choose another port",
         )
     if "refused" in answer:
         raise InputError(answer["refused"], argument=answer["argument"])
     return [link]
 
 
-def _not_together(coordinator: tuple[str, int], num_processes: int, reason: str) -> str:
-    where = f"{coordinator[0]}:{coordinator[1]}"
+def _not_together(place: Place, reason: str) -> str:
     return (
-        f"{num_processes} processes at {where} did not start together ({reason}): start all, and check that they reach "
-        "the first"
+        f"{place.num_processes} processes at {place.coordinator} did not start together ({reason}): start all, and "
+        "check that they reach the first"
     )
 
 
 def _listen(port: int) -> socket.socket:
     """A socket that other processes can connect to."""
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise InputError(f"port {port} can't be had ({error.strerror})", argument="coordinator") from error
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 def _message(link: _Link, deadline: float) -> object:
@@ -260,12 +240,12 @@ def _message(link: _Link, deadline: float) -> object:
     return None
 
 
-def _refuse(links: Sequence[_Link], sentence: str, argument: str | None) -> NoReturn:
+def _refuse(links: Sequence[_Link], error: InputError) -> NoReturn:
     """Ends all processes that have come, and this one, with the same error."""
     for link in links:
-        link.send({"refused": sentence, "argument": argument})
+        link.send({"refused": str(error), "argument": error.argument})
         link.connection.close()
-    raise InputError(sentence, argument=argument)
+    raise error
 
 
 # Waiting

@@ -32,6 +32,30 @@ def flags(host, port):
     return ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(HOSTS), "--process-id", str(host)]
 
 
+def slurm(host, port, hosts=HOSTS):
+    """What Slurm tells a process of a step on one node."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "JAX_COORDINATOR_PORT": str(port)}
+    counts = {"SLURM_NTASKS": str(hosts), "SLURM_STEP_NUM_TASKS": str(hosts), "SLURM_STEP_TASKS_PER_NODE": str(hosts)}
+    return {**job, **counts, "SLURM_PROCID": str(host), "SLURM_LOCALID": str(host)}
+
+
+def open_mpi_4(host, port, hosts=HOSTS):
+    """What Open MPI up to version 4 tells a process."""
+    job = {"OMPI_MCA_orte_hnp_uri": "1989935104.0;tcp://127.0.0.1:59379", "JAX_COORDINATOR_PORT": str(port)}
+    return {**job, **ranks(host, hosts)}
+
+
+def open_mpi_5(host, port, hosts=HOSTS):
+    """What later versions tell."""
+    job = {"PMIX_NAMESPACE": "prterun-localhost-6842@1", "OMPI_VERSION": "5.0.11", "JAX_COORDINATOR_PORT": str(port)}
+    return {**job, **ranks(host, hosts)}
+
+
+def ranks(host, hosts):
+    world = {"OMPI_COMM_WORLD_SIZE": str(hosts), "OMPI_COMM_WORLD_RANK": str(host)}
+    return world | {"OMPI_COMM_WORLD_LOCAL_SIZE": str(hosts), "OMPI_COMM_WORLD_LOCAL_RANK": str(host)}
+
+
 class Hosts:
     """Starts processes, and kills those that still run at the end of a test."""
 
@@ -51,6 +75,11 @@ class Hosts:
         port = free_port()
         own = [(), second]
         return [self.start([*command, *own[host], *flags(host, port)], variables=variables) for host in range(HOSTS)]
+
+    def start_launched(self, command, launcher, variables=None):
+        """Starts two processes of one run as a launcher would, which tells them its variables and gives no flags."""
+        port = free_port()
+        return [self.start(command, variables=(variables or {}) | launcher(host, port)) for host in range(HOSTS)]
 
     def measured(self, folder, module, function, *arguments, hosts=HOSTS):
         """What ``module.function(*arguments)`` returns in each of two processes, or in one with all devices."""
@@ -88,10 +117,10 @@ def main():
     import conftest  # noqa: F401, as the tests have it
     import jax
 
-    from peer_jax import processes
+    from peer_jax import cluster, processes
 
     if int(hosts) > 1:
-        processes.start(f"127.0.0.1:{port}", int(hosts), int(host))
+        processes.start(cluster.find(f"127.0.0.1:{port}", int(hosts), int(host)))
     # optax's bias correction raises a float to the power of an integer count, which strict promotion forbids.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     assert len(jax.devices()) == HOSTS * DEVICES, jax.devices()

@@ -6,6 +6,7 @@ Here two processes have 4 devices each; that their data is disjoint and complete
 import concurrent.futures
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hosts import HOSTS, Hosts, ended, finish, flags, free_port, train_command
+from hosts import HOSTS, Hosts, ended, finish, flags, free_port, open_mpi_5, slurm, train_command
 from small_runs import (
     KEEPS_NO_PROGRAMS,
     arrays,
@@ -27,7 +28,7 @@ from small_runs import (
     without_times,
 )
 
-from peer_jax import processes
+from peer_jax import cluster, processes
 from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, InUse
 from peer_jax.run_directory import RunDirectory
@@ -197,6 +198,28 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
         finish(process)
     assert losses(tmp_path) == losses(two)  # bit for bit, and none twice
     assert without_times(result_of(tmp_path)) == without_times(result_of(two))
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi_5])
+def test_a_process_that_dies_under_a_launcher_is_named(hosts, tiny, two, tmp_path, launcher):
+    """No flag says where the processes meet. The process that trains is killed, then the same commands go on."""
+    started = hosts.start_launched(train_command(tiny, tmp_path, *BINDINGS), launcher)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not path.exists() or '{"step": 5,' not in path.read_text():
+        assert all(process.poll() is None for process in started)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    (child,) = Path(f"/proc/{started[1].pid}/task/{started[1].pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    killed = "peer-jax: process 1 was killed by SIGKILL: start all processes again, and the run goes on from its last"
+    assert ended(started[0]) == (1, f"{killed} checkpoint\n")
+    status, errors = ended(started[1])
+    assert status == 128 + signal.SIGKILL
+    assert errors.endswith(f"{killed} checkpoint; is memory full?\n")
+    for process in hosts.start_launched(train_command(tiny, tmp_path, *BINDINGS), launcher):
+        finish(process)
+    assert losses(tmp_path) == losses(two)
 
 
 # Checkpoints on other devices
@@ -427,32 +450,13 @@ def test_gathered_text(told):
 # Starting
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"coordinator": "a:1"}, "coordinator given without num_processes and process_id: give all"),
-        ({"num_processes": 2, "process_id": 0}, "num_processes and process_id given without coordinator: give all"),
-        ({"coordinator": "a:1", "process_id": 0}, "coordinator and process_id given without num_processes: give all"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id 2 is not one of 0 to 1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "process_id -1 is not one of 0 to 1"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "coordinator 'a' is not HOST:PORT"),
-        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "coordinator ':1' is not HOST:PORT"),
-        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 1}, "coordinator 'a:70000' is not HOST:PORT"),
-    ],
-)
-def test_flags_that_cannot_be(given, says):
-    with pytest.raises(InputError) as refused:
-        processes.start(**given, environment={})
-    assert str(refused.value) == says
-
-
 def test_a_port_that_is_taken():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"coordinator a:{port}: port {port} can't be had .*in use"):
-            processes.start(f"a:{port}", 2, 0, environment={})
+        with pytest.raises(InputError, match=f"a:{port}: port {port} can't be had .*in use"):
+            processes.start(cluster.find(f"a:{port}", 2, 0))
 
 
 def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
@@ -464,7 +468,7 @@ def test_flags_that_cannot_be_on_the_command_line(run_cli, tiny, tmp_path):
 
 
 def test_one_process_alone_starts_nothing():
-    processes.start(environment={})
+    processes.start(cluster.find(environment={}))
     assert not jax.distributed.is_initialized()
     assert jax.process_count() == 1
     assert processes.leads()
@@ -493,25 +497,6 @@ def test_a_process_that_meets_no_other_says_so(hosts):
             "they reach the first"
         ]
         assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7"}, True),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # in a batch script, before srun
-        ({"SLURM_STEP_NUM_TASKS": ""}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": ""}, False),
-    ],
-)
-def test_cluster_is_seen_in_the_environment(environment, several):
-    assert processes.in_cluster(environment) == several
 
 
 # One process

@@ -21,14 +21,15 @@ LEAVES = {
     "sharding",
     "processes",
     "supervisor",
+    "cluster",
     "digests",
     "memory",
 }
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": {"errors"}, "gin_syntax": {"errors"}},
     **{"records": {"errors"}, "run_directory": {"errors", "records"}, "memory": {"errors"}},
-    **{"sharding": {"errors", "fields"}, "processes": {"errors", "supervisor"}},
-    **{"supervisor": {"errors"}, "digests": set()},
+    **{"sharding": {"errors", "fields"}, "processes": {"errors", "cluster", "supervisor"}},
+    **{"supervisor": {"errors", "cluster"}, "cluster": {"errors"}, "digests": set()},
     "ops": {"errors", "sharding"},
     "layers": {"errors", "memory", "fields", "sharding", "ops"},
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},

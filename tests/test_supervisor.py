@@ -5,15 +5,14 @@ import sys
 import time
 
 import pytest
-from hosts import ended, free_port
+from hosts import ended, free_port, open_mpi_4, open_mpi_5, slurm
 from small_runs import ROOT, environment
 
-from peer_jax.errors import InputError
-from peer_jax.supervisor import End, address
+from peer_jax.supervisor import End
 
 PROGRAM = """
 import os, signal, sys, time
-from peer_jax import supervisor
+from peer_jax import cluster, supervisor
 from peer_jax.errors import InputError
 
 supervisor.START, supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 5, 3, 0.2, 2, 3
@@ -24,9 +23,10 @@ def say(*lines):
         print(line, file=sys.stderr)
 
 try:
-    supervisor.supervise(("127.0.0.1", int(port)), int(count), int(number))
+    flags = (f"127.0.0.1:{port}", int(count), int(number)) if port != "launched" else ()
+    supervisor.supervise(cluster.find(*flags))
 except InputError as error:
-    say(f"peer-jax: --{error.argument} {error}")
+    say("peer-jax: " + (f"--{error.argument} " if error.argument else "") + str(error))
     sys.exit(2)
 exec(action)
 """
@@ -36,11 +36,12 @@ ABORT = "time.sleep(1.5); say(*['F1127 client.h:86] Terminating process'] * 50);
 REFUSE = "time.sleep(0.5); say('peer-jax: Run has no argument stepz'); os._exit(2)"
 
 
-def start(port, count, number, action=WAIT):
+def start(port, count, number, action=WAIT, launcher=None):
+    variables = launcher(number, port, count) if launcher else {}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(port), str(count), str(number), action],
+        [sys.executable, "-c", PROGRAM, "launched" if launcher else str(port), str(count), str(number), action],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**variables),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -136,10 +137,44 @@ def test_a_number_that_is_given_twice():
     assert [ended(start) for start in [start(port, 3, number) for number in (0, 1, 1)]] == [(2, says)] * 3
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_number_that_all_have(number):
+    """Number 0 twice: the one that can't listen asks the other. Number 1 twice: nobody listens."""
+    port = free_port()
+    twice = "peer-jax: --process_id 0 is given to two processes: give each its own, from 0 to 1\n"
+    none = f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together (process 0 has not come in 5 s"
+    for status, errors in map(ended, [start(port, 2, number) for _ in range(2)]):
+        assert status == 2
+        assert errors.startswith((twice, none)[number])
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi_4, open_mpi_5])
+def test_a_launcher_s_variables_are_named(launcher):
+    """Each process has another count; then all have the same number; then one dies."""
+    count, number = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+    if launcher is not slurm:
+        count, number = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+    port = free_port()
+    says = f"peer-jax: {count} 3 of process 1 is not the 2 of process 0: give all the same\n"
+    started = [start(port, count, number, launcher=launcher) for count, number in ((2, 0), (3, 1))]
+    assert [ended(process) for process in started] == [(2, says)] * 2
+    port = free_port()
+    says = f"peer-jax: {number} 0 is given to two processes: give each its own, from 0 to 1\n"
+    started = [start(port, 2, 0, launcher=launcher) for _ in range(2)]
+    assert [ended(process) for process in started] == [(2, says)] * 2
+    port = free_port()
+    dies = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
+    first, second = (start(port, 2, number, (ABORT, dies)[number], launcher) for number in range(2))
+    assert ended(first) == (1, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
+    assert ended(second)[0] == 128 + 9
+
+
 def test_a_process_that_does_not_come():
     port = free_port()
-    started = [start(port, 3, number) for number in (0, 2)]
-    together = f"peer-jax: --None 3 processes at 127.0.0.1:{port} did not start together"
+    started = [start(port, 3, 2)]
+    time.sleep(2)  # which it has waited longer than the first one when that gives up
+    started.append(start(port, 3, 0))
+    together = f"peer-jax: 3 processes at 127.0.0.1:{port} did not start together"
     for status, errors in map(ended, started):
         assert status == 2
         assert errors.startswith(f"{together} (process 1 has not come in 5 s): start all")
@@ -158,7 +193,3 @@ def test_a_process_that_is_too_many_does_not_disturb_the_others():
 
 def test_what_is_said_of_a_process():
     assert End(1, 143, "peer-jax: stopped").sentence() == "process 1 has ended: stopped"
-    assert address(None, None, None) is None
-    assert address("[::1]:80", 2, 1) == ("::1", 80)
-    with pytest.raises(InputError, match="coordinator and process_id given without num_processes: give all"):
-        address("a:1", None, 0)

@@ -4,14 +4,12 @@ The run must end as one that was never interrupted: every loss and every number 
 """
 
 import functools
-import json
 import random
 import signal
 import time
 from pathlib import Path
 
 import small
-from small_runs import losses, without_times
 
 GOOD = {"the same as never interrupted"}
 STEPS = 120
@@ -28,13 +26,9 @@ def never(folder: Path) -> Path:
     return workdir
 
 
-def ended(workdir: Path) -> tuple[dict, dict]:
-    return losses(workdir), without_times(json.loads((workdir / "result.json").read_text()))
-
-
 def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     """How a trial ends, and what the run has written to standard error."""
-    expected, command = ended(never(folder.parent)), small.command(folder.parent, folder, *BINDINGS)
+    expected, command = small.numbers(never(folder.parent)), small.command(folder.parent, folder, *BINDINGS)
     for _ in range(draw.randint(1, 6)):
         number, moment, pause = draw.choice(SIGNALS), draw.randrange(STEPS), draw.uniform(0, 6)
         process = small.start(command, folder.parent)
@@ -49,7 +43,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     status, errors = small.end(small.start(command, folder.parent))
     if status != 0:
         return f"NOT RESUMED, status {status}", errors
-    return "the same as never interrupted" if ended(folder) == expected else "OTHER NUMBERS", errors
+    return "the same as never interrupted" if small.numbers(folder) == expected else "OTHER NUMBERS", errors
 
 
 if __name__ == "__main__":

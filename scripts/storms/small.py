@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import random
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from small_runs import environment, stack, tiny_config  # noqa: E402
+from hosts import flags, free_port  # noqa: E402
+from small_runs import environment, losses, stack, tiny_config, without_times  # noqa: E402
 
 PROGRAM = (sys.executable, "-m", "peer_jax")
 Storm = Callable[[Path, random.Random, int], collections.Counter]
@@ -83,6 +85,31 @@ def start(command: list[str], folder: Path, **variables: str) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_two(
+    folder: Path,
+    workdir: Path,
+    *bindings: str,
+    also: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    **variables: str,
+) -> list[subprocess.Popen]:
+    """Starts the small run in two processes; ``also`` has the further arguments of each."""
+    port = free_port()
+    return [
+        start(
+            command(folder, workdir, *bindings, also=(*flags(host, port), *more)),
+            folder,
+            JAX_NUM_CPU_DEVICES="1",
+            **variables,
+        )
+        for host, more in enumerate(also)
+    ]
+
+
+def numbers(workdir: Path) -> tuple[dict, dict]:
+    """The losses and the result of a run, which another run of the same config must have bit for bit."""
+    return losses(workdir), without_times(json.loads((workdir / "result.json").read_text()))
 
 
 def steps_logged(workdir: Path) -> int:

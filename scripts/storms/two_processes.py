@@ -10,24 +10,11 @@ import signal
 from pathlib import Path
 
 import small
-from hosts import flags, free_port
 
 STEPS = 120
 BINDINGS = (f"Run.steps={STEPS}", "Run.batch_size=8", "Run.checkpoint_every=10", "Transformer.num_blocks=1")
 KILLED, STOPPED, REFUSED = (f"{how}, then finished" for how in ("one killed", "one stopped", "one refused its config"))
 GOOD = {KILLED, STOPPED, REFUSED}
-
-
-def start(folder: Path, also: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())) -> list:
-    port = free_port()
-    return [
-        small.start(
-            small.command(folder.parent, folder, *BINDINGS, also=(*flags(host, port), *also[host])),
-            folder.parent,
-            JAX_NUM_CPU_DEVICES="1",
-        )
-        for host in range(2)
-    ]
 
 
 def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
@@ -36,7 +23,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     also = [(), ()]
     if how == REFUSED:
         also[one] = ("--set=Run.stepz=6",)
-    processes = start(folder, tuple(also))
+    processes = small.start_two(folder.parent, folder, *BINDINGS, also=tuple(also))
     if how != REFUSED:
         small.wait_for_steps(processes, folder, draw.randint(1, STEPS - 20))
         number = signal.SIGKILL if how == KILLED else draw.choice((signal.SIGTERM, signal.SIGINT))
@@ -53,7 +40,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
         return f"{how}: the other has status {other_status}", errors
     if fault := small.sentence(other_said):
         return f"{how}: {fault}", errors
-    ends = [small.end(process) for process in start(folder)]
+    ends = [small.end(process) for process in small.start_two(folder.parent, folder, *BINDINGS)]
     if [status for status, _ in ends] != [0, 0] or json.loads((folder / "result.json").read_text())["steps"] != STEPS:
         return "NOT RESUMED", "\n".join(said for _, said in ends)
     return how, errors
