@@ -16,6 +16,7 @@ from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.models.attention import Attention
+from peer_jax.ops import expert_mix, value_bag
 
 B, S, D = 2, 5, 6
 RETRIEVAL = {"num_heads": 2, "d_key": 4, "top_k": 4}
@@ -192,11 +193,37 @@ def test_hessian_vector_products(rng, name):
     assert relative_error(product, difference) < 1e-2
 
 
+FORWARD_MODE = {
+    "alone": lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+    "of a compiled layer": lambda f: lambda x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "compiled": lambda f: jax.jit(lambda x: jax.jvp(f, (x,), (x,))),
+    "for each example": lambda f: jax.vmap(lambda x: jax.jvp(f, (x,), (x,))),
+    "for each example, compiled": lambda f: jax.jit(jax.vmap(lambda x: jax.jvp(f, (x,), (x,)))),
+    "linearized": lambda f: lambda x: jax.linearize(f, x)[1](x),
+    "in a loop": lambda f: lambda x: jax.jvp(lambda x: jax.lax.fori_loop(0, 2, lambda _, x: f(x), x), (x,), (x,)),
+    "with remat": lambda f: lambda x: jax.jvp(jax.checkpoint(f), (x,), (x,)),
+    "Jacobian": lambda f: jax.jit(jax.jacfwd(f)),
+}
+
+
 @pytest.mark.parametrize("name", ["pkm", "peer"])
-def test_forward_mode_of_the_default_implementation_says_what_to_do(rng, name):
+@pytest.mark.parametrize("how", FORWARD_MODE)
+def test_forward_mode_of_the_default_implementation_says_what_to_do(rng, name, how):
     x = jnp.asarray(draw(rng))
     with pytest.raises(InputError, match="implementation='reference'"):
-        jax.jvp(forward(name)[1], (x,), (x,))
+        FORWARD_MODE[how](forward(name, implementation="xla")[1])(x)
+
+
+@pytest.mark.parametrize("name", ["expert_mix", "value_bag"])
+def test_forward_mode_of_an_op_in_its_gates_says_what_to_do(rng, name):
+    x, table = jnp.asarray(draw(rng, (3, D))), jnp.asarray(draw(rng, (16, D)))
+    indices, gates = jnp.zeros((3, 1, 2), jnp.int32), jnp.ones((3, 1, 2))
+    ops = {
+        "expert_mix": lambda g: expert_mix(x, table, table, indices, g, jax.nn.gelu, implementation="xla"),
+        "value_bag": lambda g: value_bag(table, indices, g, implementation="xla"),
+    }
+    with pytest.raises(InputError, match=f"^{name}: only implementation='reference'"):
+        jax.jit(lambda g: jax.jvp(ops[name], (g,), (g,)))(gates)
 
 
 @EVERY_LAYER

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose, explained
+from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.reverse_mode import reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -67,8 +68,7 @@ def expert_mix(
     if not indices.size:
         return jnp.zeros(x.shape, x.dtype)
     mix = functools.partial(_mix, activation=activation, implementation=implementation)
-    with explained("expert_mix"):
-        return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
+    return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
 
 
 def _mix(
@@ -87,6 +87,9 @@ def _mix(
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
     chosen, split = choose(implementation, flat, down, h * k), sharded.splits_experts()
+    if chosen != "reference":
+        flat, down, up, gates = (reverse_mode("expert_mix", a) for a in (flat, down, up, pairs[1]))
+        pairs = pairs[0], gates
     if split and chosen == "xla":
         y = sharded.expert_mix(flat, down, up, *pairs, activation)
     else:

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int, Shaped
 from peer_jax.errors import InputError
 from peer_jax.ops import sharded
 from peer_jax.ops.checks import check_not_nan
-from peer_jax.ops.choice import check_implementation, explained
+from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.cpu.product_keys import backward_by_rows
+from peer_jax.ops.reverse_mode import reverse_mode
 from peer_jax.ops.rows import dot_rows
 from peer_jax.ops.top_k import top_k_columns
 from peer_jax.sharding import automatic, split_of
@@ -68,6 +69,8 @@ def product_key_top_k(
     if not math.prod((*tokens, h)):
         return jnp.zeros((*tokens, h, k), jnp.float32), jnp.zeros((*tokens, h, k), jnp.int32)
     retrieve = _reference if implementation == "reference" else _xla
+    if implementation != "reference":
+        queries, sub_keys = (reverse_mode("product_key_top_k", a) for a in (queries, sub_keys))
 
     def of_all_tokens(queries: Array, sub_keys: Array) -> tuple[Array, Array]:
         found = sharded.by_tokens(
@@ -75,8 +78,7 @@ def product_key_top_k(
         )
         return tuple(a.reshape(*tokens, h, k) for a in found)
 
-    with explained("product_key_top_k"):
-        scores, indices = automatic(of_all_tokens, split_of(queries, len(tokens)))(queries, sub_keys)
+    scores, indices = automatic(of_all_tokens, split_of(queries, len(tokens)))(queries, sub_keys)
     check_not_nan("product_key_top_k", scores)
     return scores, indices
 

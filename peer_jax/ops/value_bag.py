@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import choose, explained
+from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.reverse_mode import reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -53,8 +54,7 @@ def value_bag(
     if not indices.size:
         return jnp.zeros((*gates.shape[:-2], values.shape[1]), gates.dtype)
     bag = functools.partial(_bag, implementation=implementation)
-    with explained("value_bag"):
-        return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
+    return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
 
 
 def _bag(
@@ -69,8 +69,10 @@ def _bag(
     *tokens, h, k = indices.shape
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
-    pairs = indices.reshape(-1, h * k), gates
     chosen, split = choose(implementation, like_y, values, h * k), sharded.splits_experts()
+    if chosen != "reference":
+        values, gates = (reverse_mode("value_bag", a) for a in (values, gates))
+    pairs = indices.reshape(-1, h * k), gates
     if split and chosen == "xla":
         y = sharded.value_bag(values, *pairs)
     else:
