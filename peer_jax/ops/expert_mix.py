@@ -17,7 +17,7 @@ from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.reverse_mode import reverse_mode
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -68,7 +68,8 @@ def expert_mix(
     if not indices.size:
         return jnp.zeros(x.shape, x.dtype)
     mix = functools.partial(_mix, activation=activation, implementation=implementation)
-    return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
+    with explained("expert_mix"):
+        return automatic(mix, split_of(x, x.ndim - 1))(x, down, up, indices, gates)
 
 
 def _mix(

@@ -20,7 +20,7 @@ from peer_jax.ops.checks import check_not_nan
 from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.cpu.product_keys import backward_by_rows
-from peer_jax.ops.reverse_mode import reverse_mode
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows
 from peer_jax.ops.top_k import top_k_columns
 from peer_jax.sharding import automatic, split_of
@@ -78,7 +78,8 @@ def product_key_top_k(
         )
         return tuple(a.reshape(*tokens, h, k) for a in found)
 
-    scores, indices = automatic(of_all_tokens, split_of(queries, len(tokens)))(queries, sub_keys)
+    with explained("product_key_top_k"):
+        scores, indices = automatic(of_all_tokens, split_of(queries, len(tokens)))(queries, sub_keys)
     check_not_nan("product_key_top_k", scores)
     return scores, indices
 

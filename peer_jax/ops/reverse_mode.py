@@ -1,11 +1,15 @@
 """The refusal of forward-mode derivatives (``jax.jvp``, ``jax.jacfwd``) by ops that have a backward pass of their own.
 
-JAX refuses them too, but where the op is within ``jax.jit`` it does so when it compiles, and names no op. Arguments of
-an op therefore pass through ``reverse_mode``, which changes no value. Its tangents pass through a linear primitive,
-which reverse mode transposes away, so that only forward mode ever runs or compiles it.
+JAX refuses them too, but names no op. Where it does so while it traces the op, as in ``jax.vmap``, ``explained`` sees
+the refusal. Within ``jax.jit`` JAX refuses later. Arguments of an op therefore pass through ``reverse_mode``, which
+changes no value. Its tangents pass through a linear primitive, which reverse mode transposes away, so that only forward
+mode ever runs or compiles it. The derivative of a function that is already compiled, under ``jax.vmap``, as in
+``jax.jacfwd(jax.jit(f))``, is still refused in JAX's words.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 from jax.extend.core import Primitive
@@ -13,6 +17,17 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Shaped
 
 from peer_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def explained(op: str) -> Iterator[None]:
+    """Raises an InputError that names ``op`` in place of JAX's refusal."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        _refuse(op=op)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -30,7 +45,7 @@ def _refuse(*_, op: str, **__):
     raise InputError(
         f"{op}: only implementation='reference' has forward-mode derivatives (jax.jvp, jax.jacfwd): pass it to the "
         "layer or the op"
-    )
+    ) from None
 
 
 _tangent = Primitive("reverse_mode_tangent")

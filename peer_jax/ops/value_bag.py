@@ -16,7 +16,7 @@ from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
-from peer_jax.ops.reverse_mode import reverse_mode
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -54,7 +54,8 @@ def value_bag(
     if not indices.size:
         return jnp.zeros((*gates.shape[:-2], values.shape[1]), gates.dtype)
     bag = functools.partial(_bag, implementation=implementation)
-    return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
+    with explained("value_bag"):
+        return automatic(bag, split_of(gates, gates.ndim - 2))(values, indices, gates)
 
 
 def _bag(
