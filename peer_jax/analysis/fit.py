@@ -94,8 +94,9 @@ def fit_parabola(
     Raises:
         NoFit: if there are fewer than 3 distinct sizes with finite losses, a size is not positive, or the curve has no
             minimum.
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or an option is out of range.
     """
+    _check_confidence(confidence)
     sizes, losses = _columns(sizes=sizes, losses=losses)
     _check_positive(sizes=sizes)
     sizes, losses, notes = _finite(losses, sizes)
@@ -213,7 +214,7 @@ def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw
 
     Raises:
         NoFit: if there are fewer than 2 distinct x, or any number is not positive and finite.
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or an option is out of range.
     """
     x, y = _columns(x=x, y=y)
     _check_positive(x=x, y=y)
@@ -226,6 +227,7 @@ def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw
         raise NoFit("the power law's coefficient is beyond floating point")
     exponent, interval = float(line.slope), None
     if len(x) > 2:
+        _check_confidence(confidence)
         reach = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2) * line.stderr)
         interval = exponent - reach, exponent + reach
     return PowerLaw(math.exp(line.intercept), exponent, interval, len(x))
@@ -295,8 +297,9 @@ def fit_loss_surface(
     Raises:
         NoFit: if there are fewer than 8 rows with finite losses, fewer than 3 distinct N or D, a number is not
             positive, or the losses don't fall with N or D.
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or an option is out of range.
     """
+    _check_confidence(confidence)
     params, tokens, losses = _columns(params=params, tokens=tokens, losses=losses)
     params, tokens, losses, notes = _finite(losses, params, tokens)
     _check_positive(params=params, tokens=tokens, losses=losses)
@@ -412,7 +415,7 @@ def compute_saved(compute: float, loss: float, baseline_compute: Column, baselin
     Raises:
         NoFit: if the baseline has fewer than 2 budgets, its losses don't fall with every step of compute, or a number
             is not positive and finite.
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or an option is out of range.
     """
     baseline_compute, baseline_losses = _columns(baseline_compute=baseline_compute, baseline_losses=baseline_losses)
     _check_positive(
@@ -449,6 +452,11 @@ def _columns(**columns: Column) -> list[np.ndarray]:
         shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in zip(columns, vectors, strict=True))
         raise ValueError(f"the columns must be vectors of one length, but are {shapes}")
     return vectors
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
 
 
 def _check_positive(**vectors: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
+from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.reverse_mode import explained, reverse_mode
@@ -57,6 +57,10 @@ def expert_mix(
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
             range. Without ``checked``, the output of such a token is NaN.
     """
+    check_arrays("expert_mix", x=(x, "*tokens d"), down=(down, "N d"), up=(up, "N d"), gates=(gates, "*tokens h k"))
+    check_arrays("expert_mix", integer=True, indices=(indices, "*tokens h k"))
+    if not callable(activation):
+        raise InputError(f"expert_mix: activation={activation!r} must be a function, such as jax.nn.gelu")
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
     if down.dtype != up.dtype:

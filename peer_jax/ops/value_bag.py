@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
+from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.reverse_mode import explained, reverse_mode
@@ -47,6 +47,8 @@ def value_bag(
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
             range. Without ``checked``, the output of such a token is NaN.
     """
+    check_arrays("value_bag", values=(values, "N d"), gates=(gates, "*tokens h k"))
+    check_arrays("value_bag", integer=True, indices=(indices, "*tokens h k"))
     if not values.shape[0]:
         raise InputError(f"values {values.shape} must have rows")
     check_pairs("value_bag", gates.shape[:-2], indices, gates)
