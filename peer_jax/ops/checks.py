@@ -38,7 +38,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_arrays(op: str, integer: bool = False, **arrays: tuple[Array, str]) -> None:
-    """Raises an InputError unless each array has the axes that are named beside it, and holds numbers of the right kind.
+    """Raises an InputError unless each array has the axes that are named beside it, and numbers of the right kind.
 
     Args:
         op: the name of the op.
