@@ -1,5 +1,6 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
+import functools
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from peer_jax import cluster, startup, supervisor
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 if TYPE_CHECKING:
+    from peer_jax.run_directory import RunDirectory
     from peer_jax.training.run import Run
 
 NAME = "peer-jax"
@@ -105,7 +107,10 @@ def train(
 
     processes.start(place, from_cluster=distributed)
     startup.check_devices()
-    run = _load(config, set_, import_)
+    from peer_jax import config as configs
+    from peer_jax.run_directory import RunDirectory
+
+    run = configs.load(config, set_, import_, before=_begun_with([RunDirectory(workdir)]))
     from peer_jax.training.loop import train as train_run
 
     train_run(run, workdir, progress=not quiet)
@@ -214,13 +219,15 @@ def sweep(
 
     described, of_runs, imports = configs.load_sweep(config, set_, import_)
     points = expand(described, config[0].parent, of_runs, imports)
-    planned = plan.plan(points, configs.load)
+    begun = [] if workdir is None else [SweepDirectory(workdir).run(point.name) for point in points]
+    load = functools.partial(configs.load, before=_begun_with(begun))
+    planned = plan.plan(points, load)
     workers = workers or default_workers()
     if dry_run:
         notes = plan.check(described, planned)
         with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
             log = Path(folder, "log")
-            measured = runner.measure(planned, log, load=configs.load, workers=workers) if estimate else ({}, {})
+            measured = runner.measure(planned, log, load=load, workers=workers) if estimate else ({}, {})
         plan_table(planned, *measured, workers)
         for note in notes:
             typer.echo(note)
@@ -228,11 +235,11 @@ def sweep(
     directory = SweepDirectory(workdir)
     make_folder(directory.path, "workdir")
     runner.prepare_corpora(planned, progress=not quiet)
-    planned = plan.plan(points, configs.load) if not all(run.is_prepared for run in planned) else planned
+    planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
     for note in plan.check(described, planned):
         typer.echo(note, err=True)
     plan.check_begun_runs(planned, directory)
-    runner.run_sweep(described, planned, directory, load=configs.load, workers=workers, progress=not quiet)
+    runner.run_sweep(described, planned, directory, load=load, workers=workers, progress=not quiet)
     typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
 
 
@@ -397,6 +404,20 @@ def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequenc
     from peer_jax import config
 
     return config.load(files, bindings, imports)
+
+
+def _begun_with(directories: "Sequence[RunDirectory]") -> dict[str, Any]:
+    """The earlier defaults that the first begun run of some directories has and keeps, which is said."""
+    from peer_jax import config, processes
+
+    for directory in directories:
+        if (kept := directory.read_config()) is not None:
+            before = config.begun_with(kept)
+            if before and processes.leads():
+                shown = ", ".join(f"{name} = {value!r}" for name, value in before.items())
+                typer.echo(f"{directory} is of an earlier version, and goes on as it began: {shown}", err=True)
+            return before
+    return {}
 
 
 def _kept(workdir: str) -> os.PathLike:

@@ -282,6 +282,30 @@ def test_a_run_directory_of_an_earlier_version_resumes(earlier):
         assert result[name] == wanted[name]
 
 
+def test_the_command_that_began_a_run_in_an_earlier_version_goes_on_with_it(earlier, run_cli):
+    """The config that the user has lacks what didn't exist, as that of the run does."""
+    shutil.copy(earlier.config, "mine.gin")
+    command = ("train", "--config", "mine.gin", "--workdir", "run", "--quiet", "--no-table")
+    status, _, errors = run_cli(*command, "--set", "TextTask.cut_at_limits=True")
+    assert (status, "cut_at_limits = False, now it is True" in errors) == (2, True)  # what is bound is meant
+    status, _, errors = run_cli(*command)
+    assert status == 0
+    said = "goes on as it began: local_files.split = 'documents', TextTask.cut_at_limits = False"
+    assert errors.count(said) == 1
+    wanted, found = json.loads(Path("expected_result.json").read_text()), earlier.read_result()
+    assert found["corpus"] == wanted["corpus"]
+    assert found["evaluations"]["corpus"]["loss"] == pytest.approx(wanted["evaluations"]["corpus"]["loss"], rel=1e-4)
+
+
+def test_only_what_a_begun_run_lacks_is_as_it_was():
+    kept = load().config.text
+    assert config.begun_with(kept) == {}
+    lines = [line for line in kept.splitlines() if "cut_at_limits" not in line]
+    assert config.begun_with("\n".join(lines)) == {"TextTask.cut_at_limits": False}  # its text is not local_files
+    assert not load(before={"TextTask.cut_at_limits": False}).task.cut_at_limits
+    assert load("TextTask.cut_at_limits=True", before={"TextTask.cut_at_limits": False}).task.cut_at_limits
+
+
 def test_a_run_directory_of_an_earlier_version_is_bound_to_its_identity(earlier):
     with pytest.raises(InputError, match=r"AdamW\.b1 = 0\.9, now it is 0\.5"):
         train(config.load_kept(earlier.config, bindings=["AdamW.b1=0.5"]), Path(earlier), progress=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,31 +145,60 @@ def test_a_prepared_cache_is_refused_and_another_is_prepared_again(written):
     assert [file.name for file in written.parent.iterdir()] == ["written"]
 
 
-def as_earlier_versions_wrote_it(path):
-    manifest = json.loads((path / cache.MANIFEST).read_text())
-    for key in ("digest", "digests"):
-        del manifest[key]
-    (path / cache.MANIFEST).write_text(json.dumps(manifest | {"format": 1}, indent=1))
+@pytest.fixture
+def earlier(tmp_path):
+    """A cache that an earlier version wrote."""
+    (kept,) = (Path(__file__).parent / "earlier_run" / "tokens").iterdir()
+    return shutil.copytree(kept, tmp_path / "earlier")
 
 
-def test_caches_of_earlier_versions_are_read_and_their_worst_damages_found(written):
-    before = everything(written)[1:]
-    as_earlier_versions_wrote_it(written)
-    np.testing.assert_equal(everything(written)[1:], before)
+def test_a_cache_of_an_earlier_version_is_given_digests_when_it_is_opened(earlier, caplog):
+    manifest = json.loads((earlier / cache.MANIFEST).read_text())
+    assert manifest["format"] == 1
+    tokens = np.load(earlier / "train" / "tokens-00000.npy")
+    source = cache.open_cache(earlier, "train")
+    np.testing.assert_array_equal(source.take(np.arange(source.rows))["tokens"], tokens)
+    cache.open_cache(earlier, "validation")
+    assert caplog.text.count("is a cache of an earlier version: its counts fit, and its manifest now has digests") == 1
+    given = json.loads((earlier / cache.MANIFEST).read_text())
+    assert {name: given[name] for name in manifest} == manifest | {"format": 2}
+    file = earlier / "validation" / "tokens-00000.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # the id of another byte, or none
+    file.write_bytes(content)
+    with pytest.raises(cache.Damaged, match=r"validation/tokens-00000\.npy is missing or damaged; delete"):
+        cache.open_cache(earlier, "train")
+
+
+def test_a_cache_of_an_earlier_version_that_can_not_be_written_to_is_read(earlier, caplog, monkeypatch):
+    def refuse(*_):
+        raise InputError("read-only")
+
+    monkeypatch.setattr(cache, "write_whole", refuse)
+    for _ in range(2):
+        assert len(cache.open_cache(earlier, "train")) > 0
+    assert not caplog.text
+    assert json.loads((earlier / cache.MANIFEST).read_text())["format"] == 1
+
+
+def test_the_worst_damages_of_a_cache_of_an_earlier_version_are_found(earlier):
+    source = cache.PackedText(earlier, "train", cache.read_manifest(earlier))
+    rows, seq_len = source.rows, source.seq_len
     for name in ("tokens", "segment_ids"):
-        file = written / "train" / f"{name}-00000.npy"
+        file = earlier / "train" / f"{name}-00000.npy"
         content = file.read_bytes()
         for filling in (b"\0", b"\xff"):
             file.write_bytes(content[:128] + filling * (len(content) - 128))
             with pytest.raises(cache.Damaged, match=r"train holds .* (vocabulary|says \d+); delete"):
-                cache.open_cache(written, "train")
-        np.save(file, np.zeros((ROWS, SEQ_LEN), np.int64))
+                cache.open_cache(earlier, "train")
+        np.save(file, np.zeros((rows, seq_len), np.int64))
         with pytest.raises(
-            cache.Damaged, match=rf"{name}-00000\.npy holds int64 \(40, 16\) but its manifest says uint"
+            cache.Damaged, match=rf"{name}-00000\.npy holds int64 \({rows}, {seq_len}\) but its manifest says uint"
         ):
-            cache.open_cache(written, "train")
+            cache.open_cache(earlier, "train")
         file.write_bytes(content)
-    np.testing.assert_equal(everything(written)[1:], before)
+    assert json.loads((earlier / cache.MANIFEST).read_text())["format"] == 1
+    assert len(cache.open_cache(earlier, "train")) == rows
 
 
 def test_foreign_and_newer_caches_are_refused(written):

@@ -37,8 +37,11 @@ def test_parabola_is_recovered():
     log_optimum = math.log(OPTIMUM)
     expected = (CURVATURE, -2 * CURVATURE * log_optimum, CURVATURE * log_optimum**2 + MINIMUM)
     assert fit.coefficients == pytest.approx(expected, rel=1e-9)
-    assert fit.size_interval == pytest.approx((OPTIMUM, OPTIMUM), rel=1e-9)
-    assert fit.loss_interval == pytest.approx((MINIMUM, MINIMUM), rel=1e-9)
+    # A sum of two power laws has another minimum, by which the intervals are widened to one side.
+    assert OPTIMUM in (pytest.approx(end, rel=1e-9) for end in fit.size_interval)
+    assert MINIMUM in (pytest.approx(end, rel=1e-9) for end in fit.loss_interval)
+    assert fit.size_interval[1] / fit.size_interval[0] < 1.1
+    assert fit.loss_interval[1] - fit.loss_interval[0] < 2e-3
     assert (fit.is_extrapolation, fit.sizes, fit.points, fit.note) == (False, 5, 5, "")
     elsewhere = np.array([[1e5, OPTIMUM], [2e6, 1e9]])
     np.testing.assert_allclose(fit(elsewhere), curve(elsewhere), rtol=1e-9)
@@ -49,12 +52,11 @@ def test_parabola_is_recovered():
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 @pytest.mark.parametrize(("seeds", "noise"), [(1, 0.005), (3, 0.015)])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds, noise, confidence):
-    """400 noisy curves, with one seed per size and with three.
+    """400 noisy parabolas, with one seed per size and with three.
 
-    In 2,000 other curves, intervals of 95 per cent were right to within 1.5 per cent and those of 80 per cent to within
-    2. The standard deviation of 400 trials is 1.1 and 2 per cent. The test allows three and a half of it: 6 and 9 per
-    cent off in all. With 5 points, residuals that are not scaled, normal quantiles in place of Student's, and intervals
-    that are twice as wide all fail the test.
+    The intervals also allow for curves that are no parabolas, so they hold the truth more often: those of 95 per cent
+    in up to 97.5 per cent, and those of 80 per cent in up to 91. The standard deviation of 400 trials is 1.1 and 2 per
+    cent, of which the test allows two and a half.
     """
     rng = np.random.default_rng(0)
     sizes = np.tile(SIZES, seeds)
@@ -65,9 +67,33 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds, noise, confidence)
         assert fit.size_interval is not None
         intervals = ((fit.size_interval, OPTIMUM), (fit.loss_interval, MINIMUM))
         held += [low <= truth <= high for (low, high), truth in intervals]
-    allowed = 0.06 if confidence == 0.95 else 0.09
-    assert np.all(np.abs(held / trials - confidence) < allowed), held / trials
-    assert np.all(held < trials)
+    low, high = (0.92, 0.99) if confidence == 0.95 else (0.75, 0.95)
+    assert np.all((low < held / trials) & (held / trials < high)), held / trials
+
+
+@pytest.mark.parametrize(("points", "seeds"), [(5, 1), (8, 1), (5, 3)])
+@pytest.mark.parametrize("noise", [0, 0.001, 0.005])
+def test_intervals_hold_the_minimum_of_iso_flop_curves(points, seeds, noise):
+    """200 random curves L(N, D) at fixed compute, whose minimum in closed form is at size 1, where the loss is 2.
+
+    The grids are 4 to 64 times as wide as their smallest size, with the optimum up to four fifths of the way to an end.
+    In 2,000 others, the share of intervals of 95 per cent that held the optimum was 97 to 100 per cent without noise
+    and 93 to 98 with it; three standard deviations of 200 trials below this are 93 and 88. The parabola's intervals
+    as they were held 10 to 96 and 29 to 88 per cent.
+    """
+    rng, held, trials = np.random.default_rng(points * seeds), np.zeros(2), 0
+    for trial in range(200):
+        alpha, beta = rng.uniform(0.15, 0.6, 2)
+        reach = rng.uniform(math.log(2), math.log(8))
+        u = np.tile(reach * (rng.uniform(-0.8, 0.8) + np.linspace(-1, 1, points)), seeds)
+        losses = 2 + 0.1 / (alpha + beta) * (np.expm1(-alpha * u) / alpha + np.expm1(beta * u) / beta)
+        fit = fit_parabola(np.exp(u), losses + noise * rng.standard_normal(u.shape), resamples=200, seed=trial)
+        if fit.size_interval is not None:  # else it is said to have no bounds
+            trials += 1
+            (low, high), (least, most) = fit.size_interval, fit.loss_interval
+            held += low <= 1 <= high, least <= 2 <= most
+    assert trials >= 190
+    assert np.all(held / trials >= (0.88 if noise else 0.95)), held / trials
 
 
 def test_bootstrap_is_drawn_by_the_seed():
@@ -98,14 +124,12 @@ def test_three_points_leave_no_interval():
     assert fit.size == pytest.approx(OPTIMUM, rel=1e-9)
     assert fit.size_interval is fit.loss_interval is None
     assert fit.note == "3 points fit exactly, so there is no interval"
-    # A second seed at one of the sizes shows how large the noise is, if the optimum is in the middle of the sizes.
+    # A second seed at one of the sizes shows how large the noise is, but not whether the losses are a parabola.
     sizes = OPTIMUM * np.array([0.5, 1.0, 2.0, 0.5])
     more = fit_parabola(sizes, curve(sizes) + np.array([0, 0, 0, 1e-3]))
-    assert (more.sizes, more.points, more.note) == (3, 4, "")
-    assert more.size_interval[1] > 1.001 * more.size_interval[0]
-    beside = fit_parabola(4 * sizes, curve(4 * sizes) + np.array([0, 0, 0, 1e-3]))
-    assert "3 sizes can't tell how far off" in beside.note
-    assert beside.size_interval is None
+    assert (more.sizes, more.points) == (3, 4)
+    assert more.note == "3 sizes can't tell how far off a parabola is, so there is no interval"
+    assert more.size_interval is more.loss_interval is None
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])

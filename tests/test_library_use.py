@@ -16,6 +16,7 @@ from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.models.attention import Attention
+from peer_jax.ops import expert_mix, product_key_top_k, value_bag
 
 B, S, D = 2, 5, 6
 RETRIEVAL = {"num_heads": 2, "d_key": 4, "top_k": 4}
@@ -192,11 +193,37 @@ def test_hessian_vector_products(rng, name):
     assert relative_error(product, difference) < 1e-2
 
 
+FORWARD_MODE = {
+    "alone": lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+    "of a compiled layer": lambda f: lambda x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "compiled": lambda f: jax.jit(lambda x: jax.jvp(f, (x,), (x,))),
+    "for each example": lambda f: jax.vmap(lambda x: jax.jvp(f, (x,), (x,))),
+    "for each example, compiled": lambda f: jax.jit(jax.vmap(lambda x: jax.jvp(f, (x,), (x,)))),
+    "linearized": lambda f: lambda x: jax.linearize(f, x)[1](x),
+    "in a loop": lambda f: lambda x: jax.jvp(lambda x: jax.lax.fori_loop(0, 2, lambda _, x: f(x), x), (x,), (x,)),
+    "with remat": lambda f: lambda x: jax.jvp(jax.checkpoint(f), (x,), (x,)),
+    "Jacobian": lambda f: jax.jit(jax.jacfwd(f)),
+}
+
+
 @pytest.mark.parametrize("name", ["pkm", "peer"])
-def test_forward_mode_of_the_default_implementation_says_what_to_do(rng, name):
+@pytest.mark.parametrize("how", FORWARD_MODE)
+def test_forward_mode_of_the_default_implementation_says_what_to_do(rng, name, how):
     x = jnp.asarray(draw(rng))
     with pytest.raises(InputError, match="implementation='reference'"):
-        jax.jvp(forward(name)[1], (x,), (x,))
+        FORWARD_MODE[how](forward(name, implementation="xla")[1])(x)
+
+
+@pytest.mark.parametrize("name", ["expert_mix", "value_bag"])
+def test_forward_mode_of_an_op_in_its_gates_says_what_to_do(rng, name):
+    x, table = jnp.asarray(draw(rng, (3, D))), jnp.asarray(draw(rng, (16, D)))
+    indices, gates = jnp.zeros((3, 1, 2), jnp.int32), jnp.ones((3, 1, 2))
+    ops = {
+        "expert_mix": lambda g: expert_mix(x, table, table, indices, g, jax.nn.gelu, implementation="xla"),
+        "value_bag": lambda g: value_bag(table, indices, g, implementation="xla"),
+    }
+    with pytest.raises(InputError, match=f"^{name}: only implementation='reference'"):
+        jax.jit(lambda g: jax.jvp(ops[name], (g,), (g,)))(gates)
 
 
 @EVERY_LAYER
@@ -334,6 +361,88 @@ BAD_ARGUMENTS = [
     for argument, values in arguments.items()
     for value, said in values.items()
 ]
+
+
+RETRIEVED = {
+    "x": jnp.ones((3, 4)),
+    "down": jnp.ones((5, 4)),
+    "up": jnp.ones((5, 4)),
+    "indices": jnp.zeros((3, 1, 2), jnp.int32),
+    "gates": jnp.ones((3, 1, 2)),
+    "activation": jax.nn.gelu,
+}
+BAD_ARRAYS = [
+    *((expert_mix, {"x": x}, "x ") for x in (jnp.ones(()), jnp.ones((3, 4), int), [[1.0]], None, "a")),
+    *((expert_mix, {"down": table}, "down ") for table in (jnp.ones(5), jnp.ones((5, 4, 1)), jnp.ones((5, 4), int))),
+    (expert_mix, {"up": jnp.ones((5, 4), bool)}, "up is bool"),
+    (expert_mix, {"gates": jnp.ones((3, 1, 2), int)}, "gates is int32"),
+    *((expert_mix, {"indices": i}, "indices ") for i in (jnp.ones((3, 1, 2)), jnp.ones((3, 1, 2), bool), 3)),
+    (expert_mix, {"activation": "gelu"}, "activation='gelu'"),
+    *((value_bag, {"values": v}, "values ") for v in (jnp.ones(()), jnp.ones(5), jnp.ones((5, 4), int), [[1.0]])),
+    (value_bag, {"indices": jnp.ones((3, 1, 2))}, "indices is float32"),
+    (value_bag, {"indices": jnp.zeros(2, int), "gates": jnp.ones(2)}, "gates must have the shape"),
+    *((product_key_top_k, {"queries": q}, "queries ") for q in (jnp.ones(4), jnp.ones((3, 1, 4), int), None)),
+    *((product_key_top_k, {"sub_keys": s}, "sub_keys") for s in (jnp.ones((4, 2)), jnp.ones((3, 4, 2)), "a")),
+    *((product_key_top_k, {"k": k}, f"k={k!r}") for k in (2.0, True, "a", None, 0, 17)),
+]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_arrays_of_ops_are_named():
+    bag = {"values": RETRIEVED["up"], "indices": RETRIEVED["indices"], "gates": RETRIEVED["gates"]}
+    keys = {"queries": jnp.ones((3, 1, 4)), "sub_keys": jnp.ones((2, 4, 2)), "k": 2}
+    given = {expert_mix: RETRIEVED, value_bag: bag, product_key_top_k: keys}
+    for op, bad, said in BAD_ARRAYS:
+        with pytest.raises(InputError) as error:
+            op(**given[op] | bad)
+        assert said in str(error.value), (op, bad, str(error.value))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("initialiser", "said"),
+    [
+        (lambda key, shape, dtype: jnp.zeros((3, 3)), "not an array of the shape [3, 3]"),
+        (lambda *_: None, "not NoneType"),
+        (lambda key: None, "(key, shape, dtype)"),
+    ],
+)
+def test_an_initialiser_makes_what_it_is_asked_for(initialiser, said):
+    makers = (
+        (dense, "kernel_init"),
+        (moe, "kernel_init"),
+        (pkm, "value_init"),
+        (peer, "query_init"),
+        (peer, "up_init"),
+    )
+    for make, argument in makers:
+        with pytest.raises(InputError) as error:
+            make(**{argument: initialiser})
+        assert said in str(error.value), (make, argument, str(error.value))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rngs": nnx.Rngs(dropout=0)}, "'params'"),
+        ({"rngs": jax.random.key_data(jax.random.key(0))}, "nnx.Rngs"),
+        ({"param_dtype": jnp.float8_e4m3fn}, "param_dtype"),
+        ({"activation": np.ones(3)}, "activation"),
+    ],
+)
+def test_more_bad_arguments_are_named(options, said):
+    for make in (dense, peer):
+        with pytest.raises(InputError) as error:
+            make(**options)
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_layer_that_does_not_route_says_so():
+    with pytest.raises(InputError, match="Dense does not route tokens"):
+        build("dense").route(jnp.ones((B, S, D)))
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peer_jax.config.resolve import Resolver, Source, layers_of
@@ -26,15 +27,30 @@ from peer_jax.training.run import Run
 
 CORPUS = "TextTask.corpus"  # what names a text
 
-__all__ = ["BEFORE", "Binding", "Config", "layers_of", "load", "load_kept", "load_sweep"]
+__all__ = ["BEFORE", "Binding", "Config", "begun_with", "layers_of", "load", "load_kept", "load_sweep"]
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.
 BEFORE: dict[str, Any] = {"local_files.split": "documents", "TextTask.cut_at_limits": False}
 
 
+def begun_with(kept: str) -> dict[str, Any]:
+    """Those of ``BEFORE`` that a run was begun with, by the text of its ``config.gin``, for ``load``.
+
+    Raises:
+        InputError: if the text is no config.
+    """
+    names = [name.rpartition("/")[2] for name in _names(parse_text(kept, "the kept config.gin").bindings)]
+    places = {name.partition(".")[0] for name in names}
+    return {name: value for name, value in BEFORE.items() if name not in names and name.partition(".")[0] in places}
+
+
 def load(
-    files: Sequence[str | os.PathLike], bindings: Sequence[str | Binding] = (), imports: Sequence[str] = ()
+    files: Sequence[str | os.PathLike],
+    bindings: Sequence[str | Binding] = (),
+    imports: Sequence[str] = (),
+    *,
+    before: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:
     """The run that a stack of config files and bindings describes; later ones override earlier ones.
 
@@ -42,11 +58,12 @@ def load(
         files: config files.
         bindings: texts such as ``PEER.top_k=8``, or bindings.
         imports: names of modules whose classes and functions the config may name, beside those that files import.
+        before: defaults that take the place of today's, so that a run goes on as an earlier version began it.
 
     Raises:
         InputError: for a missing file, an unknown name, a value of the wrong type or one that is not set.
     """
-    return _run(Source.read(files, bindings, imports))
+    return _run(Source.read(files, bindings, imports, before))
 
 
 def load_kept(

@@ -12,6 +12,7 @@ The manifest has the digest of every other file that `prepare` wrote, and one of
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from peer_jax import digests
 from peer_jax.data.corpora import SPLITS
 from peer_jax.errors import InputError
 from peer_jax.run_directory import write_whole
+
+logger = logging.getLogger(__name__)
 
 KIND = "peer_jax token cache"
 FORMAT = 2
@@ -119,7 +122,8 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a cache whose files are as they were written.
 
     All bytes are read the first time. Later, also in other processes, only sizes and times of change are compared with
-    what they were then. A cache of an earlier version has no digests; its tokens are compared with its counts.
+    what they were then. A cache of an earlier version has no digests: its tokens are compared with its counts, and its
+    manifest is given digests, unless the folder is read-only.
 
     Raises:
         Damaged: if a file is missing or not as it was written.
@@ -133,11 +137,20 @@ def verify(path: Path) -> dict[str, Any]:
         for shard in range(len(manifest["splits"][split]["shards"]))
     ]
     now = {"manifest": digests.of_bytes(_canonical(manifest)), "files": _states(path, names)}
-    if _verified.get(path) == now or _read_verified(path) == now:
+    is_earlier = manifest["format"] == WITHOUT_DIGESTS
+    if _verified.get(path) == now or (_read_verified(path) == now and not is_earlier):
         return manifest
-    if manifest["format"] == WITHOUT_DIGESTS:
+    if is_earlier:
         _compare_counts(path, manifest)
-    elif changed := digests.changed(path, manifest["digests"]):
+        given = signed({**manifest, "format": FORMAT, "digests": digests.of_files(path, names)})
+        try:
+            write_whole(path / MANIFEST, json.dumps(given, indent=1))
+        except InputError:  # the folder is read-only
+            _verified[path] = now
+            return manifest
+        logger.warning("%s is a cache of an earlier version: its counts fit, and its manifest now has digests", path)
+        return verify(path)
+    if changed := digests.changed(path, manifest["digests"]):
         others = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
         raise Damaged(f"{path / changed[0]}{others} is missing or damaged", path)
     _verified[path] = now

@@ -1,5 +1,6 @@
 """Checks of what a caller gives to a layer: each error is one sentence that names the value and what to do."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax import memory
@@ -17,7 +18,7 @@ from peer_jax.errors import InputError
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """An InputError unless ``value`` is one of ``choices``."""
-    if value not in list(choices):
+    if not isinstance(value, str | None) or value not in list(choices):
         raise InputError(f"{name}={value!r} is not one of {', '.join(repr(c) for c in choices)}")
 
 
@@ -63,6 +64,7 @@ def check_dtype(**types: object) -> None:
     for name, value in types.items():
         try:
             known = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+            known = known and jnp.dtype(value).itemsize >= 2  # sums and initialisers overflow in 8 bits
         except TypeError:
             known = False
         if not known:
@@ -74,7 +76,30 @@ def check_layer(dtype: object, param_dtype: object, rngs: object, **initialisers
     check_dtype(param_dtype=param_dtype, **({} if dtype is None else {"dtype": dtype}))
     check_function(**initialisers)
     if not isinstance(rngs, nnx.Rngs):
-        raise InputError(f"rngs={rngs!r} must be random numbers of Flax, such as flax.nnx.Rngs(0)")
+        raise InputError(
+            f"rngs={' '.join(repr(rngs).split())} must be random numbers of Flax, such as flax.nnx.Rngs(0)"
+        )
+    if not {"params", "default"} & set(dir(rngs)):
+        raise InputError("rngs has no stream 'params' or 'default': make it as flax.nnx.Rngs(0)")
+
+
+def initial(
+    initialiser: Initializer, key: Array, shape: tuple[int, ...], dtype: Dtype, **kwargs: object
+) -> Float[Array, "..."]:
+    """What an initialiser makes.
+
+    Raises:
+        InputError: if it does not take (key, shape, dtype), or makes no array of that shape.
+    """
+    try:
+        inspect.signature(initialiser).bind(key, shape, dtype, **kwargs)
+    except TypeError:
+        raise InputError(f"the initialiser {initialiser!r} must be a function of (key, shape, dtype)") from None
+    array = initialiser(key, shape, dtype, **kwargs)
+    if (found := getattr(array, "shape", None)) != shape:
+        what = type(array).__name__ if found is None else f"an array of the shape {list(found)}"
+        raise InputError(f"the initialiser {initialiser!r} must make an array of the shape {list(shape)}, not {what}")
+    return array
 
 
 def is_tracing() -> bool:
@@ -128,7 +153,7 @@ def real_tokens(
         mask = None if mask is None else jnp.asarray(mask)
     except (TypeError, ValueError):
         raise InputError(
-            f"{layer} takes arrays: x of shape {wanted} and its mask, not {x!r:.60} and {mask!r:.60}"
+            f"{layer} takes arrays: x of shape {wanted} and its mask, not {type(x).__name__} and {type(mask).__name__}"
         ) from None
     if x.ndim < 1 + in_sequences or x.shape[-1] != d_model:
         raise InputError(f"{layer} has d_model={d_model}, so x must have the shape {wanted}, not {list(x.shape)}")

@@ -141,7 +141,7 @@ class FeedForward(nnx.Module):
 
     def route(self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None) -> Routing:
         """The experts of each token, without side effects; only of a layer that routes."""
-        raise NotImplementedError
+        raise InputError(f"{self.name} does not route tokens to experts, so it has no route")
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token in a sequence of ``seq_len`` tokens; a multiply-add counts 2.

@@ -1,5 +1,6 @@
 """The linear map that layers are made of."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from peer_jax.layers.checks import initial
 from peer_jax.sharding import split_of
 
 
@@ -43,7 +45,7 @@ class Linear(nnx.Linear):
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
-            kernel_init=kernel_init,
+            kernel_init=functools.partial(initial, kernel_init),
             kernel_metadata={} if axes is None else {"axes": axes},
             promote_dtype=_in_type_of_first,
             rngs=rngs,

@@ -26,6 +26,7 @@ from peer_jax.layers.checks import (
     check_number,
     check_positive,
     check_sizes,
+    initial,
     real_tokens,
 )
 from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
@@ -143,7 +144,7 @@ class MoE(FeedForward):
         )
 
         def kernels(d_in: int, d_out: int, *axes: str) -> nnx.Param:
-            stacked = kernel_init(rngs.params(), (num_experts, d_in, d_out), param_dtype)
+            stacked = initial(kernel_init, rngs.params(), (num_experts, d_in, d_out), param_dtype)
             return nnx.Param(stacked, axes=("experts", *axes))
 
         self.up = kernels(d_model, d_ff, "embed", "hidden")

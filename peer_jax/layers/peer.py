@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_choice, check_function, real_tokens
+from peer_jax.layers.checks import check_choice, check_function, initial, real_tokens
 from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
 from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
@@ -84,8 +84,8 @@ class PEER(ProductKeyRetrieval):
             rngs=rngs,
         )
         self.activation = activation
-        self.down = Table(down_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
-        self.up = Table(up_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.down = Table(initial(down_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.up = Table(initial(up_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None

@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_function, real_tokens
+from peer_jax.layers.checks import check_function, initial, real_tokens
 from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.interface import TABLE_AXES, Aux, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
@@ -61,7 +61,7 @@ class PKM(ProductKeyRetrieval):
             query_init=query_init,
             rngs=rngs,
         )
-        self.values = Table(value_init(rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.values = Table(initial(value_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None

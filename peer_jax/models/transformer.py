@@ -68,6 +68,8 @@ def sparse_block_indices(blocks: str | Sequence[int], num_blocks: int) -> tuple[
         raise InputError(
             f"sparse_blocks={list(blocks)} names block {bad[0]}, but blocks run from 0 to {num_blocks - 1}"
         )
+    if len(set(blocks)) < len(blocks):
+        raise InputError(f"sparse_blocks={list(blocks)} names a block twice: name each once")
     return tuple(blocks)
 
 

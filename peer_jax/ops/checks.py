@@ -6,6 +6,7 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,6 +35,25 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return call
+
+
+def check_arrays(op: str, integer: bool = False, **arrays: tuple[Array, str]) -> None:
+    """Raises an InputError unless each array has the axes that are named beside it, and numbers of the right kind.
+
+    Args:
+        op: the name of the op.
+        integer: whether the arrays must hold integers, and floating-point numbers otherwise.
+        **arrays: each with its axes, such as "N d"; "*tokens" stands for any number of axes.
+    """
+    kind, wanted = (jnp.integer, "integers") if integer else (jnp.floating, "floating-point numbers")
+    for name, (array, axes) in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise InputError(f"{op}: {name} must be an array [{', '.join(axes.split())}], not {type(array).__name__}")
+        if not jnp.issubdtype(array.dtype, kind):
+            raise InputError(f"{op}: {name} is {array.dtype}, but must hold {wanted}")
+        named = [axis for axis in axes.split() if not axis.startswith("*")]
+        if array.ndim < len(named) or (array.ndim > len(named) and "*" not in axes):
+            raise InputError(f"{op}: {name} must have the shape [{', '.join(axes.split())}], not {list(array.shape)}")
 
 
 def check_pairs(op: str, tokens: tuple[int, ...], indices: Int[Array, "..."], gates: Float[Array, "..."]) -> None:

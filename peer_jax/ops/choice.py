@@ -1,9 +1,7 @@
 """Which implementation an op uses: the one that was asked for, if it can run; else the one that measures fastest."""
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,24 +28,6 @@ def check_implementation(implementation: str | None) -> None:
     """Raises an InputError unless ``implementation`` is None or in ``IMPLEMENTATIONS``."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, nor None")
-
-
-@contextlib.contextmanager
-def explained(op: str) -> Iterator[None]:
-    """Where JAX refuses a forward-mode derivative of the op, says what to do.
-
-    Raises:
-        InputError: in place of JAX's error. Within ``jax.jit`` JAX refuses later, in its own words.
-    """
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise InputError(
-            f"{op}: only implementation='reference' has forward-mode derivatives (jax.jvp, jax.jacfwd): pass it to the "
-            "layer or the op"
-        ) from None
 
 
 def choose(

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import PARTS, choose, explained
+from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_invalid
+from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -56,6 +57,10 @@ def expert_mix(
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
             range. Without ``checked``, the output of such a token is NaN.
     """
+    check_arrays("expert_mix", x=(x, "*tokens d"), down=(down, "N d"), up=(up, "N d"), gates=(gates, "*tokens h k"))
+    check_arrays("expert_mix", integer=True, indices=(indices, "*tokens h k"))
+    if not callable(activation):
+        raise InputError(f"expert_mix: activation={activation!r} must be a function, such as jax.nn.gelu")
     if down.shape != up.shape:
         raise InputError(f"down {down.shape} and up {up.shape} must have the same shape, [N, d]")
     if down.dtype != up.dtype:
@@ -87,6 +92,9 @@ def _mix(
     flat = x.reshape(-1, x.shape[-1])
     pairs = indices.reshape(-1, h * k), gates.reshape(-1, h * k)
     chosen, split = choose(implementation, flat, down, h * k), sharded.splits_experts()
+    if chosen != "reference":
+        flat, down, up, gates = (reverse_mode("expert_mix", a) for a in (flat, down, up, pairs[1]))
+        pairs = pairs[0], gates
     if split and chosen in PARTS:
         y = sharded.expert_mix(PARTS[chosen], flat, down, up, *pairs, activation)
     else:

@@ -8,6 +8,7 @@ c  d_key / 2       k  keys retrieved per head        p  min(k, n), candidates pe
 
 import functools
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from peer_jax.errors import InputError
 from peer_jax.ops import sharded
-from peer_jax.ops.checks import check_not_nan
-from peer_jax.ops.choice import check_implementation, explained
+from peer_jax.ops.checks import check_arrays, check_not_nan
+from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.cpu.product_keys import backward_by_rows
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows
 from peer_jax.ops.top_k import top_k_columns
 from peer_jax.sharding import automatic, split_of
@@ -53,6 +55,12 @@ def product_key_top_k(
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if a score is NaN.
             Without ``checked``, a NaN query gives NaN scores.
     """
+    axes = "h 2 n c" if getattr(sub_keys, "ndim", 3) == 4 else "2 n c"
+    check_arrays("product_key_top_k", queries=(queries, "*tokens h d_key"), sub_keys=(sub_keys, axes))
+    if sub_keys.shape[-3] != 2:
+        raise InputError(f"product_key_top_k: sub_keys must be two sets, [{axes}], not {list(sub_keys.shape)}")
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool):
+        raise InputError(f"product_key_top_k: k={k!r} must be a whole number")
     n, half = sub_keys.shape[-2:]
     if queries.shape[-1] != 2 * half:
         raise InputError(f"queries have d_key={queries.shape[-1]}, but sub_keys of width {half} need {2 * half}")
@@ -68,6 +76,8 @@ def product_key_top_k(
     if not math.prod((*tokens, h)):
         return jnp.zeros((*tokens, h, k), jnp.float32), jnp.zeros((*tokens, h, k), jnp.int32)
     retrieve = _reference if implementation == "reference" else _xla
+    if implementation != "reference":
+        queries, sub_keys = (reverse_mode("product_key_top_k", a) for a in (queries, sub_keys))
 
     def of_all_tokens(queries: Array, sub_keys: Array) -> tuple[Array, Array]:
         found = sharded.by_tokens(

@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.checks import check_indices, check_pairs, drop_invalid
-from peer_jax.ops.choice import PARTS, choose, explained
+from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_invalid
+from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
@@ -46,6 +47,8 @@ def value_bag(
         InputError: if sizes don't fit, or the implementation is unknown; under ``checked``, also if an index is out of
             range. Without ``checked``, the output of such a token is NaN.
     """
+    check_arrays("value_bag", values=(values, "N d"), gates=(gates, "*tokens h k"))
+    check_arrays("value_bag", integer=True, indices=(indices, "*tokens h k"))
     if not values.shape[0]:
         raise InputError(f"values {values.shape} must have rows")
     check_pairs("value_bag", gates.shape[:-2], indices, gates)
@@ -69,8 +72,10 @@ def _bag(
     *tokens, h, k = indices.shape
     gates = gates.reshape(-1, h * k)
     like_y = jax.ShapeDtypeStruct((gates.shape[0], values.shape[1]), gates.dtype)
-    pairs = indices.reshape(-1, h * k), gates
     chosen, split = choose(implementation, like_y, values, h * k), sharded.splits_experts()
+    if chosen != "reference":
+        values, gates = (reverse_mode("value_bag", a) for a in (values, gates))
+    pairs = indices.reshape(-1, h * k), gates
     if split and chosen in PARTS:
         y = sharded.value_bag(PARTS[chosen], values, *pairs)
     else:

@@ -111,10 +111,10 @@ class AdamW:
         table_rates = self.table_learning_rate
         for rate in table_rates.values() if isinstance(table_rates, Mapping) else [table_rates]:
             if rate is not None and not 0 <= rate < math.inf:
-                raise InputError(f"table_learning_rate={table_rates} must not be negative")
+                raise InputError(f"table_learning_rate={table_rates} must be finite and not negative")
         for name in ("warmup_steps", "weight_decay", "table_weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be finite and not negative")
         if not 0 <= self.final_fraction <= 1:
             raise InputError(f"final_fraction={self.final_fraction} must lie in [0, 1]")
         for name in ("b1", "b2"):
