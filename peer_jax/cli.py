@@ -2,13 +2,10 @@
 
 import functools
 import os
-import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -215,7 +212,7 @@ def sweep(
     from peer_jax.sweeps import plan, runner
     from peer_jax.sweeps.board import plan_table
     from peer_jax.sweeps.sweep import expand
-    from peer_jax.sweeps.workers import default_workers
+    from peer_jax.sweeps.workers import default_workers, memory_of_worker
 
     described, of_runs, imports = configs.load_sweep(config, set_, import_)
     points = expand(described, config[0].parent, of_runs, imports)
@@ -225,14 +222,15 @@ def sweep(
     workers = workers or default_workers()
     if dry_run:
         notes = plan.check(described, planned)
-        with tempfile.TemporaryDirectory(prefix="peer_jax-") as folder:
-            log = Path(folder, "log")
-            measured = runner.measure(planned, log, load=load, workers=workers) if estimate else ({}, {})
+        measured = runner.measure(planned, load=load, workers=workers) if estimate else ({}, {})
         plan_table(planned, *measured, workers)
         for note in notes:
             typer.echo(note)
+        plan.check_room(planned, memory_of_worker())
         return
     directory = SweepDirectory(workdir)
+    unfinished = [run for run in planned if not directory.run(run.point.name).has_result]
+    plan.check_room(unfinished, memory_of_worker())
     make_folder(directory.path, "workdir")
     runner.prepare_corpora(planned, progress=not quiet)
     planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
@@ -442,10 +440,6 @@ def _keep_off_accelerators() -> None:
 def main() -> None:
     """Runs a command; bad input is one sentence on standard error and exit status 2."""
     try:
-        before = signal.signal(signal.SIGINT, _interrupt)
-    except ValueError:  # not in the main thread, which gets the signals
-        before = None
-    try:
         if status := app(prog_name=NAME, standalone_mode=False):
             sys.exit(status)
     except typer.Abort:
@@ -463,16 +457,6 @@ def main() -> None:
             raise
         traceback.print_exc()
         os._exit(1)  # its parent knows whether the cause is another process, and shows the traceback if it is not
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ends a command that has nothing to save; a run or a sweep in progress handles the signal itself."""
-    # An exception would be lost or become another one in the code of libraries that are being imported.
-    os.write(2, b"peer-jax: interrupted\n")
-    os._exit(128 + number)
 
 
 # Typer has or brings Click, where these are the base classes of the one error that Typer names.
@@ -509,7 +493,3 @@ def _exit(error: Exception, status: int) -> None:
 
         processes.leave(status)
     sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

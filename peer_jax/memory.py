@@ -4,6 +4,7 @@ What is counted elsewhere for ``check`` are lower bounds, so that nothing is ref
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 import jax
@@ -18,11 +19,27 @@ def of_device() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
+    machine = of_machine()
+    return None if machine is None else machine // jax.local_device_count()
+
+
+def of_machine() -> int | None:
+    """Bytes that the processes of this machine or container have together; None if unknown."""
     try:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-    return min(machine, *filter(None, map(_limit, CGROUPS)), machine) // jax.local_device_count()
+    return min(machine, *filter(None, map(_limit, CGROUPS)), machine)
+
+
+def of_gpu() -> int | None:
+    """Bytes of the largest GPU of this machine, found without starting JAX on it; None if unknown."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return max((int(mebibytes) * 2**20 for mebibytes in told if mebibytes.isdecimal()), default=None)
 
 
 def _limit(file: str) -> int | None:

@@ -3,20 +3,25 @@
 Commands and the worker processes of a sweep call ``prepare``; a library never changes its process like this.
 """
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from peer_jax.errors import InputError
 
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
+LOCK_SECONDS = 10  # how long JAX itself waits for the lock of their folder
 
 
 def prepare(*, keep_programs: bool = True) -> None:
@@ -35,9 +40,11 @@ def prepare(*, keep_programs: bool = True) -> None:
     if not accelerators():
         keep_freed_memory()
     if keep_programs:
-        root = cache_folder()
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
+        programs = str(cache_folder() / "programs")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
+        if os.environ["JAX_COMPILATION_CACHE_DIR"] == programs:
+            _remove_half_programs(Path(programs))
     if "jax" not in sys.modules:
         _check_xla_flags()
         try:
@@ -101,17 +108,36 @@ def _refused_environment(reason: object) -> InputError:
     return InputError(f"JAX can't start ({first[:200]}): mend or unset {', '.join(named) or 'JAX_PLATFORMS'}")
 
 
-def cache_folder() -> Path:
-    """The folder of prepared text and compiled programs: ``PEER_JAX_CACHE``, by default ``~/.cache/peer_jax``.
+def cache_folder(given: str | os.PathLike | None = None) -> Path:
+    """The folder of prepared text and compiled programs: ``given``, ``PEER_JAX_CACHE`` or else ``~/.cache/peer_jax``.
 
     Raises:
-        InputError: if there is no home directory of that name.
+        InputError: if it is an address, or in the home directory of nobody.
     """
-    folder = Path(os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax")
+    from peer_jax.run_directory import local  # imported here, so that `--help` doesn't wait for it
+
+    folder = given or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
     try:
-        return folder.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{folder} can't be found ({error}): set PEER_JAX_CACHE to a folder") from error
+        return Path(local(folder)).expanduser()
+    except (InputError, RuntimeError) as error:
+        raise InputError(
+            f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder"
+        ) from error
+
+
+def _remove_half_programs(folder: Path) -> None:
+    """Removes the compiled programs that killed processes have left half written, which JAX would warn of each time.
+
+    JAX doesn't write a program whole. But it writes the time of its last use, to a second file, right after the
+    program and while it holds the folder's lock: a program without this file is not whole. JAX writes no such files
+    without a limit on the folder's size.
+    """
+    if not folder.is_dir() or os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "-1":
+        return
+    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink()
 
 
 def _silence_threads() -> None:
@@ -169,6 +195,13 @@ def return_freed_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def end_with_parent() -> None:
+    """Has Linux kill this process when its parent is gone."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _glibc(name: str):

@@ -6,7 +6,6 @@ fork, they compare what they were started with. Afterwards each tells the others
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import json
@@ -19,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from peer_jax import startup
 from peer_jax.cluster import Place
 from peer_jax.errors import InputError
 
@@ -54,7 +54,9 @@ def supervise(place: Place) -> None:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _die_with_parent()
+        startup.end_with_parent()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # until there is something to save, the parent says what has ended it
         os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the parent alone, which passes it on
         for link in links:
             link.connection.close()
@@ -65,13 +67,6 @@ def supervise(place: Place) -> None:
         return
     os.close(writes)
     _Parent(child, reads, links, place.process_id).run()
-
-
-def _die_with_parent() -> None:
-    """Has Linux kill this process when its parent is killed."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def assert_same(a, b):
 
 def without_times(result):
     return {name: value for name, value in result.items() if name not in ("wall_seconds", "tokens_per_second")}
+
+
+def handles(pid, number):
+    """Whether the process has a handler of its own for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def gone(pid):
+    """Whether a process has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def interrupt_at(monkeypatch, step, signal_number=signal.SIGTERM):

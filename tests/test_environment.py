@@ -1,5 +1,6 @@
-"""Environments that JAX or XLA can't start with, each one sentence; a process each, at the same time."""
+"""Environments that JAX or XLA can't start with, each one sentence; and what kills leave among compiled programs."""
 
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ BAD = {
     "XLA_FLAGS=no_such_file": "no_such_file",
     "XLA_FLAGS=--xla_force_host_platform_device_count=abc": "abc",
     "PEER_JAX_CACHE=~no_such_user/x": "no_such_user",
+    "PEER_JAX_CACHE=gs://bucket/x": "gs://bucket/x",
 }
 
 
@@ -45,3 +47,42 @@ def test_an_environment_is_refused(outcomes, setting):
     assert errors.count("\n") == 1
     assert setting.split("=")[0] in errors
     assert BAD[setting] in errors
+
+
+COMPILES = """
+import resource, signal, sys
+from peer_jax import startup
+sys.dont_write_bytecode = True
+startup.prepare()
+import jax
+if "killed" in sys.argv:
+    jax.numpy.zeros(())
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+jax.jit(lambda x: x * 3 + 1)(1.0)
+"""
+
+
+def test_half_of_a_program_that_a_kill_leaves_is_removed(tmp_path):
+    """The kernel kills the process as it writes the 101st byte of a file."""
+    own = {name: value for name, value in environment().items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    variables = own | {
+        "JAX_PLATFORMS": "cpu",
+        "PEER_JAX_CACHE": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def programs():
+        return {path.name: path.stat().st_size for path in (tmp_path / "programs").glob("*-cache")}
+
+    def compiles(*arguments):
+        command = [sys.executable, "-c", COMPILES, *arguments]
+        return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+
+    assert compiles("killed").returncode == -signal.SIGXFSZ
+    (half,) = [name for name, size in programs().items() if size == 100]
+    for _ in range(2):
+        done = compiles()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert programs()[half] > 100

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,23 @@ def test_sigterm_saves_within_the_step_and_resumes_to_the_same(tiny, tmp_path, m
     assert losses(tmp_path / "stopped") == losses(tmp_path / "never")
     run = load(tiny, *bindings, layer=layer)
     assert_same(leaves(tmp_path / "stopped", run), leaves(tmp_path / "never", run))
+
+
+def test_sigterm_while_the_last_checkpoint_is_written_stops_before_the_result(tiny, tmp_path, monkeypatch):
+    never = train(tiny, tmp_path / "never", "Run.steps=6")
+    wait, signals = Checkpoints.wait, [signal.SIGTERM]
+
+    def signalled(checkpoints):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return wait(checkpoints)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "wait", signalled)
+        with pytest.raises(Interrupted, match="stopped at step 6 and saved"):
+            train(tiny, tmp_path / "stopped", "Run.steps=6")
+    assert RunDirectory(tmp_path / "stopped").read_result() is None
+    assert without_times(train(tiny, tmp_path / "stopped", "Run.steps=6")) == without_times(never)
 
 
 @pytest.mark.parametrize("step", [5, 8])

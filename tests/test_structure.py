@@ -26,14 +26,14 @@ LEAVES = {
     "memory",
 }
 MAY_IMPORT = {
-    **{"errors": set(), "fields": set(), "startup": {"errors"}, "gin_syntax": {"errors"}},
+    **{"errors": set(), "fields": set(), "startup": {"errors", "run_directory"}, "gin_syntax": {"errors"}},
     **{"records": {"errors"}, "run_directory": {"errors", "records"}, "memory": {"errors"}},
     **{"sharding": {"errors", "fields"}, "processes": {"errors", "cluster", "supervisor"}},
-    **{"supervisor": {"errors", "cluster"}, "cluster": {"errors"}, "digests": set()},
+    **{"supervisor": {"errors", "cluster", "startup"}, "cluster": {"errors"}, "digests": set()},
     "ops": {"errors", "sharding"},
     "layers": {"errors", "memory", "fields", "sharding", "ops"},
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
-    "data": {"errors", "fields", "run_directory", "digests"},
+    "data": {"errors", "fields", "startup", "run_directory", "digests"},
     "training": {
         "errors",
         "fields",

@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
-from small_runs import ROOT, environment, sweep_config
+from small_runs import ROOT, environment, gone, handles, sweep_config
 
+from peer_jax import memory
 from peer_jax.config import load
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.workers import Task, Worker
@@ -97,14 +98,6 @@ def training_runs(folder):
 def results(folder):
     with (folder / "results.csv").open() as file:
         return {row["run"]: row for row in csv.DictReader(file)}
-
-
-def gone(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_runs_are_made_once_and_skipped_afterwards(sweep, config, tmp_path, run_cli):
@@ -270,6 +263,36 @@ def test_dry_run_prints_every_run_and_makes_nothing(config, tmp_path):
     assert "About" in done.stdout
 
 
+def test_sizes_that_can_t_fit_are_refused_before_anything_is_begun(config, tmp_path, run_cli):
+    """The width makes 4 d**2 parameters in attention alone, with two moments each: 12 bytes per parameter."""
+    width = 200_000
+    sizes = {"d8": {"Transformer.d_model": 8}, "huge": {"Transformer.d_model": width}}
+    sweep = {"sizes": sizes, "budgets": (1e22,), "seeds": (0,), "max_epochs": 1e30}
+    arguments = ["--config", config, *(f"--set=Sweep.{name}={value!r}" for name, value in sweep.items())]
+    status, printed, errors = run_cli("sweep", *arguments, "--workdir", tmp_path / "runs")
+    assert (status, printed) == (2, "")
+    assert errors.startswith("peer-jax: 2 of 4 runs don't fit a worker")
+    assert errors.count("\n") == 1
+    named, tebibytes = re.search(r"a training step of (\S+) takes at least (\S+) TiB", errors).groups()
+    assert "-huge-" in named
+    assert float(tebibytes) > 12 * 4 * width**2 / 2**40
+    assert not (tmp_path / "runs").exists()
+
+    status, printed, dry = run_cli("sweep", *arguments, "--dry-run", "--no-estimate")
+    assert (status, dry) == (2, errors)
+    assert "dense-d8-1e22-seed0" in printed
+
+
+def test_a_gpu_s_memory_is_known_without_jax(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '81559\\n[N/A]\\n143771\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert memory.of_gpu() == 143771 * 2**20
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert memory.of_gpu() is None
+
+
 def test_a_directory_that_can_t_be_written_is_refused(config, tmp_path, run_cli):
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -338,16 +361,15 @@ def test_a_task_that_kills_its_worker_is_not_given_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.0), (signal.SIGINT, 2.0), (signal.SIGTERM, 4.0)]
+    ("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.3), (signal.SIGINT, 2.0), (signal.SIGTERM, 4.0)]
 )
-def test_a_signal_in_the_first_seconds_ends_a_sweep_without_a_traceback(sweep, tmp_path, number, seconds):
-    """The command has begun when JAX is being loaded; before, Python itself answers the signal."""
+def test_a_signal_in_the_first_seconds_ends_a_sweep_with_its_sentence(sweep, tmp_path, number, seconds):
     process = sweep(*LONG)
-    with open(f"/proc/{process.pid}/maps") as maps:
-        wait_for(lambda: maps.seek(0) or "jaxlib" in maps.read())
+    wait_for(lambda: handles(process.pid, signal.SIGTERM))  # before, Python itself is starting
     time.sleep(seconds)
     process.send_signal(number)
     status, _, errors = outcome(process)
-    assert status in (128 + number, -number), errors
+    assert status == 128 + number, errors
+    assert errors.splitlines()[-1].startswith("peer-jax: stopped")
     assert "Traceback" not in errors
     assert not any("Traceback" in path.read_text() for path in (tmp_path / "sweep").glob("worker-*.log"))

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import signal
 import sys
 import traceback
 import warnings
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from peer_jax import startup
 from peer_jax.data import cache
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.corpora import SPLITS, Corpus, TfdsCorpus
@@ -335,4 +337,6 @@ def main(request: str, answer: str) -> int:
 
 
 if __name__ == "__main__":
+    startup.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, and its parent says so
     sys.exit(main(*sys.argv[1:]))

@@ -12,6 +12,7 @@ from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.run_directory import local
+from peer_jax.startup import cache_folder
 
 _LAYOUT = 1  # raise it when the same task would give other rows
 
@@ -81,13 +82,8 @@ class TextTask:
         if isinstance(self.corpus, PreparedCorpus):
             self.fingerprint()  # refuses a cache that is not this task's
             return self.corpus.path
-        root = self.cache_dir or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
         name = vocabularies.load(self.vocabulary).name
-        try:
-            root = Path(local(root)).expanduser()
-        except RuntimeError as error:
-            raise InputError(f"cache_dir {root} can't be found ({error}); name a folder.") from error
-        return root / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
+        return cache_folder(self.cache_dir) / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
 
     def is_prepared(self) -> bool:
         """Whether the task has a cache that is whole.

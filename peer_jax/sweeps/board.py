@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from peer_jax.analysis.results import Row
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds
 
@@ -101,11 +102,9 @@ class Board:
         self._flops_at_start[run.point.name] = self._progress(run)[0] * run.step_flops
         self._note = None
 
-    def finished(self, run: Planned) -> None:
+    def finished(self, run: Planned, row: Row) -> None:
         """Notes that the run has its result."""
-        result = self._directory.run(run.point.name).whole_result()
-        own = result["evaluations"][result["corpus"]["name"]]
-        self._end(run, f"loss {own['loss']:.4f}, {result['wall_seconds']:.0f} s")
+        self._end(run, f"loss {row.loss:.4f}, {row.wall_seconds:.0f} s")
 
     def failed(self, run: Planned, reason: str) -> None:
         """Notes that the run has failed, and why."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from peer_jax import memory
 from peer_jax.data.pipeline import TextTask, open_cache
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
@@ -14,6 +15,7 @@ from peer_jax.fields import RunConfig
 from peer_jax.gin_syntax import Binding
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.sweep import Point, Sweep
+from peer_jax.training import room
 from peer_jax.training.flops import training_flops
 from peer_jax.training.ownership import check_begun
 from peer_jax.training.run import Run
@@ -38,7 +40,8 @@ NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size
 class Planned:
     """A run before it starts.
 
-    Runs with the same ``program`` can share one compiled program. ``corpus_tokens`` is the size of the task's training
+    Runs with the same ``program`` can share one compiled program. ``step_bytes`` is the least memory that a step takes
+    on all devices of a worker together. ``corpus_tokens`` is the size of the task's training
     split: exact once the task is prepared, an estimate before, None if nothing is known.
     """
 
@@ -51,6 +54,7 @@ class Planned:
     steps: int
     step_tokens: int
     step_flops: float
+    step_bytes: int
     program: str
     task: TextTask
     corpus_tokens: int | None
@@ -120,6 +124,9 @@ def _build(
         steps=steps,
         step_tokens=step_tokens,
         step_flops=training_flops(model, step_tokens, seq_len),
+        step_bytes=room.step_bytes(
+            model, state, batch_size=run.batch_size, accumulation=run.accumulation, seq_len=seq_len
+        ),
         program=_program(run, state),
         task=run.task,
         corpus_tokens=corpus_tokens,
@@ -181,6 +188,23 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
     elif not all(run.is_prepared for run in planned):
         notes.append("The corpus is not prepared yet: its size, and so the epochs, are estimates.")
     return notes
+
+
+def check_room(planned: Sequence[Planned], there: int | None) -> None:
+    """Raises InputError if runs can't fit the memory of a worker's devices.
+
+    Args:
+        planned: the runs that are to be trained.
+        there: bytes of that memory; None if unknown, so that each run is checked when its worker begins it.
+    """
+    too_large = [run for run in planned if there is not None and run.step_bytes > there]
+    if too_large:
+        largest = max(too_large, key=lambda run: run.step_bytes)
+        raise InputError(
+            f"{len(too_large)} of {len(planned)} runs don't fit a worker, whose devices have {memory.shown(there)} of "
+            f"memory: a training step of {largest.point.name} takes at least {memory.shown(largest.step_bytes)}; leave "
+            "out its size, lower Run.batch_size, or raise Run.accumulation"
+        )
 
 
 def check_begun_runs(planned: Sequence[Planned], directory: SweepDirectory) -> None:

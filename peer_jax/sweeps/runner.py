@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
+from types import MappingProxyType
 
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
@@ -50,12 +52,12 @@ def run_sweep(
         Interrupted: on SIGTERM or SIGINT, when the running runs have saved their state.
     """
     directory.keep_sweep(sweep.describe(), [run.point.name for run in planned])
-    done = [run for run in planned if directory.run(run.point.name).whole_result() is not None]
-    finished = {run.point.name for run in done}
-    todo = [run for run in planned if run.point.name not in finished]
+    rows = _rows(directory)
+    done = [run for run in planned if run.point.name in rows]
+    todo = [run for run in planned if run.point.name not in rows]
     with StopOnSignal() as stop, Board(planned, done, directory, workers, enabled=progress) as board:
-        failed = _Runner(todo, directory, load, workers, board).run(stop) if todo else {}
-    _write_results(directory, _rows(directory))
+        failed = _Runner(todo, directory, load, workers, board, rows).run(stop) if todo else {}
+    _write_results(directory, _rows(directory, rows))
     if stop.signal_number is not None:
         raise Interrupted(stop.signal_number, "stopped; every run is saved, and the same command goes on")
     if failed:
@@ -68,14 +70,20 @@ def run_sweep(
 
 
 class _Runner:
-    """The loop that gives runs to workers and takes their answers."""
+    """The loop that gives runs to workers and takes their answers; adds the rows of those that finish to ``rows``."""
 
     def __init__(
-        self, todo: Sequence[Planned], directory: SweepDirectory, load: Load, workers: int, board: Board
+        self,
+        todo: Sequence[Planned],
+        directory: SweepDirectory,
+        load: Load,
+        workers: int,
+        board: Board,
+        rows: dict[str, results.Row],
     ) -> None:
         self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in todo)
         self._directory, self._board = directory, board
-        self._rows = _rows(directory)
+        self._rows = rows
         self._failed: dict[str, str] = {}
         self._began = time.time()
         count = min(workers, len(todo))
@@ -116,10 +124,10 @@ class _Runner:
     def _ended_elsewhere(self, run: Planned) -> bool:
         """Whether another process has finished the run, or has failed to since this sweep began; notes the outcome."""
         folder = self._directory.run(run.point.name)
-        if folder.whole_result() is not None:
-            self._finish(run)
-            return True
         with contextlib.suppress(InputError):  # what can't be read was not written since
+            if folder.has_result:
+                self._finish(run)
+                return True
             failure = folder.read_failure()
             if failure is not None and failure.get("time", 0) > self._began:
                 self._fail(run, failure["reason"])
@@ -152,9 +160,9 @@ class _Runner:
 
     def _finish(self, run: Planned) -> None:
         folder = self._directory.run(run.point.name)
+        row = self._rows[run.point.name] = results.row(folder, self._directory)
         folder.clear_failure()
-        self._board.finished(run)
-        self._rows[run.point.name] = results.row(folder, self._directory)
+        self._board.finished(run, row)
         _write_results(self._directory, self._rows)
 
     def _fail(self, run: Planned, reason: str) -> None:
@@ -166,12 +174,12 @@ class _Runner:
             self._directory.run(run.point.name).write_failure(answer.reason, answer.details)
 
 
-def _rows(directory: SweepDirectory) -> dict[str, results.Row]:
-    """The finished runs in a directory, by the names of their folders."""
-    rows = {}
+def _rows(directory: SweepDirectory, known: Mapping[str, results.Row] = MappingProxyType({})) -> dict[str, results.Row]:
+    """The finished runs in a directory, by the names of their folders; those that are ``known`` are not read again."""
+    rows = dict(known)
     for run in find_runs(directory):
         try:
-            if run.has_result:
+            if run.has_result and str(run.path.relative_to(directory.path)) not in rows:
                 row = results.row(run, directory)
                 rows[row.run] = row
         except InputError as error:
@@ -185,15 +193,13 @@ def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -
         results.write_csv(results.in_order(rows.values()), directory.results)
 
 
-def measure(
-    planned: Sequence[Planned], log: Path, *, load: Load, workers: int
-) -> tuple[dict[str, float], dict[str, str]]:
+def measure(planned: Sequence[Planned], *, load: Load, workers: int) -> tuple[dict[str, float], dict[str, str]]:
     """Measures seconds per step by program, and returns them with the reasons why some runs could not be measured.
 
     One process measures them one after another, with the share of the machine that a worker of the sweep would have.
     """
     seconds, reasons = {}, {}
-    worker = Worker(load, (0, workers), log)
+    worker = Worker(load, (0, workers), Path(os.devnull))
     try:
         for run in to_measure(planned):
             worker.give(Task(run.point.files, run.point.bindings, run.point.imports))

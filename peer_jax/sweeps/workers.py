@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from peer_jax import startup
+from peer_jax import memory, startup
 from peer_jax.errors import InputError, Interrupted, InUse, TrainingFailed
 from peer_jax.gin_syntax import Binding
 from peer_jax.startup import accelerators
@@ -206,6 +206,14 @@ def default_workers() -> int:
     On CPU, several runs with one core each are faster than one run after another with all cores.
     """
     return len(accelerators()) or len(cores())
+
+
+def memory_of_worker() -> int | None:
+    """The most bytes of memory that the devices of a worker have; None if unknown, as on a TPU host."""
+    devices = accelerators()
+    if not devices:
+        return memory.of_machine()
+    return None if "tpu" in devices else memory.of_gpu()
 
 
 def cores() -> list[int]:

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
+from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted
 from peer_jax.ops import checked as with_checks
 from peer_jax.processes import leads, wait_for_all
@@ -20,6 +22,7 @@ from peer_jax.training.meter import Clock, Meter
 from peer_jax.training.metrics import MetricsLog, ProgressBar
 from peer_jax.training.run import Run
 from peer_jax.training.signals import StopOnSignal
+from peer_jax.training.step import Metrics, Trainer, TrainState
 
 
 def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
         ownership.keep_vocabulary(directory, run.task.vocabulary)
 
         # Steps.
-        step_function = with_checks(trainer.step) if run.checked else trainer.compiled_step()
+        step_function = _step_function(run, trainer, state) if start < steps else None
         log = stack.enter_context(MetricsLog(directory, start, enabled=leads()))
         evaluations = evaluators.Evaluations(to_evaluate, start, steps, log)
         with StopOnSignal() as stop, ProgressBar("train", steps, start, enabled=progress) as bar:
@@ -95,10 +98,6 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
             for step in range(start + 1, steps + 1):
                 rates = run.optimizer.rates(trainer.labels, step - 1, steps)
                 batch = split_batch(next(batches))
-                if step == start + 1 and jax.process_count() > 1:
-                    # Processes that compile for different times would miss one another in their first collective.
-                    step_function = step_function.lower(state, batch, rates).compile()
-                    wait_for_all()
                 state, metrics = step_function(state, batch, rates)
                 meter.add(step, metrics, rates)
                 stopping = stop.requested(step)
@@ -117,6 +116,8 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
                 meter.resume()
             if not checkpoints.wait() or steps not in checkpoints.steps():
                 raise InputError(f"the last checkpoint could not be written to {directory}: free space and run again")
+            if stop.signal_number is not None:  # it came after the last step
+                raise _interrupted(stop, steps, checkpoints)
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
@@ -139,6 +140,17 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
                 "evaluations": measured,
             },
         )
+
+
+def _step_function(run: Run, trainer: Trainer, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The trainer's step, compiled in all processes, which would otherwise miss one another in a first collective."""
+    if run.checked:
+        return with_checks(trainer.step)
+    rows = np.zeros((run.batch_size // jax.process_count(), run.task.seq_len), np.int32)
+    batch = split_batch(dict.fromkeys(Batch.__annotations__, rows))
+    step = trainer.compiled_step().lower(state, batch, run.optimizer.rates(trainer.labels, 0, 1)).compile()
+    wait_for_all()
+    return step
 
 
 def _check_placement(run: Run, placement: Placement | None) -> None:

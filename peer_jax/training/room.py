@@ -15,8 +15,8 @@ from peer_jax.training.step import TrainState
 FLOAT = 4  # bytes
 
 
-def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
-    """An InputError if no device can hold a step.
+def step_bytes(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> int:
+    """The least memory that a step takes on each device of the placement in use; on all, if none is in use.
 
     Args:
         model, state: abstract, the state as the placement in use splits it.
@@ -25,8 +25,13 @@ def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumu
     tokens = batch_size // accumulation * seq_len // _devices()
     kept = 1 if model.remat else len(model.blocks)
     streams = tokens * model.d_model * jnp.dtype(model.dtype).itemsize * len(model.blocks)
+    return part_bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens)
+
+
+def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
+    """An InputError if no device can hold a step; the arguments are those of ``step_bytes``."""
     memory.check(
-        part_bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens),
+        step_bytes(model, state, batch_size=batch_size, accumulation=accumulation, seq_len=seq_len),
         "a training step",
         f"lower batch_size={batch_size}, seq_len={seq_len}, d_model={model.d_model} or the number of experts, or raise "
         f"accumulation={accumulation}",

@@ -23,7 +23,9 @@ class StopOnSignal:
     def __enter__(self) -> "StopOnSignal":
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         try:
-            self._before = {number: signal.signal(number, self._request) for number in numbers}
+            self._before = {number: signal.getsignal(number) for number in numbers}  # which the handler reads
+            for number in numbers:
+                signal.signal(number, self._request)
         except ValueError:  # outside the main thread, signals belong to the caller
             self._before = {}
         return self

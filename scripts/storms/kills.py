@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import small
+from small_runs import handles
 
 GOOD = {"the same as never interrupted"}
 STEPS = 120
@@ -30,15 +31,17 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     """How a trial ends, and what the run has written to standard error."""
     expected, command = small.numbers(never(folder.parent)), small.command(folder.parent, folder, *BINDINGS)
     for _ in range(draw.randint(1, 6)):
-        number, moment, pause = draw.choice(SIGNALS), draw.randrange(STEPS), draw.uniform(0, 6)
+        number, moment, pause = draw.choice(SIGNALS), draw.randrange(STEPS), draw.uniform(0.05, 6)
         process = small.start(command, folder.parent)
         if draw.random() < 0.5:
             small.wait_for_steps([process], folder, small.steps_logged(folder) + moment // 3)
         else:
             time.sleep(pause)
+        has_begun = handles(process.pid, signal.SIGTERM)  # before, Python itself is starting
         process.send_signal(number)
         status, errors = small.end(process)
-        if status not in (0, -number, 128 + number) or "Traceback" in errors:
+        stopped = -number if number == signal.SIGKILL else 128 + number
+        if has_begun and (status not in (0, stopped) or "Traceback" in errors):
             return f"status {status} after {number.name}", errors
     status, errors = small.end(small.start(command, folder.parent))
     if status != 0:
