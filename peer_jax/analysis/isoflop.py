@@ -11,17 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from peer_jax.analysis.fit import (
-    LossSurface,
-    NoFit,
-    Parabola,
-    PowerLaw,
-    Saving,
-    compute_saved,
-    fit_loss_surface,
-    fit_parabola,
-    fit_power_law,
-)
+from peer_jax.analysis.columns import NoFit
+from peer_jax.analysis.fit import LossSurface, PowerLaw, Saving, compute_saved, fit_loss_surface, fit_power_law
+from peer_jax.analysis.parabola import Parabola, fit_parabola
 from peer_jax.analysis.pooling import tell_apart
 from peer_jax.analysis.results import Row
 from peer_jax.run_directory import AnyPath
