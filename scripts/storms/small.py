@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import subprocess
@@ -49,10 +50,11 @@ def repeated(trial: Callable[[Path, random.Random], tuple[str, str]], good: set[
     def storm(folder: Path, draw: random.Random, count: int) -> collections.Counter:
         tiny_config(folder)
         ends: collections.Counter = collections.Counter()
-        for number in range(count):
-            how, errors = trial(folder / str(number), draw)
-            say(number, how if how in good else f"{how}:\n{errors[-4000:]}")
-            ends[how] += 1
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends a storm, which tells what it has counted
+            for number in range(count):
+                how, errors = trial(folder / str(number), draw)
+                say(number, how if how in good else f"{how}:\n{errors[-4000:]}")
+                ends[how] += 1
         return ends
 
     return storm
