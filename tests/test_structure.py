@@ -49,12 +49,13 @@ MAY_IMPORT = {
         "data",
     },
     "analysis": {"errors", "run_directory", "training"},
-    "planning": {"errors", "sharding", "ops", "layers", "models", "training"},
+    "planning": {"errors", "memory", "sharding", "ops", "layers", "models", "training"},
     "bench": {"errors", "fields", "memory", "run_directory", "startup"}
     | {"ops", "layers", "models", "training", "analysis"},
     "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},
     "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
-    "cli": LEAVES | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
+    "launch": {"errors", "planning"},
+    "cli": LEAVES | {"launch"} | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
 NAMES = set(families())
