@@ -104,9 +104,10 @@ def submit(launch: Launch, folder: Path) -> list[str]:
     return printed
 
 
-def lines(commands: Sequence[Sequence[str]], folder: str) -> list[str]:
-    """The commands as a person types them, from where the folder is."""
-    return [f"(cd {shlex.quote(folder)} && {shlex.join(command)})" for command in commands]
+def lines(commands: Sequence[Sequence[str]], folder: Path | None) -> list[str]:
+    """The commands as a person types them, with the files in that folder or else in the current one."""
+    into = f"cd {shlex.quote(str(folder))} && " if folder is not None else ""
+    return [f"({into}{shlex.join(command)})" if into else shlex.join(command) for command in commands]
 
 
 def _registry(image: str) -> str:

@@ -157,6 +157,8 @@ class Job:
 
     def _check_command(self) -> None:
         """Raises InputError if the hosts that get the command can't do it."""
+        if broken := [word for word in self.command if "\n" in word]:
+            raise InputError(f"{broken[0]!r} has a line break, which a job's files can't hold: write it in one line")
         if self.command[0] == "train" and self.slices > 1:
             raise InputError(
                 f"{self.slices} slices can't share the one run of train: launch a sweep, or one larger slice",

@@ -70,18 +70,23 @@ class Cost(NamedTuple):
             yield f"What {' and '.join(unknown)} needs is unknown and not counted."
         longest = max(self.seconds)
         yield (
-            f"Cost: at least {self.device_hours:,.1f} device-hours of {self.device}, if every step takes the least time "
-            f"that its FLOPs, memory traffic and interconnect allow on paper ({self.peak_hours:,.1f} for the FLOPs "
+            f"Cost: at least {_short(self.device_hours)} device-hours of {self.device}, if every step takes the least "
+            f"time that its FLOPs, memory traffic and interconnect allow on paper ({_short(self.peak_hours)} for FLOPs "
             "alone). Real steps are slower, and compiling, evaluating, saving and waiting come on top: measure some "
             "steps, and scale."
         )
         yield (
-            f"Time: at least {self.hours(slices):,.1f} hours on {slices} slice{'s' * (slices > 1)}; the longest run "
-            f"takes {longest / HOUR:,.1f}."
+            f"Time: at least {_short(self.hours(slices))} hours on {slices} slice{'s' * (slices > 1)}; the longest run "
+            f"takes {_short(longest / HOUR)}."
         )
         useful = min(len(self.runs), math.ceil(sum(self.seconds) / longest))
         if slices > useful:
             yield f"More than {useful} slices are idle for part of the time: --slices {useful} takes about as long."
+
+
+def _short(hours: float) -> str:
+    """Writes hours to a tenth, or small ones to two digits."""
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def plan_on(name: str, run: Run, devices: int) -> Plan:
@@ -118,7 +123,7 @@ def cost(runs: Sequence[Planned], device: str, devices: int, what: str) -> Cost:
         largest = max(large, key=lambda run: run.plan.memory.total)
         raise InputError(
             f"{len(large)} of {len(runs)} runs don't fit {what}: {largest.name} needs "
-            f"{shown(largest.plan.memory.total)} on each device, which has {shown(on.memory)}: take a larger slice, or try "
+            f"{shown(largest.plan.memory.total)} on each device, which has {shown(on.memory)}: take a larger slice, or "
             "a larger Sharding.expert, Transformer.remat=True, a smaller Run.batch_size or a higher Run.accumulation"
         )
     seconds = [run.steps * max(run.plan.step.seconds(on, run.plan.mesh).values()) for run in runs]
