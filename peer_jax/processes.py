@@ -18,7 +18,8 @@ from peer_jax import supervisor
 from peer_jax.cluster import Place, Timeouts
 from peer_jax.errors import InputError, InUse
 
-# Seconds: LEAVE is how long a process that has failed waits for the others, WAIT how long it waits for others that live.
+# Seconds: LEAVE is how long a process that has failed waits for the others, WAIT is how long it waits for others that
+# live.
 LEAVE, WAIT = 5, 7 * 24 * 3600
 HEAD_START = 0.5  # of the others, which JAX would abort once the first process has gone
 
@@ -74,7 +75,11 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
     joining.join(timeouts.start)
     if failures or joining.is_alive():
         who = "the cluster's processes" if place is None else f"{place.num_processes} processes at {place.coordinator}"
-        reason = (str(failures[0]) or type(failures[0]).__name__).splitlines()[0] if failures else f"waited {timeouts.start} s"
+        reason = (
+            (str(failures[0]) or type(failures[0]).__name__).splitlines()[0]
+            if failures
+            else f"waited {timeouts.start} s"
+        )
         raise InputError(
             f"{who} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)

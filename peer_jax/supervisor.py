@@ -22,9 +22,10 @@ from peer_jax import startup
 from peer_jax.cluster import Place, Timeouts
 from peer_jax.errors import InputError
 
-# Seconds. A parent that is silent for SILENCE has died; it makes itself heard every PING. What a child writes is held back for HOLD, and a child that fails without a
-# sentence is judged only after NEWS, since the cause may be another process. If a process ends because of bad input,
-# the others have GRACE to find the same by themselves, and STOPPING if it was stopped by a signal, to save.
+# Seconds. A parent that is silent for SILENCE has died; it makes itself heard every PING. What a child writes is held
+# back for HOLD, and a child that fails without a sentence is judged only after NEWS, since the cause may be another
+# process. If a process ends because of bad input, the others have GRACE to find the same by themselves, and STOPPING if
+# it was stopped by a signal, to save.
 SILENCE, PING, HOLD, NEWS, GRACE, STOPPING = 20, 2, 1, 3, 5, 60
 SAYS = "peer-jax: "
 _HELLO = "peer-jax run"

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
     "data": {"errors", "fields", "startup", "run_directory", "digests"},
     "training": {
+        "lease",
         "errors",
         "fields",
         "memory",
