@@ -1,5 +1,6 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -54,6 +55,28 @@ WhichCheckpoint = Annotated[
     str, typer.Option("--checkpoint", help="Which checkpoint: 'last', 'best' (the lowest validation loss) or a step.")
 ]
 
+Coordinator = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Address of process 0, if a run has several processes.")
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many processes a run has.", min=1)]
+ProcessId = Annotated[int | None, typer.Option(help="The number of this process, from 0.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Join the cluster that JAX finds. Under Slurm, Open MPI and on GKE's TPUs no flag is needed.",
+    ),
+]
+StartTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="How long processes wait for one another when they start.", min=1)
+]
+HeartbeatTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="A process that is silent for so long has died.", min=1)
+]
+ShutdownTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="How long processes wait for one another when they end.", min=1)
+]
+
 
 @app.command()
 def prepare(
@@ -78,18 +101,13 @@ def train(
     import_: Imports = [],  # noqa: B006
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
-    coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of process 0, if the run has several processes.")
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes the run has.", min=1)] = None,
-    process_id: Annotated[int | None, typer.Option(help="The number of this process, from 0.")] = None,
-    distributed: Annotated[
-        bool,
-        typer.Option(
-            "--distributed",
-            help="Join the cluster that JAX finds. Under Slurm, Open MPI and on GKE's TPUs no flag is needed.",
-        ),
-    ] = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = False,
+    start_timeout: StartTimeout = cluster.Timeouts.start,
+    heartbeat_timeout: HeartbeatTimeout = cluster.Timeouts.heartbeat,
+    shutdown_timeout: ShutdownTimeout = cluster.Timeouts.shutdown,
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
@@ -98,14 +116,9 @@ def train(
     with the same DIR on a file system that all share.
     """
     place = cluster.find(coordinator, num_processes, process_id)
-    if place is not None and place.num_processes > 1:
-        supervisor.supervise(place)  # goes on in a child, which may import JAX
-    startup.prepare()
-    from peer_jax import processes
-
-    processes.start(place, from_cluster=distributed)
-    startup.check_devices()
+    _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout))
     from peer_jax import config as configs
+    from peer_jax import processes
     from peer_jax.run_directory import RunDirectory
 
     run = configs.load(config, set_, import_, before=_begun_with([RunDirectory(workdir)]))
@@ -175,7 +188,7 @@ def generate(
 
 @app.command()
 def sweep(
-    config: Configs,
+    config: Configs = [],  # noqa: B006
     workdir: Annotated[
         str | None, typer.Option("--workdir", metavar="DIR", help="The directory that gets a folder per run.")
     ] = None,
@@ -190,56 +203,121 @@ def sweep(
             "--estimate/--no-estimate", help="With --dry-run, measure some steps, to tell the time that each run takes."
         ),
     ] = True,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Print the runs in DIR and how far they are, and train nothing.")
+    ] = False,
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="Train only the run of this name.")] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            envvar="PEER_JAX_SHARD",
+            help="Train only a share of the runs: number I, from 0, of N shares. What launchers start sets the "
+            "variable.",
+        ),
+    ] = "0/1",
+    stale: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="A run whose process on another machine has been silent for so long is taken over.",
+            min=0.1,
+        ),
+    ] = 60.0,
     workers: Annotated[
         int | None,
         typer.Option(help="Runs at a time: by default one per GPU, one on a TPU host, else one per core.", min=1),
     ] = None,
     quiet: Quiet = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = False,
+    start_timeout: StartTimeout = cluster.Timeouts.start,
+    heartbeat_timeout: HeartbeatTimeout = cluster.Timeouts.heartbeat,
+    shutdown_timeout: ShutdownTimeout = cluster.Timeouts.shutdown,
 ) -> None:
     """Train the runs of a sweep that are not finished, and write results.csv; `peer-jax report DIR` draws them.
 
     The config is a file of configs/sweeps or one like it. --set Sweep.NAME=VALUE changes the sweep, such as
     'Sweep.seeds=(0,1,2)'; every other --set goes to all of its runs. Ctrl-C saves the runs that are being trained, and
-    the same command goes on with them. A run that fails doesn't stop the others; the exit status is 1 then. Several
-    sweep processes may share DIR.
+    the same command goes on with them. A run that fails doesn't stop the others; the exit status is 1 then.
+
+    Worker processes train several runs at a time. If several processes are started together, as for `train`, they
+    train one run after another on all of their devices instead. Any number of sweep commands may share DIR, each on
+    machines of its own: no run is trained by two of them, and a run whose command has died is taken over.
     """
     if workdir is None and not dry_run:
         raise InputError("is not given: name the directory that gets the runs, or --dry-run", argument="workdir")
-    startup.prepare()
-    startup.check_devices_of_workers()
-    _keep_off_accelerators()
-    from peer_jax import config as configs
-    from peer_jax.run_directory import SweepDirectory, make_folder
-    from peer_jax.sweeps import plan, runner
-    from peer_jax.sweeps.board import plan_table
-    from peer_jax.sweeps.sweep import expand
-    from peer_jax.sweeps.workers import default_workers, memory_of_worker
+    if list_:
+        from peer_jax.run_directory import SweepDirectory
+        from peer_jax.sweeps import listing
 
-    described, of_runs, imports = configs.load_sweep(config, set_, import_)
-    points = expand(described, config[0].parent, of_runs, imports)
-    begun = [] if workdir is None else [SweepDirectory(workdir).run(point.name) for point in points]
-    load = functools.partial(configs.load, before=_begun_with(begun))
-    planned = plan.plan(points, load)
-    workers = workers or default_workers()
-    if dry_run:
-        notes = plan.check(described, planned)
-        measured = runner.measure(planned, load=load, workers=workers) if estimate else ({}, {})
-        plan_table(planned, *measured, workers)
-        for note in notes:
-            typer.echo(note)
-        plan.check_room(planned, memory_of_worker())
+        typer.echo("\n".join(listing.lines(listing.listed(SweepDirectory(workdir)))))
         return
-    directory = SweepDirectory(workdir)
-    unfinished = [run for run in planned if not directory.run(run.point.name).has_result]
-    plan.check_room(unfinished, memory_of_worker())
-    make_folder(directory.path, "workdir")
-    runner.prepare_corpora(planned, progress=not quiet)
-    planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
-    for note in plan.check(described, planned):
-        typer.echo(note, err=True)
-    plan.check_begun_runs(planned, directory)
-    runner.run_sweep(described, planned, directory, load=load, workers=workers, progress=not quiet)
-    typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
+    if not config:
+        raise InputError("is not given: name a file of configs/sweeps or one like it", argument="config")
+    place = None if dry_run else cluster.find(coordinator, num_processes, process_id)
+    is_slice = place is not None or (distributed and not dry_run)
+    if is_slice:
+        if workers is not None:
+            raise InputError(
+                f"{workers} is for one machine, but these processes train each run together: leave it out",
+                argument="workers",
+            )
+        _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout))
+    else:
+        startup.prepare()
+        startup.check_devices_of_workers()
+        _keep_off_accelerators()
+    from peer_jax import processes
+    from peer_jax.sweeps import slices
+
+    if is_slice and not processes.leads():
+        slices.follow()
+        return
+    with slices.leading() if is_slice else contextlib.nullcontext():
+        from peer_jax import config as configs
+        from peer_jax.run_directory import SweepDirectory, make_folder
+        from peer_jax.sweeps import plan, runner
+        from peer_jax.sweeps.board import plan_table
+        from peer_jax.sweeps.chosen import chosen, parse_shard
+        from peer_jax.sweeps.sweep import expand
+        from peer_jax.sweeps.workers import Workers, default_workers, memory_of_worker
+
+        share = parse_shard(shard)
+        described, of_runs, imports = configs.load_sweep(config, set_, import_)
+        points = expand(described, config[0].parent, of_runs, imports)
+        begun = [] if workdir is None else [SweepDirectory(workdir).run(point.name) for point in points]
+        load = functools.partial(configs.load, before=_begun_with(begun))
+        planned = plan.plan(points, load)
+        workers = workers or default_workers()
+        memory = slices.memory_of_slice() if is_slice else memory_of_worker()
+        if dry_run:
+            here = chosen(planned, share, run)
+            notes = plan.check(described, planned)
+            measured = runner.measure(here, load=load, workers=workers) if estimate else ({}, {})
+            plan_table(here, *measured, workers)
+            for note in notes:
+                typer.echo(note)
+            plan.check_room(here, memory)
+            return
+        directory = SweepDirectory(workdir)
+        here = chosen(planned, share, run)
+        plan.check_room([run for run in here if not directory.run(run.point.name).has_result], memory)
+        make_folder(directory.path, "workdir")
+        runner.prepare_corpora(planned, progress=not quiet)
+        planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
+        here = chosen(planned, share, run)
+        for note in plan.check(described, planned):
+            typer.echo(note, err=True)
+        plan.check_begun_runs(here, directory)
+        if is_slice:
+            trainers = slices.Slice(load, runner.retry_seconds(stale))
+        else:
+            trainers = Workers(load, workers, directory.worker_log)
+        runner.run_sweep(described, planned, directory, trainers, chosen=here, stale=stale, progress=not quiet)
+    typer.echo(f"{directory.results} has a row for each of {len(here)} runs: peer-jax report {workdir}")
 
 
 @app.command()
@@ -586,6 +664,17 @@ def _kept(workdir: str) -> os.PathLike:
             f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument="workdir"
         )
     return kept
+
+
+def _join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Timeouts) -> None:
+    """Joins the other processes of a run or a sweep, if there are any, and starts JAX's devices."""
+    if place is not None and place.num_processes > 1:
+        supervisor.supervise(place, timeouts)  # goes on in a child, which may import JAX
+    startup.prepare()
+    from peer_jax import processes
+
+    processes.start(place, from_cluster=from_cluster, timeouts=timeouts)
+    startup.check_devices()
 
 
 def _keep_off_accelerators() -> None:

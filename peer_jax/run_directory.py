@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 from etils import epath
 
-from peer_jax import records
+from peer_jax import lease, records
 from peer_jax.errors import InputError, InUse
 
 AnyPath = Path | epath.Path
@@ -37,6 +37,7 @@ POINT = "point.json"
 FAILURE = "failure.json"
 RESULTS = "results.csv"
 LOCK = ".lock"
+LEASE = ".lease"
 PROBE = ".probe"
 SWEEP_FILES = ("sweep-*.json", "sweep.json")  # the second name is that of earlier versions, which kept one sweep
 
@@ -207,31 +208,51 @@ class RunDirectory(_Directory):
 
     # Ownership.
 
-    def lock(self, *, timeout: float = 0) -> filelock.BaseFileLock:
-        """Makes the directory and takes its lock, which keeps other processes from training in it.
+    def lock(self, *, timeout: float = 0, stale: float = lease.STALE) -> lease.Held:
+        """Makes the directory and takes its lease, which keeps other processes from training in it.
 
-        The caller releases the lock.
+        The caller releases what is returned. If its ``lost`` becomes true, another process has the run by now.
+
+        A process of the same machine that has died is noticed at once, by a lock of the kernel's. A process of another
+        machine has died if it has not renewed its lease for ``stale`` seconds, see ``lease.hold``.
 
         Args:
-            timeout: seconds to wait for another process to release the lock.
+            timeout: seconds to wait for another process to release the directory.
+            stale: seconds without a sign of life after which a process of another machine has died.
 
         Raises:
-            InUse: if another process holds the lock.
+            InUse: if another process has the directory; it names the process.
             InputError: if the directory can't be made or written to.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
-            lock.acquire()
-        except filelock.Timeout:
-            raise InUse(
-                f"{self} is in use by another process: wait for it, or choose another directory", argument="workdir"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"{self} can't be written to ({error.strerror}): choose another directory", argument="workdir"
-            ) from error
-        return lock
+        until = time.monotonic() + timeout
+        with contextlib.ExitStack() as undo:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
+                lock.acquire()
+                undo.callback(lock.release)
+                left = max(0.0, until - time.monotonic())
+                held = lease.hold(self._lease, timeout=left, stale=stale, has_died=lease.is_here)
+            except (filelock.Timeout, InUse):
+                holder = self.holder() or "it has not said which"
+                raise InUse(
+                    f"{self} is in use by another process ({holder}): wait for it, or choose another directory",
+                    argument="workdir",
+                ) from None
+            except OSError as error:
+                raise InputError(
+                    f"{self} can't be written to ({error.strerror}): choose another directory", argument="workdir"
+                ) from error
+            return held.then(undo.pop_all().close)
+
+    def holder(self) -> lease.Holder | None:
+        """The process that trains in the directory, or that did when it died; None if nobody does."""
+        found = self._lease.read()
+        return None if found is None or lease.is_gone(found) else found.holder
+
+    @property
+    def _lease(self) -> lease.Folder:
+        return lease.Folder(self.path / LEASE)
 
     def leave_mark(self, mark: str) -> None:
         """Leaves an empty file that another process on the same file system can see; ``remove_mark`` removes it.

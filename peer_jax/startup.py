@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,14 +58,29 @@ def check_devices() -> None:
     """Starts JAX's devices, once the processes of a run have joined.
 
     Raises:
-        InputError: if the environment asks for devices that aren't there.
+        InputError: if the environment asks for devices that aren't there, or if another process has the host's TPU.
     """
     import jax
+    from jax._src import xla_bridge
 
     try:
         jax.numpy.zeros(())
     except Exception as error:  # of whatever kind: a plugin's own start may fail in any way
-        raise _refused_environment(error) from error
+        raise _tpu_in_use(str(error)) or _refused_environment(error) from error
+    # Without JAX_PLATFORMS, JAX then goes on with the CPU, and says nothing.
+    if refused := _tpu_in_use(xla_bridge._backend_errors.get("tpu", "")):
+        raise refused
+
+
+def _tpu_in_use(reason: str) -> InputError | None:
+    """The error for what libtpu says if another process has the TPU; None if it says something else."""
+    if not re.search(r"TPU is already in use|libtpu\S* (is )?already in use|libtpu multi-process lockfile", reason):
+        return None
+    process = re.search(r"process with pid (\d+)", reason)
+    return InputError(
+        f"the TPU of this host is in use by another {process[0] if process else 'process'}: wait for it, or end it; if "
+        "there is none, remove /tmp/libtpu_lockfile"
+    )
 
 
 def check_devices_of_workers() -> None:

@@ -16,6 +16,7 @@ LEAVES = {
     "errors",
     "fields",
     "gin_syntax",
+    "lease",
     "run_directory",
     "startup",
     "sharding",
@@ -27,7 +28,8 @@ LEAVES = {
 }
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": {"errors", "run_directory"}, "gin_syntax": {"errors"}},
-    **{"records": {"errors"}, "run_directory": {"errors", "records"}, "memory": {"errors"}},
+    **{"records": {"errors"}, "run_directory": {"errors", "records", "lease"}, "lease": {"errors"}},
+    "memory": {"errors"},
     **{"sharding": {"errors", "fields"}, "processes": {"errors", "cluster", "supervisor"}},
     **{"supervisor": {"errors", "cluster", "startup"}, "cluster": {"errors"}, "digests": set()},
     "ops": {"errors", "sharding"},
@@ -35,6 +37,7 @@ MAY_IMPORT = {
     "models": {"errors", "memory", "fields", "sharding", "ops", "layers"},
     "data": {"errors", "fields", "startup", "run_directory", "digests"},
     "training": {
+        "lease",
         "errors",
         "fields",
         "memory",

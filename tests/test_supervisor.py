@@ -15,7 +15,7 @@ import os, signal, sys, time
 from peer_jax import cluster, supervisor
 from peer_jax.errors import InputError
 
-supervisor.START, supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 5, 3, 0.2, 2, 3
+supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 3, 0.2, 2, 3
 port, count, number, action = sys.argv[1:]
 
 def say(*lines):
@@ -24,7 +24,7 @@ def say(*lines):
 
 try:
     flags = (f"127.0.0.1:{port}", int(count), int(number)) if port != "launched" else ()
-    supervisor.supervise(cluster.find(*flags))
+    supervisor.supervise(cluster.find(*flags), cluster.Timeouts(start=5))
 except InputError as error:
     say("peer-jax: " + (f"--{error.argument} " if error.argument else "") + str(error))
     sys.exit(2)

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse, TrainingFailed
 from peer_jax.processes import gather, leads, together, wait_for_all
 from peer_jax.run_directory import check_room, local, make_folder, set_aside
 from peer_jax.training import checkpoint_files as files
@@ -268,7 +268,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or jax.process_count() == 1:
+        if jax.process_count() == 1 or error is None or isinstance(error, TrainingFailed | InUse):
             self.close()
         # Else this may be the only process that has failed, and closing would wait for the others. It will end soon.
 
