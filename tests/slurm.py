@@ -1,4 +1,4 @@
-"""A real Slurm on this machine for a test: its own munged, slurmctld and slurmd, with ports and folders of their own."""
+"""A real Slurm on this machine for a test: munged, slurmctld and slurmd with ports and folders of their own."""
 
 import contextlib
 import os
@@ -119,6 +119,11 @@ class Slurm:
         """The state of each job of an array."""
         listed = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%K %T")
         return dict(line.split() for line in listed.splitlines())
+
+    def job(self, array, number):
+        """The job's own id, by the number of its array and its number in it."""
+        listed = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%K %A")
+        return dict(line.split() for line in listed.splitlines())[str(number)]
 
     def stop(self):
         """Cancels all jobs and ends the daemons."""
