@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -554,6 +554,7 @@ def launch(
         service_account=service_account,
         spot=spot,
         retries=retries,
+        cache=_shared_cache(),
     )
     emitted = files.emit(job)
     if submit:
@@ -573,6 +574,12 @@ def launch(
         typer.echo("\n".join(files.lines(emitted.commands, folder)))
 
 
+def _shared_cache() -> str | None:
+    """The address of prepared text in a bucket. This process forgets it, since planning would copy all of that text."""
+    cache = os.environ.get("PEER_JAX_CACHE", "")
+    return os.environ.pop("PEER_JAX_CACHE") if "://" in cache else None
+
+
 def _launched(command: Sequence[str]) -> dict[str, Any]:
     """The values of the flags of a command that is to be launched."""
     if command[0] not in ("train", "sweep"):
@@ -590,7 +597,7 @@ def _launched(command: Sequence[str]) -> dict[str, Any]:
     return parameters
 
 
-def _check_launch(job: "Job", parameters: dict[str, Any]) -> Iterator[str]:
+def _check_launch(job: "Job", parameters: dict[str, Any]) -> list[str]:
     """Makes the runs that are to be launched, without memory for them, and says what they need and cost.
 
     Raises:
@@ -607,29 +614,27 @@ def _check_launch(job: "Job", parameters: dict[str, Any]) -> Iterator[str]:
     notes, plans = [], {}
     if job.command[0] == "train":
         run = configs.load(files, bindings, imports)
-        runs = [("the run", run.num_steps(run.trainer().abstract_model), "", lambda: run)]
+        runs = [("the run", run.num_steps(run.trainer().abstract_model), "", files, bindings, imports)]
     else:
         described, of_runs, imports = configs.load_sweep(files, bindings, imports)
         planned = plan.plan(expand(described, files[0].parent, of_runs, imports), configs.load)
         notes = plan.check(described, planned)
         runs = [
-            (run.point.name, run.steps, run.program, functools.partial(configs.load, *_of_point(run.point)))
+            (run.point.name, run.steps, run.program, run.point.files, run.point.bindings, run.point.imports)
             for run in planned
         ]
-    yield from notes
+    if job.cache is None and "://" in job.workdir:
+        notes.append(
+            "PEER_JAX_CACHE names no bucket, so each slice prepares the text for itself: set it, and prepare once."
+        )
     if job.device is None:
-        yield "Without --accelerator, memory and cost are not checked."
-        return
-    for name, _, program, load in runs:  # runs of the same program have the same plan
-        if program not in plans:
-            plans[program] = cost.plan_on(name, load(), job.devices)
-    planned = [cost.Planned(name, steps, plans[program]) for name, steps, program, _ in runs]
-    yield from cost.cost(planned, job.device, job.devices, job.slice_name).sentences(job.slices, job.slice_name)
-
-
-def _of_point(point: "Point") -> tuple[Sequence[str], Sequence[Any], Sequence[str]]:
-    """What ``config.load`` takes for a run of a sweep."""
-    return point.files, point.bindings, point.imports
+        return [*notes, "Without --accelerator, memory and cost are not checked."]
+    for name, _, program, *of_run in runs:
+        if program not in plans:  # runs with the same program have the same plan
+            plans[program] = cost.plan_on(name, configs.load(*of_run), job.devices)
+    planned = [cost.Planned(name, steps, plans[program]) for name, steps, program, *_ in runs]
+    costs = cost.cost(planned, job.device, job.devices, job.slice_name)
+    return [*notes, *costs.sentences(job.slices, job.slice_name)]
 
 
 def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequence[str]) -> "Run":

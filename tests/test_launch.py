@@ -1,18 +1,24 @@
 """What `peer-jax launch` emits: manifests by their published schema, scripts by bash and shellcheck, and bad input."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
+import typer.main
 import yaml
 from small_runs import ROOT, refused, sweep_config
 
+from peer_jax import cli
 from peer_jax.errors import InputError
 from peer_jax.launch import files
 from peer_jax.launch.job import ENGINES, Job, minutes
@@ -24,7 +30,8 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/us
 SET = """TextTask.vocabulary="it's $HOME: #1\""""
 COMMAND = ("sweep", "--config", "configs/sweeps/isoflop_paper.gin", "--set", SET, "--workdir", "gs://bucket/paper")
 IMAGE = "us-docker.pkg.dev/project/images/peer-jax:1"
-GOOGLE = {"image": IMAGE, "accelerator": "v5p-32"}
+CACHE = "gs://bucket/the cache"
+GOOGLE = {"image": IMAGE, "accelerator": "v5p-32", "cache": CACHE}
 JOBS = {
     "slurm": {
         "nodes": 2,
@@ -124,6 +131,7 @@ def test_every_field_that_tpu_slices_need():
         assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
         variables = {variable["name"]: variable["value"] for variable in container["env"]}
         # The name of a pod in JobSet's headless service: JOBSET-REPLICATEDJOB-JOB-POD.SUBDOMAIN.
+        assert variables["PEER_JAX_CACHE"] == CACHE
         assert variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-slice-0-0.{name}:8482"
         assert {"containerPort": 8482} in container["ports"]
 
@@ -229,6 +237,8 @@ def test_words_come_through_the_shell_as_they_were(name, program, flags, tmp_pat
     ran = [call for call in given if COMMAND[0] in call]
     assert len(ran) == 1
     assert ran[0][ran[0].index(COMMAND[0]) :] == [*COMMAND, *flags]
+    if job(name).cache:
+        assert ran[0][ran[0].index("--env") + 1] == f"PEER_JAX_CACHE={CACHE}"
 
 
 def test_a_tpu_vm_that_has_done_its_work_deletes_itself(tmp_path):
@@ -392,6 +402,12 @@ def test_the_command_prints_files_commands_and_cost(sweep, run_cli):
     assert "--slices 4 takes about as long" in errors
 
 
+def test_text_that_is_prepared_in_a_bucket_is_named_and_not_copied(sweep, run_cli, monkeypatch):
+    monkeypatch.setenv("PEER_JAX_CACHE", CACHE)  # where nobody could read
+    _, printed, _ = run_cli(*ON_GKE, *sweep, "--set=TextTask.cache_dir=None", "--workdir=gs://bucket/small")
+    assert f'value: "{CACHE}"' in printed
+
+
 def test_a_separator_may_come_before_the_command(sweep, run_cli, tmp_path):
     options = [*ON_GKE, f"--out={tmp_path / 'out'}"]
     outcomes = [run_cli(*options, *between, *sweep, "--workdir=gs://b/x")[:2] for between in ([], ["--"])]
@@ -430,3 +446,43 @@ def test_what_does_not_fit_is_refused(run_cli, monkeypatch):
     assert run_cli(*options, *run, "--workdir=gs://b/x")[0] == 0
     outcome = run_cli(*options, *run, "--set=NUM_EXPERTS=67108864", "--workdir=gs://b/x")
     refused(outcome, "1 v5e-1 GiB Sharding.expert")
+
+
+# The page
+
+
+PAGE = (ROOT / "docs" / "clusters.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = re.findall(r"^peer-jax .*$", BLOCKS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page_are_ones(command):
+    name, *words = shlex.split(command)[1:]
+    parameters = typer.main.get_command(cli.app).commands[name].make_context(name, words).params
+    if name != "launch":
+        return
+    options = {field.name for field in dataclasses.fields(Job)} - {"engine", "command", "workdir", "files", "cache"}
+    launched = cli._launched(parameters["command"])
+    given = {option: parameters[option] for option in options}
+    where = {"workdir": launched["workdir"], "files": launched["config"]}
+    assert files.emit(Job(engine=parameters["on"], command=parameters["command"], **where, **given)).files
+
+
+def test_the_page_has_the_commands_from_nothing_to_a_report():
+    assert [command.split()[1] for command in COMMANDS] == ["prepare", "launch", "sweep", "report"] * 2
+    assert all(f"| `{engine}` |" in PAGE for engine in ENGINES)
+
+
+def test_the_image_is_built_for_accelerators_that_have_an_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "Dockerfile").read_text()
+    named = {*re.findall(r"ACCELERATOR=(\w+)", text), *re.findall(r"\$ACCELERATOR,(\w+)", text)}
+    assert named == {"tpu", "cuda", "gcs"}
+    assert named <= project["optional-dependencies"].keys()
+    python = re.search(r"FROM python:(3\.\d+)", text)[1]
+    assert f"constraints/python{python}.txt" in text
+    for copied in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        for name in copied.split():
+            assert (ROOT / name).exists()
+            assert f"!{name}\n" in (ROOT / ".dockerignore").read_text()

@@ -13,6 +13,7 @@ import jinja2
 from peer_jax.errors import InputError
 from peer_jax.launch.job import ENGINES, Job
 
+COPIES = "/root/.cache/peer_jax"  # in the image: copies of prepared text, which a slice that starts again finds there
 PORT = 8482  # of process 0, where Cloud TPUs have it
 SLURM, JOBSETS, SKYPILOT = "slurm.sh", "jobsets.yaml", "skypilot.yaml"
 STARTUP, QUEUED = "startup.sh", "slices.sh"
@@ -45,6 +46,8 @@ def emit(job: Job) -> Launch:
         "arguments": [*job.command, *joins],
         "folder": Path.cwd(),
         "port": PORT,
+        "copies": COPIES,
+        "docker": _docker(job.cache),
         "registry": _registry(job.image or ""),
     }
     files = {name: templates.get_template(f"{name}.jinja").render(values) for name in TEMPLATES[job.engine]}
@@ -108,6 +111,12 @@ def lines(commands: Sequence[Sequence[str]], folder: Path | None) -> list[str]:
     """The commands as a person types them, with the files in that folder or else in the current one."""
     into = f"cd {shlex.quote(str(folder))} && " if folder is not None else ""
     return [f"({into}{shlex.join(command)})" if into else shlex.join(command) for command in commands]
+
+
+def _docker(cache: str | None) -> str:
+    """What tells a container of docker where prepared text is."""
+    shared = f" --env {shlex.quote(f'PEER_JAX_CACHE={cache}')}" if cache else ""
+    return f"--volume /var/peer-jax:{COPIES}{shared}"
 
 
 def _registry(image: str) -> str:

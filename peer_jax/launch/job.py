@@ -72,6 +72,7 @@ class Job:
         service_account: that may read and write the bucket: its e-mail, or its name in Kubernetes.
         spot: on machines that may be taken away.
         retries: how often a slice is started again.
+        cache: the address of prepared text. Slurm's jobs have the environment that they are submitted from instead.
 
     Raises:
         InputError: if the options don't fit one another or the engine.
@@ -96,6 +97,7 @@ class Job:
     service_account: str | None = None
     spot: bool = False
     retries: int = RETRIES
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
