@@ -497,6 +497,7 @@ def launch(
     tasks_per_node: Annotated[
         int | None, typer.Option(help="Processes per node of Slurm: 1, with all GPUs, or one per GPU.")
     ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="Cores per process; Slurm gives it one by default.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
     queue: Annotated[str | None, typer.Option(help="Slurm's partition, or Kueue's local queue.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
@@ -545,6 +546,7 @@ def launch(
         image=image,
         nodes=nodes,
         tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
         gpus_per_node=gpus_per_node,
         queue=queue,
         account=account,

@@ -36,6 +36,7 @@ JOBS = {
     "slurm": {
         "nodes": 2,
         "tasks_per_node": 8,
+        "cpus_per_task": 12,
         "gpus_per_node": 8,
         "accelerator": "h100",
         "queue": "gpu",
@@ -246,6 +247,22 @@ def test_a_tpu_vm_that_has_done_its_work_deletes_itself(tmp_path):
     given = calls(tmp_path / files.STARTUP, tmp_path / "bin", ["docker", "gcloud", "curl", "mkdir"])
     assert given[-1][:5] == ["gcloud", "compute", "tpus", "queued-resources", "delete"]
     assert [call[:2] for call in given].count(["docker", "run"]) == 1
+
+
+def test_slurm_gets_its_options():
+    text = files.emit(job("slurm")).files[files.SLURM]
+    said = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in re.findall(r"^#SBATCH --\S+=.*", text, re.M))
+    assert said["array"] == "0-2"
+    assert (said["nodes"], said["ntasks-per-node"], said["cpus-per-task"], said["gpus-per-node"]) == (
+        "2",
+        "8",
+        "12",
+        "8",
+    )
+    assert (said["partition"], said["account"], said["time"]) == ("gpu", "me", "4:00:00")
+    assert said["signal"] == "TERM@300"
+    assert "#SBATCH --requeue\n" in text
+    assert " --cpus-per-task=12 peer-jax sweep " in text
 
 
 def test_queued_resources_are_asked_for(tmp_path):

@@ -83,8 +83,7 @@ def test_a_killed_job_is_requeued_and_every_run_is_finished_once(cluster, tiny, 
 
 
 def rows(folder):
-    """The rows of a sweep by the names of their runs, without times."""
-    read = {row.run: row for row in results.read([folder])}
-    return {
-        run: {k: v for k, v in vars(row).items() if "second" not in k and k != "folder"} for run, row in read.items()
-    }
+    """The rows of a sweep by the names of their runs, without places and times."""
+    left_out = ("directory", "sweep", "tokens_per_second", "wall_seconds")
+    read = {row.run: vars(row) for row in results.read([folder])}
+    return {run: {name: value for name, value in row.items() if name not in left_out} for run, row in read.items()}

@@ -39,7 +39,7 @@ ENGINES = {
     "slurm": Engine(
         "sbatch",
         (),
-        ("accelerator", "nodes", "tasks_per_node", "gpus_per_node", "queue", "account", "time"),
+        ("accelerator", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "queue", "account", "time"),
         gpus=True,
         tpus=False,
         shares_folders=True,
@@ -63,8 +63,8 @@ class Job:
         accelerator: a TPU slice such as v5p-32, or h100 or h200.
         name: of the jobs; by default made of the workdir's last part.
         image: of containers.
-        nodes, tasks_per_node, gpus_per_node: hosts of a slice, processes of a host, and its GPUs; TPU slices have their
-            own.
+        nodes, tasks_per_node, cpus_per_task, gpus_per_node: hosts of a slice, processes of a host, cores of a process,
+            and GPUs of a host; TPU slices have their own.
         queue: Slurm's partition, or Kueue's local queue.
         account: Slurm's.
         time: the longest that a job may take, as Slurm writes it.
@@ -88,6 +88,7 @@ class Job:
     image: str | None = None
     nodes: int | None = None
     tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
     gpus_per_node: int | None = None
     queue: str | None = None
     account: str | None = None
@@ -102,7 +103,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise InputError(f"{self.engine} is not one of {', '.join(ENGINES)}", argument="on")
-        for name in ("slices", "nodes", "tasks_per_node", "gpus_per_node"):
+        for name in ("slices", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{value} is not at least 1", argument=name)
         if self.retries < 0:
