@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from hosts import HOSTS, Hosts, ended, flags, free_port
-from small_runs import ROOT, environment, lines, losses, saved_steps, sweep_config, without_times
+from small_runs import ROOT, gone, lines, losses, refused, saved_steps, sweep_config, without_times
 
 from peer_jax import config as configs
 from peer_jax.errors import InputError
 from peer_jax.run_directory import RunDirectory, SweepDirectory
-from peer_jax.sweeps import chosen, listing
+from peer_jax.sweeps import listing, plan
+from peer_jax.sweeps.chosen import chosen
 from peer_jax.sweeps.sweep import expand
 from peer_jax.training import loop
 
@@ -173,3 +175,138 @@ def test_a_slice_is_stopped_and_goes_on_elsewhere(hosts, config, trained, tmp_pa
     loss = result_of(trained / LONGEST)["evaluations"]["corpus"]["loss"]
     assert result_of(elsewhere / LONGEST)["evaluations"]["corpus"]["loss"] == pytest.approx(loss, rel=1e-3)
     assert [path.name for path in elsewhere.iterdir() if path.is_dir()] == [LONGEST]
+
+
+def test_a_slice_leaves_when_one_of_its_processes_hangs(hosts, config, tmp_path):
+    """The process stands still and its command lives, so that only its missing heartbeats tell. Both commands end."""
+    also = ["--heartbeat-timeout=10", f"--set=Sweep.budgets=({BUDGETS[1]},)"]
+    started = hosts.start_all(sweep_command(config, tmp_path, also=also), variables=ONE_DEVICE)
+    wait_for(lambda: step_of(tmp_path / LONGEST) > 5)
+    (child,) = Path(f"/proc/{started[1].pid}/task/{started[1].pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGSTOP)
+    for process in started:
+        status, errors = ended(process, timeout=60)
+        assert status > 0
+        assert errors.splitlines()[-1].startswith("peer-jax: process ")
+    wait_for(lambda: gone(int(child)), seconds=10)
+
+
+# Several slices on one directory
+
+# A process on a machine of another name holds a lease until it is killed.
+HOLDS = """
+import sys, time
+from peer_jax import lease
+lease.hold(lease.Folder(sys.argv[1]), host="elsewhere", stale=2)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_slices_share_a_directory_and_take_over_from_the_dead(hosts, config, tmp_path):
+    """One of two slices is killed while it trains; and a run is held by another machine, which dies later."""
+    folder = tmp_path / "sweep"
+    held = folder / "peer-d8-1e8-seed0"
+    held.mkdir(parents=True)
+    elsewhere = hosts.start([sys.executable, "-c", HOLDS, str(held / ".lease")])
+    assert elsewhere.stdout.readline() == "held\n"
+    command = sweep_command(config, folder, also=["--stale=2"])
+    first = start_alone(hosts, command)
+    wait_for(lambda: step_of(folder / LONGEST) > 25)
+    second = start_alone(hosts, command)
+    wait_for(lambda: (folder / "peer-d8-6e7-seed0" / "config.gin").exists() or first.poll() is not None)
+    assert first.poll() is None, ended(first)
+    first.kill()
+    wait_for(lambda: (folder / LONGEST / "result.json").exists())
+    assert not (held / "config.gin").exists()
+    elsewhere.kill()
+    status, errors = ended(second)
+    assert status == 0, errors
+    assert f"{held.name} is being trained by process {elsewhere.pid} on elsewhere since " in errors
+    assert [len(begun(folder / name)) for name in (LONGEST, held.name, "peer-d8-6e7-seed0")] == [2, 1, 1]
+    alone = tmp_path / "alone"
+    train_all(config, alone)
+    assert_equal_runs(folder, alone)
+    status, printed = subprocess.getstatusoutput(f"cut -d, -f1 {folder}/results.csv")
+    assert sorted(printed.splitlines()[1:]) == sorted(RUNS)
+
+
+# Shares and lists
+
+
+def test_shares_are_whole_and_alike(config):
+    described, bindings, imports = configs.load_sweep([config], ["Sweep.seeds=(0,1,2,3)", "Sweep.budgets=(1e8,2e8)"])
+    planned = plan.plan(expand(described, config.parent, bindings, imports), configs.load)
+    ordered = chosen(planned)
+    assert [run.training_flops for run in ordered] == sorted((run.training_flops for run in planned), reverse=True)
+    shares = [chosen(planned[::-1], (number, 3)) for number in range(3)]
+    assert sorted(run.point.name for share in shares for run in share) == sorted(run.point.name for run in planned)
+    costs = [sum(run.training_flops for run in share) for share in shares]
+    assert max(costs) - min(costs) <= ordered[0].training_flops
+    assert chosen(planned, (2, 3), name=ordered[0].point.name) == ordered[:1]
+    with pytest.raises(
+        InputError, match=r"'peer-d8-1e8-seed9' is none of the 16 runs .* did you mean peer-d8-1e8-seed"
+    ):
+        chosen(planned, name="peer-d8-1e8-seed9")
+
+
+def test_a_share_is_given_by_a_flag_or_by_the_environment(config, run_cli, monkeypatch):
+    def names(*also):
+        status, printed, errors = run_cli("sweep", f"--config={config}", "--dry-run", "--no-estimate", *also)
+        assert status == 0, errors
+        return {word for word in printed.split() if word.endswith(("-seed0", "-seed1"))}
+
+    first = names("--shard", "0/2")
+    monkeypatch.setenv("PEER_JAX_SHARD", "1/2")
+    second = names()
+    assert len(first) == len(second) == 2
+    assert not first & second
+    assert names("--shard", "0/2") == first
+    for bad in ("2/2", "1", "-1/2", "1/0", ""):
+        monkeypatch.setenv("PEER_JAX_SHARD", bad)
+        if bad:
+            refused(run_cli("sweep", f"--config={config}", "--dry-run"), f"--shard '{bad}' PEER_JAX_SHARD I/N 0/4")
+
+
+def test_a_slice_has_no_workers(config, run_cli, tmp_path):
+    arguments = [f"--config={config}", f"--workdir={tmp_path}", "--workers=2", *flags(0, 1)]
+    refused(run_cli("sweep", *arguments), "--workers 2 leave it out")
+
+
+LISTS = """
+import sys
+from peer_jax import cli
+sys.argv = ["peer-jax", "sweep", "--list", "--workdir", sys.argv[1]]
+cli.main()
+print(*({"jax", "numpy", "gin", "flax"} & set(sys.modules)))
+"""
+
+
+def test_what_a_sweep_has_done_is_listed_without_jax(swept, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept[0], folder)
+    (waiting, begun, running) = (folder / name for name in RUNS)
+    shutil.rmtree(waiting)
+    (begun / "result.json").unlink()
+    (running / "result.json").unlink()
+    held = RunDirectory(running).lock()
+    done = subprocess.run([sys.executable, "-c", LISTS, folder], capture_output=True, text=True, cwd=ROOT, check=True)
+    held.release()
+    *rows, last, imported = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    states = {name: (state, *details) for name, state, *details in rows}
+    assert states[waiting.name] == ("waiting",)
+    assert states[begun.name] == ("waiting", f"begun, step {step_of(begun)}")
+    state, details = states[running.name]
+    assert state == "running"
+    assert details.startswith(f"process {os.getpid()} on {socket.gethostname()} since 2")
+    for budget in BUDGETS:
+        state, details = states[f"bad-d8-{budget}-seed0"]
+        assert state == "failed"
+        assert "learning rate" in details
+    assert " ".join(last) == "6 runs: 2 waiting, 1 running, 3 failed; 6 left"
+    assert imported == []
+
+
+def test_a_directory_without_a_sweep_has_nothing_to_list(tmp_path, run_cli):
+    refused(run_cli("sweep", "--list", f"--workdir={tmp_path}"), f"--workdir {tmp_path} has no sweep")
+    refused(run_cli("sweep", f"--workdir={tmp_path}"), "--config is not given")
