@@ -45,7 +45,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The files that take longest come first, or one process would still be at the last of them when the others have ended.
 LONG = (
-    *("hosts", "evaluate", "sharded_training", "checkpoint", "loop", "sweep_processes", "quickstart", "capacity"),
+    *(
+        "hosts",
+        "evaluate",
+        "sharded_training",
+        "checkpoint",
+        "loop",
+        "slices",
+        "sweep_processes",
+        "quickstart",
+        "capacity",
+    ),
     *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers", "transformer", "isoflop", "fit"),
 )
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 from hosts import HOSTS, Hosts, ended, flags, free_port
-from small_runs import ROOT, gone, lines, losses, refused, saved_steps, sweep_config, without_times
+from small_runs import ROOT, gone, lines, load, losses, refused, saved_steps, sweep_config, without_times
 
 from peer_jax import config as configs
-from peer_jax.errors import InputError
+from peer_jax import lease
+from peer_jax.errors import InputError, InUse
 from peer_jax.run_directory import RunDirectory, SweepDirectory
 from peer_jax.sweeps import listing, plan
 from peer_jax.sweeps.chosen import chosen
@@ -33,13 +34,14 @@ BINDINGS = (
     f"Sweep.budgets=({','.join(BUDGETS)})",
     "Sweep.seeds=(0,)",
 )
-# The second method diverges at once.
+# One more run, which diverges at once.
 DIVERGING = (
-    "Sweep.methods={'peer': {}, 'bad': {'AdamW.learning_rate': 1e30, 'AdamW.clip_norm': None}}",
-    "Sweep.method_files={'bad': 'peer'}",
+    "Sweep.sizes={'d8': {'Transformer.d_model': 8},"
+    " 'bad': {'Transformer.d_model': 8, 'AdamW.learning_rate': 1e30, 'AdamW.clip_norm': None}}",
+    "Sweep.sizes_at={1e8: ('d8',), 6e7: ('d8',)}",
 )
 RUNS = [f"peer-d8-{budget}-seed0" for budget in BUDGETS]
-LONGEST = "peer-d8-4e8-seed0"
+LONGEST, BAD = "peer-d8-4e8-seed0", "peer-bad-4e8-seed0"
 ONE_DEVICE = {"JAX_NUM_CPU_DEVICES": "1"}
 STOPPED = "peer-jax: stopped; every run is saved, and the same command goes on\n"
 
@@ -84,7 +86,7 @@ def trained(hosts, config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(hosts, config, tmp_path_factory):
-    """The same runs and three that diverge, by a slice of two processes; and how the processes have ended."""
+    """The same runs and one that diverges, by a slice of two processes; and how the processes have ended."""
     folder = tmp_path_factory.mktemp("swept")
     started = hosts.start_all(sweep_command(config, folder, *DIVERGING), variables=ONE_DEVICE)
     return folder, [ended(process, timeout=240) for process in started]
@@ -135,14 +137,12 @@ def test_a_run_that_fails_is_recorded_and_the_slice_goes_on(swept):
     folder, ends = swept
     for status, errors in ends:
         assert status == 1
-        assert "peer-jax: 3 of 6 runs failed, the rest is finished: bad-d8-4e8-seed0: step " in errors
+        assert f"1 of 4 runs failed, the rest is finished: {BAD}: step " in errors
         assert "Traceback" not in errors
-    for budget in BUDGETS:
-        run = folder / f"bad-d8-{budget}-seed0"
-        assert "learning rate" in json.loads((run / "failure.json").read_text())["reason"]
-        assert len(begun(run)) == 1
+    assert "learning rate" in json.loads((folder / BAD / "failure.json").read_text())["reason"]
+    assert len(begun(folder / BAD)) == 1
     states = {run.name: run.state for run in listing.listed(SweepDirectory(folder))}
-    assert states == dict.fromkeys(RUNS, "finished") | {f"bad-d8-{budget}-seed0": "failed" for budget in BUDGETS}
+    assert states == dict.fromkeys(RUNS, "finished") | {BAD: "failed"}
 
 
 def test_a_slice_is_stopped_and_goes_on_elsewhere(hosts, config, trained, tmp_path, run_cli):
@@ -231,6 +231,34 @@ def test_slices_share_a_directory_and_take_over_from_the_dead(hosts, config, tmp
     assert sorted(printed.splitlines()[1:]) == sorted(RUNS)
 
 
+def test_a_run_that_was_taken_over_is_left(tiny, tmp_path, monkeypatch):
+    """As if this process had stood still so long that another one has the run by now."""
+    make = loop.train_batches
+    leases = lease.Folder(tmp_path / ".lease")
+
+    class TakenOver:
+        def __init__(self, *arguments, **named):
+            self._batches, self._fetched = make(*arguments, **named), 0
+
+        def __next__(self):
+            self._fetched += 1
+            if self._fetched == 13:
+                assert leases.take(b"{}", leases.read().version) is not None
+                time.sleep(0.5)  # this process looks every 0.1 s
+            return next(self._batches)
+
+        def __getattr__(self, name):
+            return getattr(self._batches, name)
+
+    monkeypatch.setattr(loop, "train_batches", TakenOver)
+    run = load(tiny, "Run.steps=30", "Run.checkpoint_every=5", "Run.evaluate_every=30", "Transformer.num_blocks=1")
+    with pytest.raises(InUse, match=r"was taken over by another process, .* not heard of for 0\.4 s"):
+        loop.train(run, tmp_path, progress=False, stale=0.4)
+    assert saved_steps(tmp_path) == [5, 10]
+    assert not (tmp_path / "result.json").exists()
+    assert leases.read().content == b"{}"
+
+
 # Shares and lists
 
 
@@ -299,11 +327,10 @@ def test_what_a_sweep_has_done_is_listed_without_jax(swept, tmp_path):
     state, details = states[running.name]
     assert state == "running"
     assert details.startswith(f"process {os.getpid()} on {socket.gethostname()} since 2")
-    for budget in BUDGETS:
-        state, details = states[f"bad-d8-{budget}-seed0"]
-        assert state == "failed"
-        assert "learning rate" in details
-    assert " ".join(last) == "6 runs: 2 waiting, 1 running, 3 failed; 6 left"
+    state, details = states[BAD]
+    assert state == "failed"
+    assert "learning rate" in details
+    assert " ".join(last) == "4 runs: 2 waiting, 1 running, 1 failed; 4 left"
     assert imported == []
 
 
