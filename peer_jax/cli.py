@@ -99,7 +99,7 @@ def train(
     place = cluster.find(coordinator, num_processes, process_id)
     if place is not None and place.num_processes > 1:
         supervisor.supervise(place)  # goes on in a child, which may import JAX
-    startup.prepare()
+    startup.prepare(workdir=workdir)
     from peer_jax import processes
 
     processes.start(place, from_cluster=distributed)
@@ -114,9 +114,9 @@ def train(
     if show_table and processes.leads():
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
-        from peer_jax.run_directory import local
+        from peer_jax.storage import place
 
-        table(results.read([local(workdir)]))
+        table(results.read([place(workdir)]))
 
 
 @app.command()
@@ -204,11 +204,12 @@ def sweep(
     """
     if workdir is None and not dry_run:
         raise InputError("is not given: name the directory that gets the runs, or --dry-run", argument="workdir")
-    startup.prepare()
+    startup.prepare(workdir=workdir)
     startup.check_devices_of_workers()
     _keep_off_accelerators()
     from peer_jax import config as configs
-    from peer_jax.run_directory import SweepDirectory, make_folder
+    from peer_jax.run_directory import SweepDirectory
+    from peer_jax.storage import make_folder
     from peer_jax.sweeps import plan, runner
     from peer_jax.sweeps.board import plan_table
     from peer_jax.sweeps.sweep import expand
@@ -294,10 +295,10 @@ def report(
     """
     from peer_jax.analysis import isoflop, results
     from peer_jax.analysis.report import minima_table, table, write_report
-    from peer_jax.run_directory import local
+    from peer_jax.storage import place
 
-    paths = [local(directory) for directory in directories]
-    target = local(out, "out") if out is not None else paths[0]
+    paths = [place(directory) for directory in directories]
+    target = place(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
     analysis = isoflop.analyse(rows)
     page = write_report(analysis, paths, target)
@@ -452,7 +453,9 @@ def main() -> None:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
-    except Exception:
+    except Exception as error:
+        if (reason := startup.fault_of_a_bucket(error)) is not None:
+            _exit(InputError(f"a bucket can't be used any more ({reason}): check the connection and your rights"), 2)
         if not supervisor.is_supervised():
             raise
         traceback.print_exc()

@@ -70,7 +70,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        stack.enter_context(ownership.owned(directory))
+        check_owned = stack.enter_context(ownership.owned(directory))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -106,9 +106,11 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
                 if not (evaluating or saving):
                     continue
 
+                check_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
+                    log.flush()  # so that nothing older than a checkpoint is lost
                     position = {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
                     checkpoints.save(step, state, position, losses.get(METRIC))
                 if stopping:
@@ -121,6 +123,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
+        check_owned()
         time = clock.state()
         return result.write(
             directory,

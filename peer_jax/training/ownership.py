@@ -3,32 +3,47 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from peer_jax.data import vocabulary as vocabularies
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse
 from peer_jax.fields import RunConfig
 from peer_jax.processes import gather, leads, together
 from peer_jax.run_directory import RunDirectory
 
 
 @contextlib.contextmanager
-def owned(directory: RunDirectory) -> Iterator[None]:
+def owned(directory: RunDirectory) -> Iterator[Callable[[], None]]:
     """Makes the directory and keeps other runs from training in it at the same time.
+
+    Gives a function that all processes call before they write. It raises InUse, in all, if another process has taken
+    the directory over, because this run could not say for too long that it lives.
 
     Raises:
         InputError: in all processes, if the directory can't be made, if another run has it, or if not all processes
             see the same directory.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
+        held = None
         with together():
             if leads():
-                held.callback(directory.lock().release)
+                held = directory.lock()
+                stack.callback(held.release)
         if jax.process_count() > 1:
             _check_shared(directory)
-        yield
+
+        def check_owned() -> None:
+            with together():
+                if held is not None and held.lost:
+                    raise InUse(
+                        f"{directory} was taken over by another process ({directory.holder()}), because this one "
+                        "could not renew its lease in time: the run goes on there",
+                        argument="workdir",
+                    )
+
+        yield check_owned
 
 
 def _check_shared(directory: RunDirectory) -> None:
