@@ -236,9 +236,14 @@ class Held:
         self._after.append(action)
         return self
 
+    @property
+    def seconds(self) -> float:
+        """The time between two renewals."""
+        return self._fields["stale"] / BEATS
+
     def _beat(self) -> None:
         complained = False
-        while not self.lost and not self._ending.wait(self._fields["stale"] / BEATS):
+        while not self.lost and not self._ending.wait(self.seconds):
             try:
                 self._renew()
                 complained = False

@@ -369,9 +369,8 @@ def _find(path: epath.Path) -> Iterator[RunDirectory]:
     listed = {name for runs in kept for name in runs or ()}
     yield from (RunDirectory(path / name) for name in sorted(listed) if (path / name).exists())
     try:
-        below = sorted(
-            child for child in path.iterdir() if child.name[0] != "." and child.name not in listed and child.is_dir()
-        )
+        named = (child for child in path.iterdir() if child.name not in listed and child.name[0] != ".")
+        below = sorted(child for child in named if child.is_dir())
     except OSError:
         return
     for child in below:

@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 NO_DIGESTS = (
     "the checkpoint of step %d is of an earlier version, which wrote no digests: changed bytes in it are not noticed"
 )
-UNFINISHED = "the checkpoint of step %d in %s has no %s and is passed over: it is unfinished, or was copied there without that file"
+UNFINISHED = (
+    "the checkpoint of step %d in %s has no %s and is passed over: either it is not finished, or it was copied without "
+    "that file"
+)
 
 
 class Checkpoints:
@@ -59,7 +62,7 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, which writes checkpoints and removes old ones. Nothing is read through it."""
-        self._set_aside_without_loss()
+        self._tidy()
         policies = [
             checkpoint_managers.LatestN(self._keep_last),
             checkpoint_managers.BestN(
@@ -75,7 +78,9 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=lambda metrics: metrics[METRIC],  # has Orbax write the metrics; the policies decide
                 best_mode="min",
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not is_in_bucket(
+                    self.directory
+                ),  # there, _tidy knows better what is unfinished
                 # Called in the first process when all files are written, before the checkpoint is a finished one.
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=lambda: files.write_digests(self.directory, self._writing)
@@ -262,12 +267,20 @@ class Checkpoints:
                 logger.warning("it is now %s", target)
             wait_for_all()
 
-    def _set_aside_without_loss(self) -> None:
+    def _tidy(self) -> None:
         """Sets aside the checkpoints whose validation loss is damaged, because Orbax's manager ends at such a file.
 
-        Copies without their commit marker are set aside, too: Orbax's manager would remove them as unfinished.
+        In a bucket, what a killed run has left unfinished is removed, because it has the name of a checkpoint. What has
+        digests is a copy that lacks its last file, and is set aside instead.
         """
-        damaged = self._losses()[1] + files.copied_steps(self.directory) if leads() else []
+        damaged = []
+        if leads():
+            damaged = self._losses()[1]
+            for step in files.unfinished_steps(self.directory):
+                if files.lacks_digests(self.directory / str(step)):
+                    (self.directory / str(step)).rmtree()
+                else:
+                    damaged.append(step)
         self._set_aside(json.loads(gather(json.dumps(damaged))[0]))
 
     def close(self) -> None:

@@ -29,11 +29,6 @@ def unfinished_steps(directory: epath.Path) -> list[int]:
     return sorted({int(p.name) for p in storage.listed(directory) if p.name.isdecimal()} - set(finished))
 
 
-def copied_steps(directory: epath.Path) -> list[int]:
-    """The unfinished steps that have digests: almost certainly copies of a checkpoint, without its last file."""
-    return [step for step in unfinished_steps(directory) if not lacks_digests(directory / str(step))]
-
-
 def _is_finished(path: epath.Path) -> bool:
     with contextlib.suppress(OSError):  # a run may be removing it
         return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
