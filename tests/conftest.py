@@ -139,6 +139,17 @@ def trains():
         yield
 
 
+@pytest.fixture(scope="session")
+def bucket():
+    """The address of a bucket that an emulator has, for this process and those that it starts."""
+    from bucket import emulated, missing
+
+    if lacking := missing():
+        pytest.skip(f"{', '.join(lacking)} not installed")
+    with emulated() as address:
+        yield address
+
+
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
     """A function that runs a command in this process and returns its exit status, standard output and error."""

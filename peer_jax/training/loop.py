@@ -76,7 +76,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        check_still_owned = stack.enter_context(ownership.owned(directory, stale))
+        check_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -112,10 +112,11 @@ def _train(
                 if not (evaluating or saving):
                     continue
 
-                check_still_owned()
+                check_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
+                    log.flush()  # so that nothing older than a checkpoint is lost
                     position = {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
                     checkpoints.save(step, state, position, losses.get(METRIC))
                 if stopping:
@@ -128,7 +129,7 @@ def _train(
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
-        check_still_owned()
+        check_owned()
         time = clock.state()
         return result.write(
             directory,
