@@ -84,7 +84,7 @@ def a_round(folder: Path, workdir: Path, undisturbed: Path, kills: int, draw: ra
         ends[how] += 1
         small.say(sum(ends.values()), how if how in GOOD else f"{how}:\n{said[-4000:]}")
 
-    next_kill = time.monotonic() + draw.uniform(5, 25)
+    next_kill = time.monotonic() + draw.uniform(5, 60)
     while not all(one.has_ended() for one in slices):
         time.sleep(0.05)
         first_written = written(workdir) | first_written
@@ -98,7 +98,7 @@ def a_round(folder: Path, workdir: Path, undisturbed: Path, kills: int, draw: ra
         statuses, said = slices[number].ends(60)
         note("HUNG" if None in statuses else how, said)
         slices[number] = Slice(folder, workdir)
-        next_kill = time.monotonic() + draw.uniform(5, 25)
+        next_kill = time.monotonic() + draw.uniform(5, 60)
     for one in slices:
         statuses, said = one.ends(300)
         if statuses != [0, 0]:
