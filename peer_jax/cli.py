@@ -116,7 +116,7 @@ def train(
     with the same DIR on a file system that all share.
     """
     place = cluster.find(coordinator, num_processes, process_id)
-    _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout))
+    _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout), workdir)
     from peer_jax import config as configs
     from peer_jax import processes
     from peer_jax.run_directory import RunDirectory
@@ -126,11 +126,11 @@ def train(
 
     train_run(run, workdir, progress=not quiet)
     if show_table and processes.leads():
+        from peer_jax import storage
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
-        from peer_jax.run_directory import local
 
-        table(results.read([local(workdir)]))
+        table(results.read([storage.place(workdir)]))
 
 
 @app.command()
@@ -265,9 +265,9 @@ def sweep(
                 f"{workers} is for one machine, but these processes train each run together: leave it out",
                 argument="workers",
             )
-        _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout))
+        _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout), workdir)
     else:
-        startup.prepare()
+        startup.prepare(workdir=workdir)
         startup.check_devices_of_workers()
         _keep_off_accelerators()
     from peer_jax import processes
@@ -278,7 +278,8 @@ def sweep(
         return
     with slices.leading() if is_slice else contextlib.nullcontext():
         from peer_jax import config as configs
-        from peer_jax.run_directory import SweepDirectory, make_folder
+        from peer_jax.run_directory import SweepDirectory
+        from peer_jax.storage import make_folder
         from peer_jax.sweeps import plan, runner
         from peer_jax.sweeps.board import plan_table
         from peer_jax.sweeps.chosen import chosen, parse_shard
@@ -373,10 +374,10 @@ def report(
     """
     from peer_jax.analysis import isoflop, results
     from peer_jax.analysis.report import minima_table, table, write_report
-    from peer_jax.run_directory import local
+    from peer_jax.storage import place
 
-    paths = [local(directory) for directory in directories]
-    target = local(out, "out") if out is not None else paths[0]
+    paths = [place(directory) for directory in directories]
+    target = place(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
     analysis = isoflop.analyse(rows)
     page = write_report(analysis, paths, target)
@@ -673,11 +674,11 @@ def _kept(workdir: str) -> os.PathLike:
     return kept
 
 
-def _join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Timeouts) -> None:
+def _join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Timeouts, workdir: str) -> None:
     """Joins the other processes of a run or a sweep, if there are any, and starts JAX's devices."""
     if place is not None and place.num_processes > 1:
         supervisor.supervise(place, timeouts)  # goes on in a child, which may import JAX
-    startup.prepare()
+    startup.prepare(workdir=workdir)
     from peer_jax import processes
 
     processes.start(place, from_cluster=from_cluster, timeouts=timeouts)
@@ -706,7 +707,9 @@ def main() -> None:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
-    except Exception:
+    except Exception as error:
+        if (reason := startup.fault_of_a_bucket(error)) is not None:
+            _exit(InputError(f"a bucket can't be used any more ({reason}): check the connection and your rights"), 2)
         if not supervisor.is_supervised():
             raise
         traceback.print_exc()

@@ -21,9 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
+from peer_jax import storage
 from peer_jax.errors import InUse
 
 STALE = 60.0  # seconds
+REQUEST_SECONDS = 10
 LEAST_BYTES = 512
 BEATS = 4  # renewals within ``stale``, of which all but one may fail or be late
 
@@ -155,6 +159,51 @@ class Folder(Place):
         return version
 
 
+class Bucket(Place):
+    """A lease that is an object in a bucket. Its version is the object's generation, which each writing names."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self) -> Found | None:
+        """See ``Place``."""
+        from google.api_core import exceptions
+
+        while True:
+            blob = storage.blob(self._path)
+            try:
+                blob.reload()
+                return Found(blob.generation, blob.download_as_bytes(if_generation_match=blob.generation))
+            except exceptions.NotFound:
+                return None
+            except exceptions.PreconditionFailed:  # it was written between the two requests
+                continue
+
+    def take(self, content: bytes, version: int | None) -> int | None:
+        """See ``Place``."""
+        from google.api_core import exceptions
+
+        while True:
+            blob = storage.blob(self._path)
+            try:
+                blob.upload_from_string(content, if_generation_match=version or 0, timeout=REQUEST_SECONDS)
+                return blob.generation
+            except exceptions.PreconditionFailed:
+                found = self.read()
+            if found is None or found.fields.get("owner") != Found(None, content).fields.get("owner"):
+                return None
+            if found.content == content:  # the bucket has written it, and its first answer was lost
+                return found.version
+            version = found.version
+
+    def renew(self, content: bytes, version: int) -> int | None:
+        """See ``Place``."""
+        return self.take(content, version)
+
+
 def _link(source: Path, target: Path) -> None:
     """Makes ``target`` with the content of ``source``; a FileExistsError if it is there already."""
     try:
@@ -187,9 +236,14 @@ class Held:
         self._after.append(action)
         return self
 
+    @property
+    def seconds(self) -> float:
+        """The time between two renewals."""
+        return self._fields["stale"] / BEATS
+
     def _beat(self) -> None:
         complained = False
-        while not self.lost and not self._ending.wait(self._fields["stale"] / BEATS):
+        while not self.lost and not self._ending.wait(self.seconds):
             try:
                 self._renew()
                 complained = False
@@ -288,11 +342,12 @@ def _encoded(fields: dict[str, Any]) -> bytes:
 
 @functools.cache
 def machine(host: str) -> str:
-    """What tells a running machine from all others, and from itself before it was started last."""
-    try:
-        return f"{host} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
-    except OSError:
-        return host
+    """What tells a running machine from all others, from itself before its last start, and from its containers."""
+    parts = [host]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def is_here(found: Found) -> bool:

@@ -15,20 +15,27 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from peer_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from etils import epath
+
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
+PROGRAMS = ".programs"  # in the directory of a run or a sweep
+CACHE = "~/.cache/peer_jax"
 LOCK_SECONDS = 10  # how long JAX itself waits for the lock of their folder
 
 
-def prepare(*, keep_programs: bool = True) -> None:
+def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
     """Prepares this process.
 
     Args:
+        workdir: what the command works in. If it is in a bucket, a process with an accelerator keeps its programs
+            there, where the other machines find them.
         keep_programs: have JAX keep compiled programs on disk, so that a run of the same shapes, or one that goes on,
             starts in a second.
 
@@ -40,7 +47,11 @@ def prepare(*, keep_programs: bool = True) -> None:
     _silence_threads()
     if not accelerators():
         keep_freed_memory()
-    if keep_programs:
+    if keep_programs and workdir is not None and workdir.startswith("gs://") and accelerators():
+        # Programs for a CPU are for one of its kind, so they stay on their machine. JAX can't limit a bucket's size.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{workdir.rstrip('/')}/{PROGRAMS}")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    elif keep_programs:
         programs = str(cache_folder() / "programs")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
@@ -52,6 +63,13 @@ def prepare(*, keep_programs: bool = True) -> None:
             import jax  # noqa: F401, it reads the environment
         except ValueError as error:
             raise _refused_environment(error) from error
+
+
+def fault_of_a_bucket(error: Exception) -> str | None:
+    """What an exception says, if a library for buckets has raised it."""
+    from peer_jax import storage  # imported here, so that `--help` doesn't wait for it
+
+    return storage.fault(error)
 
 
 def check_devices() -> None:
@@ -127,18 +145,34 @@ def _refused_environment(reason: object) -> InputError:
 def cache_folder(given: str | os.PathLike | None = None) -> Path:
     """The folder of prepared text and compiled programs: ``given``, ``PEER_JAX_CACHE`` or else ``~/.cache/peer_jax``.
 
-    Raises:
-        InputError: if it is an address, or in the home directory of nobody.
-    """
-    from peer_jax.run_directory import local  # imported here, so that `--help` doesn't wait for it
+    The last one is also that of the copies of prepared text of which ``shared_cache`` has the originals.
 
-    folder = given or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
+    Raises:
+        InputError: if it is an address of no bucket, or in the home directory of nobody.
+    """
+    from peer_jax.storage import is_in_bucket, local  # imported here, so that `--help` doesn't wait for it
+
+    folder = given or os.environ.get("PEER_JAX_CACHE") or CACHE
+    if is_in_bucket(folder):
+        folder = CACHE
     try:
         return Path(local(folder)).expanduser()
     except (InputError, RuntimeError) as error:
         raise InputError(
             f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder"
         ) from error
+
+
+def shared_cache(given: str | os.PathLike | None = None) -> "epath.Path | None":
+    """The folder of prepared text in a bucket, if ``given`` or else ``PEER_JAX_CACHE`` is one.
+
+    Raises:
+        InputError: if the bucket can't be used.
+    """
+    from peer_jax.storage import is_in_bucket, place
+
+    folder = given or os.environ.get("PEER_JAX_CACHE") or ""
+    return place(folder, "cache_dir" if given else None) if is_in_bucket(folder) else None
 
 
 def _remove_half_programs(folder: Path) -> None:
@@ -164,7 +198,8 @@ def _silence_threads() -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def show_of_main_thread(error: Any) -> None:

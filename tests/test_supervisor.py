@@ -97,6 +97,12 @@ def test_others_name_the_process_that_has_ended(culprit, action, status, says):
     started[culprit].communicate()
 
 
+def test_a_process_that_hangs_is_ended_when_another_dies():
+    hangs, dies = "os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
+    first, _ = ends(hangs, dies)
+    assert first == (1, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
+
+
 def test_a_process_says_itself_how_it_was_killed():
     (_, (status, errors)) = ends(WAIT, "say('a line'); os.kill(os.getpid(), signal.SIGKILL)")
     assert status == 128 + 9

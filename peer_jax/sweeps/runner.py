@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 15.0  # before a run that another process was training is tried again, at most
 
 
+@runtime_checkable
 class Trainers(Protocol):
     """What trains the runs: ``workers.Workers`` on this machine, or a ``slices.Slice``."""
 

@@ -13,7 +13,7 @@ from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_bat
 from peer_jax.errors import InputError, Interrupted
 from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
-from peer_jax.processes import leads, wait_for_all
+from peer_jax.processes import leads, together, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
 from peer_jax.training import evaluators, ownership, result, room
@@ -54,29 +54,30 @@ def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True, stale:
 def _train(
     run: Run, directory: RunDirectory, placement: Placement | None, progress: bool, stale: float
 ) -> dict[str, Any]:
-    _check_placement(run, placement)
+    with together():  # what one process refuses all refuse, and none waits for another that has ended
+        _check_placement(run, placement)
 
-    # Model.
-    trainer = run.trainer()
-    steps = run.num_steps(trainer.abstract_model)
-    step_tokens = run.batch_size * run.task.seq_len
-    step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
+        # Model.
+        trainer = run.trainer()
+        steps = run.num_steps(trainer.abstract_model)
+        step_tokens = run.batch_size * run.task.seq_len
+        step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
 
-    sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
-    room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
+        sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
+        room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
-    # Data.
-    cache = ensure_prepared(run.task, progress=progress)
-    corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
-    text = open_cache(cache, "train")
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(text, batch_size=run.batch_size, seed=run.seed, **hosts)
-    to_evaluate = evaluators.of_run(run, progress=progress)
+        # Data.
+        cache = ensure_prepared(run.task, progress=progress)
+        corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
+        text = open_cache(cache, "train")
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = train_batches(text, batch_size=run.batch_size, seed=run.seed, **hosts)
+        to_evaluate = evaluators.of_run(run, progress=progress)
 
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        check_still_owned = stack.enter_context(ownership.owned(directory, stale))
+        check_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -112,10 +113,11 @@ def _train(
                 if not (evaluating or saving):
                     continue
 
-                check_still_owned()
+                check_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
+                    log.flush()  # so that nothing older than a checkpoint is lost
                     position = {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
                     checkpoints.save(step, state, position, losses.get(METRIC))
                 if stopping:
@@ -128,7 +130,7 @@ def _train(
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
-        check_still_owned()
+        check_owned()
         time = clock.state()
         return result.write(
             directory,
