@@ -49,7 +49,9 @@ Imports = Annotated[
         "repeatable.",
     ),
 ]
-Workdir = Annotated[str, typer.Option("--workdir", metavar="DIR", help="The directory of the run.")]
+Workdir = Annotated[
+    str, typer.Option("--workdir", metavar="DIR", help="The directory of the run: a folder, or an address gs://...")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 WhichCheckpoint = Annotated[
     str, typer.Option("--checkpoint", help="Which checkpoint: 'last', 'best' (the lowest validation loss) or a step.")
@@ -190,7 +192,8 @@ def generate(
 def sweep(
     config: Configs = [],  # noqa: B006
     workdir: Annotated[
-        str | None, typer.Option("--workdir", metavar="DIR", help="The directory that gets a folder per run.")
+        str | None,
+        typer.Option("--workdir", metavar="DIR", help="The directory, or gs:// address, that gets a folder per run."),
     ] = None,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
