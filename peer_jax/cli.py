@@ -1,5 +1,6 @@
 """The command line: the only file that knows it. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -14,6 +15,7 @@ from peer_jax import cluster, startup, supervisor
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 if TYPE_CHECKING:
+    from peer_jax.launch.job import Job
     from peer_jax.run_directory import RunDirectory
     from peer_jax.training.run import Run
 
@@ -47,10 +49,34 @@ Imports = Annotated[
         "repeatable.",
     ),
 ]
-Workdir = Annotated[str, typer.Option("--workdir", metavar="DIR", help="The directory of the run.")]
+Workdir = Annotated[
+    str, typer.Option("--workdir", metavar="DIR", help="The directory of the run: a folder, or an address gs://...")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 WhichCheckpoint = Annotated[
     str, typer.Option("--checkpoint", help="Which checkpoint: 'last', 'best' (the lowest validation loss) or a step.")
+]
+
+Coordinator = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Address of process 0, if a run has several processes.")
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many processes a run has.", min=1)]
+ProcessId = Annotated[int | None, typer.Option(help="The number of this process, from 0.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Join the cluster that JAX finds. Under Slurm, Open MPI and on GKE's TPUs no flag is needed.",
+    ),
+]
+StartTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="How long processes wait for one another when they start.", min=1)
+]
+HeartbeatTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="A process that is silent for so long has died.", min=1)
+]
+ShutdownTimeout = Annotated[
+    int, typer.Option(metavar="SECONDS", help="How long processes wait for one another when they end.", min=1)
 ]
 
 
@@ -77,18 +103,13 @@ def train(
     import_: Imports = [],  # noqa: B006
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
-    coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of process 0, if the run has several processes.")
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes the run has.", min=1)] = None,
-    process_id: Annotated[int | None, typer.Option(help="The number of this process, from 0.")] = None,
-    distributed: Annotated[
-        bool,
-        typer.Option(
-            "--distributed",
-            help="Join the cluster that JAX finds. Under Slurm, Open MPI and on GKE's TPUs no flag is needed.",
-        ),
-    ] = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = False,
+    start_timeout: StartTimeout = cluster.Timeouts.start,
+    heartbeat_timeout: HeartbeatTimeout = cluster.Timeouts.heartbeat,
+    shutdown_timeout: ShutdownTimeout = cluster.Timeouts.shutdown,
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
@@ -97,14 +118,9 @@ def train(
     with the same DIR on a file system that all share.
     """
     place = cluster.find(coordinator, num_processes, process_id)
-    if place is not None and place.num_processes > 1:
-        supervisor.supervise(place)  # goes on in a child, which may import JAX
-    startup.prepare()
-    from peer_jax import processes
-
-    processes.start(place, from_cluster=distributed)
-    startup.check_devices()
+    _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout), workdir)
     from peer_jax import config as configs
+    from peer_jax import processes
     from peer_jax.run_directory import RunDirectory
 
     run = configs.load(config, set_, import_, before=_begun_with([RunDirectory(workdir)]))
@@ -112,11 +128,11 @@ def train(
 
     train_run(run, workdir, progress=not quiet)
     if show_table and processes.leads():
+        from peer_jax import storage
         from peer_jax.analysis import results
         from peer_jax.analysis.report import table
-        from peer_jax.run_directory import local
 
-        table(results.read([local(workdir)]))
+        table(results.read([storage.place(workdir)]))
 
 
 @app.command()
@@ -174,9 +190,10 @@ def generate(
 
 @app.command()
 def sweep(
-    config: Configs,
+    config: Configs = [],  # noqa: B006
     workdir: Annotated[
-        str | None, typer.Option("--workdir", metavar="DIR", help="The directory that gets a folder per run.")
+        str | None,
+        typer.Option("--workdir", metavar="DIR", help="The directory, or gs:// address, that gets a folder per run."),
     ] = None,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
@@ -189,62 +206,128 @@ def sweep(
             "--estimate/--no-estimate", help="With --dry-run, measure some steps, to tell the time that each run takes."
         ),
     ] = True,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Print the runs in DIR and how far they are, and train nothing.")
+    ] = False,
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="Train only the run of this name.")] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            envvar="PEER_JAX_SHARD",
+            help="Train only a share of the runs: number I, from 0, of N shares. What launchers start sets the "
+            "variable.",
+        ),
+    ] = "0/1",
+    stale: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="A run whose process on another machine has been silent for so long is taken over.",
+            min=0.1,
+        ),
+    ] = 60.0,
     workers: Annotated[
         int | None,
         typer.Option(help="Runs at a time: by default one per GPU, one on a TPU host, else one per core.", min=1),
     ] = None,
     quiet: Quiet = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = False,
+    start_timeout: StartTimeout = cluster.Timeouts.start,
+    heartbeat_timeout: HeartbeatTimeout = cluster.Timeouts.heartbeat,
+    shutdown_timeout: ShutdownTimeout = cluster.Timeouts.shutdown,
 ) -> None:
     """Train the runs of a sweep that are not finished, and write results.csv; `peer-jax report DIR` draws them.
 
     The config is a file of configs/sweeps or one like it. --set Sweep.NAME=VALUE changes the sweep, such as
     'Sweep.seeds=(0,1,2)'; every other --set goes to all of its runs. Ctrl-C saves the runs that are being trained, and
-    the same command goes on with them. A run that fails doesn't stop the others; the exit status is 1 then. Several
-    sweep processes may share DIR.
+    the same command goes on with them. A run that fails doesn't stop the others; the exit status is 1 then.
+
+    Worker processes train several runs at a time. If several processes are started together, as for `train`, they
+    train one run after another on all of their devices instead. Any number of sweep commands may share DIR, each on
+    machines of its own: no run is trained by two of them, and a run whose command has died is taken over.
     """
     if workdir is None and not dry_run:
         raise InputError("is not given: name the directory that gets the runs, or --dry-run", argument="workdir")
-    startup.prepare()
-    startup.check_devices_of_workers()
-    _keep_off_accelerators()
-    from peer_jax import config as configs
-    from peer_jax.run_directory import SweepDirectory, make_folder
-    from peer_jax.sweeps import plan, runner
-    from peer_jax.sweeps.board import plan_table
-    from peer_jax.sweeps.sweep import expand
-    from peer_jax.sweeps.workers import default_workers, memory_of_worker
+    if list_:
+        from peer_jax.run_directory import SweepDirectory
+        from peer_jax.sweeps import listing
 
-    described, of_runs, imports = configs.load_sweep(config, set_, import_)
-    points = expand(described, config[0].parent, of_runs, imports)
-    begun = [] if workdir is None else [SweepDirectory(workdir).run(point.name) for point in points]
-    load = functools.partial(configs.load, before=_begun_with(begun))
-    planned = plan.plan(points, load)
-    workers = workers or default_workers()
-    if dry_run:
-        notes = plan.check(described, planned)
-        measured = runner.measure(planned, load=load, workers=workers) if estimate else ({}, {})
-        plan_table(planned, *measured, workers)
-        for note in notes:
-            typer.echo(note)
-        plan.check_room(planned, memory_of_worker())
+        typer.echo("\n".join(listing.lines(listing.listed(SweepDirectory(workdir)))))
         return
-    directory = SweepDirectory(workdir)
-    unfinished = [run for run in planned if not directory.run(run.point.name).has_result]
-    plan.check_room(unfinished, memory_of_worker())
-    make_folder(directory.path, "workdir")
-    runner.prepare_corpora(planned, progress=not quiet)
-    planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
-    for note in plan.check(described, planned):
-        typer.echo(note, err=True)
-    plan.check_begun_runs(planned, directory)
-    runner.run_sweep(described, planned, directory, load=load, workers=workers, progress=not quiet)
-    typer.echo(f"{directory.results} has a row for each of {len(planned)} runs: peer-jax report {workdir}")
+    if not config:
+        raise InputError("is not given: name a file of configs/sweeps or one like it", argument="config")
+    place = None if dry_run else cluster.find(coordinator, num_processes, process_id)
+    is_slice = place is not None or (distributed and not dry_run)
+    if is_slice:
+        if workers is not None:
+            raise InputError(
+                f"{workers} is for one machine, but these processes train each run together: leave it out",
+                argument="workers",
+            )
+        _join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout), workdir)
+    else:
+        startup.prepare(workdir=workdir)
+        startup.check_devices_of_workers()
+        _keep_off_accelerators()
+    from peer_jax import processes
+    from peer_jax.sweeps import slices
+
+    if is_slice and not processes.leads():
+        slices.follow()
+        return
+    with slices.leading() if is_slice else contextlib.nullcontext():
+        from peer_jax import config as configs
+        from peer_jax.run_directory import SweepDirectory
+        from peer_jax.storage import make_folder
+        from peer_jax.sweeps import plan, runner
+        from peer_jax.sweeps.board import plan_table
+        from peer_jax.sweeps.chosen import chosen, parse_shard
+        from peer_jax.sweeps.sweep import expand
+        from peer_jax.sweeps.workers import Workers, default_workers, memory_of_worker
+
+        share = parse_shard(shard)
+        described, of_runs, imports = configs.load_sweep(config, set_, import_)
+        points = expand(described, config[0].parent, of_runs, imports)
+        begun = [] if workdir is None else [SweepDirectory(workdir).run(point.name) for point in points]
+        load = functools.partial(configs.load, before=_begun_with(begun))
+        planned = plan.plan(points, load)
+        workers = workers or default_workers()
+        memory = slices.memory_of_slice() if is_slice else memory_of_worker()
+        if dry_run:
+            here = chosen(planned, share, run)
+            notes = plan.check(described, planned)
+            measured = runner.measure(here, load=load, workers=workers) if estimate else ({}, {})
+            plan_table(here, *measured, workers)
+            for note in notes:
+                typer.echo(note)
+            plan.check_room(here, memory)
+            return
+        directory = SweepDirectory(workdir)
+        here = chosen(planned, share, run)
+        plan.check_room([run for run in here if not directory.run(run.point.name).has_result], memory)
+        make_folder(directory.path, "workdir")
+        runner.prepare_corpora(planned, progress=not quiet)
+        planned = plan.plan(points, load) if not all(run.is_prepared for run in planned) else planned
+        here = chosen(planned, share, run)
+        for note in plan.check(described, planned):
+            typer.echo(note, err=True)
+        plan.check_begun_runs(here, directory)
+        if is_slice:
+            trainers = slices.Slice(load, runner.retry_seconds(stale))
+        else:
+            trainers = Workers(load, workers, directory.worker_log)
+        runner.run_sweep(described, planned, directory, trainers, chosen=here, stale=stale, progress=not quiet)
+    typer.echo(f"{directory.results} has a row for each of {len(here)} runs: peer-jax report {workdir}")
 
 
 @app.command()
 def plan(
     config: Configs,
-    device: Annotated[str, typer.Option(metavar="NAME", help="tpu-v5p, tpu-v6e, h100 or h200.")],
+    device: Annotated[str, typer.Option(metavar="NAME", help="tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, h100 or h200.")],
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -294,10 +377,10 @@ def report(
     """
     from peer_jax.analysis import isoflop, results
     from peer_jax.analysis.report import minima_table, table, write_report
-    from peer_jax.run_directory import local
+    from peer_jax.storage import place
 
-    paths = [local(directory) for directory in directories]
-    target = local(out, "out") if out is not None else paths[0]
+    paths = [place(directory) for directory in directories]
+    target = place(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
     analysis = isoflop.analyse(rows)
     page = write_report(analysis, paths, target)
@@ -396,6 +479,170 @@ def sentencepiece(
     typer.echo(train_sentencepiece(run.task.corpus, model, vocab_size=vocab_size))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="train|sweep FLAG...", help="The command that each slice runs, with its flags."),
+    ],
+    on: Annotated[str, typer.Option("--on", metavar="slurm|gke|tpu-vm|skypilot", help="What starts the jobs.")],
+    slices: Annotated[
+        int, typer.Option(help="How many slices share the runs of a sweep; with Slurm, jobs of an array.")
+    ] = 1,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What a slice is: a TPU slice such as v5p-32 or v6e-16, or h100 or h200."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the jobs; by default made of the workdir's last part.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="The image that hosts run, built from the Dockerfile.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes per slice, where it is not a TPU slice.")] = None,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(help="Processes per node of Slurm: 1, with all GPUs, or one per GPU.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="Cores per process; Slurm gives it one by default.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Slurm's partition, or Kueue's local queue.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="H:MM:SS", help="Slurm's time limit; a job that reaches it goes on in another."),
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="Google Cloud's project.")] = None,
+    zone: Annotated[str | None, typer.Option(help="Google Cloud's zone, such as us-east5-a.")] = None,
+    service_account: Annotated[
+        str | None,
+        typer.Option(
+            help="Who reads and writes the bucket: a service account of Kubernetes, or an e-mail for TPU VMs."
+        ),
+    ] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Take machines that are cheaper and may be preempted.")] = False,
+    retries: Annotated[int, typer.Option(help="How often a slice may be started again.")] = 100,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the files there instead of printing them.")
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Submit the jobs; without --out, the files go to runs/launch/NAME.")
+    ] = False,
+) -> None:
+    """Check a run or a sweep against the slices it is to have, and print what starts it on a cluster.
+
+    The files and commands are for the engine that is there, which starts the jobs and starts them again after a
+    preemption. Every slice runs the same command on the same workdir, and slices share a sweep's runs between them.
+    docs/clusters.md goes through it from nothing.
+
+    Example: peer-jax launch --on gke --slices 8 --accelerator v5p-32 --image IMAGE sweep --config
+    configs/sweeps/isoflop_paper.gin --set Transformer.remat=True --workdir gs://BUCKET/paper
+    """
+    parameters = _launched(command)
+    from peer_jax.launch import files
+    from peer_jax.launch.job import Job
+
+    job = Job(
+        engine=on,
+        command=command,
+        workdir=parameters["workdir"],
+        files=parameters["config"],
+        slices=slices,
+        accelerator=accelerator,
+        name=name,
+        image=image,
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
+        queue=queue,
+        account=account,
+        time=time,
+        project=project,
+        zone=zone,
+        service_account=service_account,
+        spot=spot,
+        retries=retries,
+        cache=_shared_cache(),
+    )
+    emitted = files.emit(job)
+    if submit:
+        files.check_client(emitted)
+    for sentence in _check_launch(job, parameters):
+        typer.echo(sentence, err=True)
+    folder = out if out is not None else Path("runs/launch", job.job_name) if submit else None
+    if folder is None:
+        for file, text in emitted.files.items():
+            typer.echo(f"# ==== {file}\n{text}")
+    else:
+        files.write(emitted, folder)
+    if submit:
+        for printed in files.submit(emitted, folder):
+            typer.echo(printed)
+    else:
+        typer.echo("\n".join(files.lines(emitted.commands, folder)))
+
+
+def _shared_cache() -> str | None:
+    """The address of prepared text in a bucket. This process forgets it, since planning would copy all of that text."""
+    cache = os.environ.get("PEER_JAX_CACHE", "")
+    return os.environ.pop("PEER_JAX_CACHE") if "://" in cache else None
+
+
+def _launched(command: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags of a command that is to be launched."""
+    if command[0] not in ("train", "sweep"):
+        raise InputError(f"{command[0]} can't be launched: give train or sweep, and then its flags")
+    parameters = typer.main.get_command(app).commands[command[0]].make_context(command[0], list(command[1:])).params
+    if not parameters["config"]:
+        raise InputError("is not given to the launched command: name the files of its config", argument="config")
+    if parameters["workdir"] is None:
+        raise InputError(
+            "is not given to the launched command: name the directory that all slices share", argument="workdir"
+        )
+    for flag in ("coordinator", "num_processes", "process_id", "distributed", "dry_run", "list_"):
+        if parameters.get(flag) not in (None, False):
+            raise InputError("can't be launched: leave it out", argument=flag.rstrip("_"))
+    return parameters
+
+
+def _check_launch(job: "Job", parameters: dict[str, Any]) -> list[str]:
+    """Makes the runs that are to be launched, without memory for them, and says what they need and cost.
+
+    Raises:
+        InputError: if a run can't be made, or does not fit a slice.
+    """
+    startup.prepare()
+    _keep_off_accelerators()
+    from peer_jax import config as configs
+    from peer_jax.planning import cost
+    from peer_jax.sweeps import plan
+    from peer_jax.sweeps.sweep import expand
+
+    files, bindings, imports = (parameters[name] for name in ("config", "set_", "import_"))
+    notes, plans = [], {}
+    if job.command[0] == "train":
+        run = configs.load(files, bindings, imports)
+        runs = [("the run", run.num_steps(run.trainer().abstract_model), "", files, bindings, imports)]
+    else:
+        described, of_runs, imports = configs.load_sweep(files, bindings, imports)
+        planned = plan.plan(expand(described, files[0].parent, of_runs, imports), configs.load)
+        notes = plan.check(described, planned)
+        runs = [
+            (run.point.name, run.steps, run.program, run.point.files, run.point.bindings, run.point.imports)
+            for run in planned
+        ]
+    if job.cache is None and "://" in job.workdir:
+        notes.append(
+            "PEER_JAX_CACHE names no bucket, so each slice prepares the text for itself: set it, and prepare once."
+        )
+    if job.device is None:
+        return [*notes, "Without --accelerator, memory and cost are not checked."]
+    for name, _, program, *of_run in runs:
+        if program not in plans:  # runs with the same program have the same plan
+            plans[program] = cost.plan_on(name, configs.load(*of_run), job.devices)
+    planned = [cost.Planned(name, steps, plans[program]) for name, steps, program, *_ in runs]
+    costs = cost.cost(planned, job.device, job.devices, job.slice_name)
+    return [*notes, *costs.sentences(job.slices, job.slice_name)]
+
+
 def _load(files: Sequence[str | Path], bindings: Sequence[str], imports: Sequence[str]) -> "Run":
     """The run of a command's configs."""
     startup.prepare()
@@ -430,6 +677,17 @@ def _kept(workdir: str) -> os.PathLike:
     return kept
 
 
+def _join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Timeouts, workdir: str) -> None:
+    """Joins the other processes of a run or a sweep, if there are any, and starts JAX's devices."""
+    if place is not None and place.num_processes > 1:
+        supervisor.supervise(place, timeouts)  # goes on in a child, which may import JAX
+    startup.prepare(workdir=workdir)
+    from peer_jax import processes
+
+    processes.start(place, from_cluster=from_cluster, timeouts=timeouts)
+    startup.check_devices()
+
+
 def _keep_off_accelerators() -> None:
     """This process plans a sweep and its workers have the devices, whose memory a second process would take."""
     import jax
@@ -452,7 +710,9 @@ def main() -> None:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
-    except Exception:
+    except Exception as error:
+        if (reason := startup.fault_of_a_bucket(error)) is not None:
+            _exit(InputError(f"a bucket can't be used any more ({reason}): check the connection and your rights"), 2)
         if not supervisor.is_supervised():
             raise
         traceback.print_exc()

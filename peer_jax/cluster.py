@@ -1,4 +1,6 @@
-"""Where the processes of a run meet, how many there are and which one this is: by flags or by a launcher's variables.
+"""Where the processes of a run meet, how many there are, which one this is, and how long they wait for one another.
+
+The place of a process is given by flags or by a launcher's variables.
 
 Slurm, Open MPI and GKE tell their processes all of this in the environment. The addresses are those
 that ``jax.distributed.initialize`` would choose. It can't be asked: a process's parent (``supervisor.py``) has no JAX.
@@ -14,6 +16,22 @@ from peer_jax.errors import InputError
 _PORTS = 2**12  # A job gets one of the last ports, by its number. Systems don't give these ports to programs unasked.
 _TPU_PORT = 8482
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """Seconds that the processes of a run wait for one another. The defaults are for pods, whose hosts start slowly.
+
+    Attributes:
+        start: how long a process waits for the others when it starts.
+        heartbeat: a process that has given no sign of life for so long has died. Where launched processes have
+            parents (``supervisor.py``), a process that has ended is noticed at once.
+        shutdown: how long a process that has ended waits for the others to end.
+    """
+
+    start: int = 600
+    heartbeat: int = 100
+    shutdown: int = 300
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ XXH3 reads memory at several GB per second on one core, so a digest costs about 
 different files have the same digest with a probability of 2**-64.
 """
 
+import base64
+import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -11,7 +13,10 @@ from pathlib import PurePosixPath
 import xxhash
 from etils import epath
 
+from peer_jax import storage
+
 ALGORITHM = "xxh3_64"
+OF_BUCKETS = "md5"  # a bucket tells it of each object, so that nothing has to be read again
 _CHUNK_BYTES = 2**22
 _THREADS = 8  # files in a bucket are read at the same time; xxhash releases the interpreter's lock
 
@@ -21,17 +26,18 @@ def of_bytes(data: bytes) -> str:
     return f"{ALGORITHM}:{xxhash.xxh3_64_hexdigest(data)}"
 
 
-def of_file(path: epath.PathLike) -> str:
+def of_file(path: epath.PathLike, algorithm: str = ALGORITHM) -> str:
     """The digest of a file, which may be in a bucket. It is read in parts, so it may be larger than memory.
 
     Raises:
         OSError: if the file can't be read.
     """
-    state = xxhash.xxh3_64()
-    with epath.Path(path).open("rb") as stream:
+    state = hashlib.md5(usedforsecurity=False) if algorithm == OF_BUCKETS else xxhash.xxh3_64()
+    with storage.as_os_errors(path), epath.Path(path).open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             state.update(chunk)
-    return f"{ALGORITHM}:{state.hexdigest()}"
+    found = base64.b64encode(state.digest()).decode() if algorithm == OF_BUCKETS else state.hexdigest()
+    return f"{algorithm}:{found}"
 
 
 def of_folder(folder: epath.PathLike) -> dict[str, str]:
@@ -41,7 +47,10 @@ def of_folder(folder: epath.PathLike) -> dict[str, str]:
         OSError: if a file can't be read.
     """
     folder = epath.Path(folder)
-    return of_files(folder, sorted(_files(folder, PurePosixPath())))
+    if not storage.is_in_bucket(folder):
+        return of_files(folder, sorted(_files(folder, PurePosixPath())))
+    known = {name: found and f"{OF_BUCKETS}:{found}" for name, found in sorted(storage.checksums(folder).items())}
+    return known | of_files(folder, [name for name, found in known.items() if found is None])
 
 
 def of_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, str]:
@@ -58,12 +67,18 @@ def of_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, str]:
 def changed(folder: epath.PathLike, digests: Mapping[str, str]) -> list[str]:
     """The files of `digests` that are missing in the folder, can't be read, or have another digest, in their order."""
     folder = epath.Path(folder)
+    known: dict[str, str | None] = {}
+    if storage.is_in_bucket(folder):
+        known = {name: found and f"{OF_BUCKETS}:{found}" for name, found in storage.checksums(folder).items()}
 
     def differs(name: str) -> bool:
+        algorithm, found = digests[name].partition(":")[0], known.get(name)
         try:
-            return of_file(folder / name) != digests[name]
+            if found is None or algorithm != OF_BUCKETS:  # a copy, for instance, of what was elsewhere before
+                found = of_file(folder / name, algorithm)
         except OSError:
             return True
+        return found != digests[name]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return [name for name, found in zip(digests, pool.map(differs, digests), strict=True) if found]

@@ -31,3 +31,6 @@ class Interrupted(Exception):  # noqa: N818, it is no error
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.signal_number, str(self))

@@ -1,7 +1,6 @@
 """The processes of a run: one, or several under ``jax.distributed``, each with devices of its own."""
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -13,27 +12,32 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from peer_jax import supervisor
-from peer_jax.cluster import Place
+from peer_jax.cluster import Place, Timeouts
 from peer_jax.errors import InputError, InUse
-from peer_jax.supervisor import START
 
-# Timeouts in seconds: no heartbeat for HEARTBEAT means that a process has died; a supervisor, where there is one, is
-# earlier to say which. SHUTDOWN and START are how long a process waits for the others when it ends and when it starts,
-# LEAVE is how long it waits when it has failed, and WAIT is how long it waits for others that live.
-HEARTBEAT, SHUTDOWN = 30, 20
+# Seconds: LEAVE is how long a process that has failed waits for the others, WAIT is how long it waits for others that
+# live.
 LEAVE, WAIT = 5, 7 * 24 * 3600
 HEAD_START = 0.5  # of the others, which JAX would abort once the first process has gone
-_TURNS = itertools.count()
 
 
-def start(place: Place | None, *, from_cluster: bool = False) -> None:
+class _Counts:
+    """How often this process has exchanged texts and has asked whether to stop, which all processes do in step."""
+
+    texts = 0
+    questions = 0
+
+
+def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts = Timeouts()) -> None:  # noqa: B008
     """Joins the other processes of the run, if there are any; to be called before JAX is used.
 
     Args:
         place: which process this is, as ``cluster.find`` tells.
         from_cluster: if there is no place, have JAX look for any cluster that it knows.
+        timeouts: how long the processes wait for one another.
 
     Raises:
         InputError: if the processes don't find one another in time, or JAX finds no cluster.
@@ -58,9 +62,9 @@ def start(place: Place | None, *, from_cluster: bool = False) -> None:
         try:
             jax.distributed.initialize(
                 **arguments,
-                initialization_timeout=2 * START,
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=SHUTDOWN,
+                initialization_timeout=2 * timeouts.start,
+                heartbeat_timeout_seconds=timeouts.heartbeat,
+                shutdown_timeout_seconds=timeouts.shutdown,
             )
         except Exception as error:  # of whatever kind: the thread that waits raises it
             failures.append(error)
@@ -68,10 +72,14 @@ def start(place: Place | None, *, from_cluster: bool = False) -> None:
     # JAX aborts the process after its own timeout, without saying for whom it waited. This one is shorter.
     joining = threading.Thread(target=join, daemon=True)
     joining.start()
-    joining.join(START)
+    joining.join(timeouts.start)
     if failures or joining.is_alive():
         who = "the cluster's processes" if place is None else f"{place.num_processes} processes at {place.coordinator}"
-        reason = (str(failures[0]) or type(failures[0]).__name__).splitlines()[0] if failures else f"waited {START} s"
+        reason = (
+            (str(failures[0]) or type(failures[0]).__name__).splitlines()[0]
+            if failures
+            else f"waited {timeouts.start} s"
+        )
         raise InputError(
             f"{who} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)
@@ -129,12 +137,52 @@ def gather(text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    store, turn, own = distributed.global_state.client, next(_TURNS), jax.process_index()
-    store.key_value_set(f"peer_jax/{turn}/{own}", text)
-    texts = [store.blocking_key_value_get(f"peer_jax/{turn}/{i}", WAIT * 1000) for i in range(jax.process_count())]
+    turn, own = _Counts.texts, jax.process_index()
+    _Counts.texts += 1
+    texts = _exchange(str(turn), text, WAIT)
     if turn > 0:  # which all processes have read, since all have come to this turn
-        store.key_value_delete(f"peer_jax/{turn - 1}/{own}")
+        distributed.global_state.client.key_value_delete(f"peer_jax/{turn - 1}/{own}")
     return texts
+
+
+def _exchange(name: str, text: str, seconds: float) -> list[str]:
+    """The texts that all processes give under a name; a JaxRuntimeError if not all have done so in time."""
+    store, deadline = distributed.global_state.client, time.monotonic() + seconds
+    store.key_value_set(f"peer_jax/{name}/{jax.process_index()}", text)
+    return [
+        store.blocking_key_value_get(f"peer_jax/{name}/{i}", max(1, int((deadline - time.monotonic()) * 1000)))
+        for i in range(jax.process_count())
+    ]
+
+
+def settle(name: str, text: str, seconds: float) -> tuple[list[str], bool]:
+    """The texts of all processes after work that may have failed in some of them, and whether they are still in step.
+
+    They are in step if all come here and if all have called ``gather`` and ``asked_to_stop`` equally often. Otherwise
+    they can't go on together.
+
+    Args:
+        name: of this meeting, another one each time.
+        text: of this process.
+        seconds: how long to wait for the others. If they don't come, the only text is that of this process.
+    """
+    if jax.process_count() == 1:
+        return [text], True
+    try:
+        told = _exchange(name, json.dumps([text, _Counts.texts, _Counts.questions]), seconds)
+    except jax.errors.JaxRuntimeError:
+        return [text], False
+    texts, *counts = zip(*map(json.loads, told), strict=True)
+    return list(texts), all(len(set(count)) == 1 for count in counts)
+
+
+def asked_to_stop() -> bool:
+    """Whether one of several processes was sent SIGTERM. All ask equally often, and all get the same answer.
+
+    The answer is true once. JAX numbers the questions, and so one number is not used twice, in whichever run it is.
+    """
+    _Counts.questions += 1
+    return multihost_utils.reached_preemption_sync_point(_Counts.questions)
 
 
 @contextlib.contextmanager

@@ -5,15 +5,15 @@ copy of its SentencePiece model if it has one. The directory of a run that belon
 and ``failure.json`` while the last attempt has failed. A sweep directory has a folder per run, ``sweep-<digest>.json``
 per sweep that was run in it, ``results.csv`` and the logs of worker processes.
 
-No other file knows these names. Another kind of storage, such as a bucket, whose objects are neither appended to nor
-renamed nor locked, can therefore be added by changing this file alone.
+No other file knows these names. A directory may be in a bucket: ``storage`` and ``lease`` know how it differs from a
+folder.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +22,9 @@ from typing import Any
 import filelock
 from etils import epath
 
-from peer_jax import records
+from peer_jax import lease, records, storage
 from peer_jax.errors import InputError, InUse
-
-AnyPath = Path | epath.Path
+from peer_jax.storage import is_in_bucket, make_folder, place, set_aside, whole_lines, write_whole
 
 CONFIG = "config.gin"
 RESULT = "result.json"
@@ -37,65 +36,10 @@ POINT = "point.json"
 FAILURE = "failure.json"
 RESULTS = "results.csv"
 LOCK = ".lock"
-PROBE = ".probe"
+LEASE = ".lease"
 SWEEP_FILES = ("sweep-*.json", "sweep.json")  # the second name is that of earlier versions, which kept one sweep
 
 SCHEMA = 1
-
-
-def local(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
-    """The path of a local file or folder.
-
-    Args:
-        path: the path.
-        argument: the argument of the caller that holds the path, for the error.
-
-    Raises:
-        InputError: for an address such as ``gs://bucket/folder``, which would become a local folder of that name.
-    """
-    text = os.fspath(path)
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text):  # pathlib makes gs:/bucket of gs://bucket
-        raise InputError(
-            f"{text} is an address ({found[1]}), and only local folders can be used: give a path", argument=argument
-        )
-    return epath.Path(text)
-
-
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file so that readers find all of it or what was there before, even if several processes write it.
-
-    Raises:
-        InputError: if it can't be written.
-    """
-    path = local(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} can't be written ({error.strerror}): free space, or choose another place") from error
-
-
-def make_folder(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
-    """Makes a folder and the folders above it, unless they exist.
-
-    Args:
-        path: the folder.
-        argument: the argument of the caller that holds the path, for the error.
-
-    Raises:
-        InputError: if it can't be made.
-    """
-    path = local(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path} can't be made ({error.strerror}): choose another folder", argument=argument
-        ) from error
-    return path
 
 
 def _read(path: epath.Path, record: type[records.Record]) -> dict[str, Any] | None:
@@ -105,85 +49,28 @@ def _read(path: epath.Path, record: type[records.Record]) -> dict[str, Any] | No
         InputError: if it can't be read, or is no such record.
     """
     try:
-        text = path.read_text() if path.exists() else None
+        content = storage.read(path)
+        return None if content is None else records.parse(content.decode(), record, path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read ({error}): mend it, or remove it") from error
-    return None if text is None else records.parse(text, record, path)
 
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def set_aside(folder: str | os.PathLike) -> epath.Path:
-    """Renames a damaged folder, so that another can take its place, and returns where it is now."""
-    folder = local(folder)
-    target = folder.with_name(f"damaged-{folder.name}")
-    while target.exists():
-        target = target.with_name(target.name + "-again")
-    folder.rename(target)
-    return target
-
-
-def check_room(folder: str | os.PathLike, size: int = 2**16) -> None:
-    """Writes a file of ``size`` bytes to a folder and removes it.
-
-    Raises:
-        OSError: if it can't be written, because the disk is full or for another reason.
-    """
-    probe = local(folder) / PROBE
-    try:
-        probe.write_bytes(bytes(size))
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-class Lines:
-    """A file of lines that grows: a reader finds each line as soon as ``append`` has returned.
-
-    Args:
-        path: of the file. Lines that it already has stay if ``keep`` accepts them and if they have a line end, which
-            the last line lacks when a kill has cut it.
-        keep: whether a line stays.
-
-    Raises:
-        OSError: if the file can't be written, here and in ``append``.
-    """
-
-    def __init__(self, path: epath.Path, keep: Callable[[str], bool]) -> None:
-        kept = [line + "\n" for line in _whole_lines(path) if keep(line)]
-        rewritten = path.with_name(path.name + ".tmp")
-        rewritten.write_text("".join(kept))
-        os.replace(rewritten, path)
-        self._file = Path(path).open("a")  # noqa: SIM115, it stays open until close()
-
-    def append(self, line: str) -> None:
-        """Writes a line."""
-        self._file.write(line + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def _whole_lines(path: epath.Path) -> list[str]:
-    """The lines of a file that have a line end: a kill may have cut the last line."""
-    return path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else []
-
-
 class _Directory:
-    """A local folder, as a path-like object.
+    """A folder, local or in a bucket, as a path-like object.
 
     Args:
         path: of the folder, which need not exist yet.
 
     Raises:
-        InputError: for an address instead of a local path.
+        InputError: for an address of something else, or of a bucket that can't be used.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = local(path, "workdir")
+        self.path = place(path, "workdir")
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -207,31 +94,56 @@ class RunDirectory(_Directory):
 
     # Ownership.
 
-    def lock(self, *, timeout: float = 0) -> filelock.BaseFileLock:
-        """Makes the directory and takes its lock, which keeps other processes from training in it.
+    def lock(self, *, timeout: float = 0, stale: float = lease.STALE) -> lease.Held:
+        """Makes the directory and takes its lease, which keeps other processes from training in it.
 
-        The caller releases the lock.
+        The caller releases what is returned. If its ``lost`` becomes true, another process has the run by now.
+
+        A process of the same machine that has died is noticed at once, in a folder by a lock of the kernel's. A process
+        of another machine has died if it has not renewed its lease for ``stale`` seconds, see ``lease.hold``.
 
         Args:
-            timeout: seconds to wait for another process to release the lock.
+            timeout: seconds to wait for another process to release the directory.
+            stale: seconds without a sign of life after which a process of another machine has died.
 
         Raises:
-            InUse: if another process holds the lock.
+            InUse: if another process has the directory; it names the process.
             InputError: if the directory can't be made or written to.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
-            lock.acquire()
-        except filelock.Timeout:
-            raise InUse(
-                f"{self} is in use by another process: wait for it, or choose another directory", argument="workdir"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"{self} can't be written to ({error.strerror}): choose another directory", argument="workdir"
-            ) from error
-        return lock
+        until = time.monotonic() + timeout
+        with contextlib.ExitStack() as undo:
+            try:
+                has_died = lease.is_gone
+                if not is_in_bucket(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    lock = filelock.FileLock(self.path / LOCK, timeout=timeout)
+                    lock.acquire()
+                    undo.callback(lock.release)
+                    has_died = lease.is_here
+                left = max(0.0, until - time.monotonic())
+                with storage.as_os_errors(self.path):
+                    held = lease.hold(self._lease, timeout=left, stale=stale, has_died=has_died)
+            except (filelock.Timeout, InUse):
+                holder = self.holder() or "it has not said which"
+                raise InUse(
+                    f"{self} is in use by another process ({holder}): wait for it, or choose another directory",
+                    argument="workdir",
+                ) from None
+            except OSError as error:
+                raise InputError(
+                    f"{self} can't be written to ({storage.reason(error)}): choose another directory",
+                    argument="workdir",
+                ) from error
+            return held.then(undo.pop_all().close)
+
+    def holder(self) -> lease.Holder | None:
+        """The process that trains in the directory, or that did when it died; None if nobody does."""
+        found = self._lease.read()
+        return None if found is None or lease.is_gone(found) else found.holder
+
+    @property
+    def _lease(self) -> lease.Place:
+        return (lease.Bucket if is_in_bucket(self.path) else lease.Folder)(self.path / LEASE)
 
     def leave_mark(self, mark: str) -> None:
         """Leaves an empty file that another process on the same file system can see; ``remove_mark`` removes it.
@@ -239,10 +151,7 @@ class RunDirectory(_Directory):
         Raises:
             InputError: if it can't be written.
         """
-        try:
-            self._mark(mark).touch()
-        except OSError as error:
-            raise InputError(f"{self} can't be written to ({error.strerror}): free space") from error
+        write_whole(self._mark(mark), b"")
 
     def has_mark(self, mark: str) -> bool:
         """Whether a mark is there."""
@@ -250,7 +159,7 @@ class RunDirectory(_Directory):
 
     def remove_mark(self, mark: str) -> None:
         """Removes a mark."""
-        self._mark(mark).unlink(missing_ok=True)
+        storage.remove(self._mark(mark))
 
     def _mark(self, mark: str) -> epath.Path:
         return self.path / f".shared-{mark}"
@@ -269,7 +178,8 @@ class RunDirectory(_Directory):
             InputError: if it can't be read.
         """
         try:
-            return self.config.read_text() if self.config.exists() else None
+            content = storage.read(self.config)
+            return None if content is None else content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{self.config} can't be read ({error}): mend it, or choose another directory", argument="workdir"
@@ -282,7 +192,7 @@ class RunDirectory(_Directory):
     def keep_vocabulary(self, model: bytes) -> None:
         """Writes a copy of a SentencePiece model, unless it is there; its name has a part of its digest."""
         path = self.path / VOCABULARY.format(hashlib.sha256(model).hexdigest()[:16])
-        if not path.exists() or path.read_bytes() != model:
+        if storage.read(path) != model:
             write_whole(path, model)
 
     @property
@@ -330,14 +240,14 @@ class RunDirectory(_Directory):
 
     # Metrics.
 
-    def append_metrics(self, keep: Callable[[str], bool]) -> Lines:
+    def append_metrics(self, keep: Callable[[str], bool]) -> storage.Lines:
         """Opens ``metrics.jsonl`` for more lines. Lines that it already has stay if ``keep`` accepts them."""
-        return Lines(self.path / METRICS, keep)
+        return storage.Lines(self.path / METRICS, keep)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of ``metrics.jsonl`` that no kill or fault has spoilt; none if there is no such file."""
         try:
-            lines = _whole_lines(self.path / METRICS)
+            lines = whole_lines(self.path / METRICS)
         except OSError:
             return
         for line in lines:
@@ -357,9 +267,10 @@ class RunDirectory(_Directory):
         return None
 
     def event_file(self, host: str) -> str:
-        """The name of a new file of TensorBoard events; makes the folder that holds it."""
+        """The name of a new file of TensorBoard events, or its address; makes the folder that holds it."""
         folder = self.path / TENSORBOARD
-        folder.mkdir(exist_ok=True)
+        if not is_in_bucket(folder):
+            folder.mkdir(exist_ok=True)
         return str(folder / f"events.out.tfevents.{time.time_ns()}.{host}")
 
     # What a sweep keeps in the directory of each of its runs.
@@ -392,7 +303,7 @@ class RunDirectory(_Directory):
 
     def clear_failure(self) -> None:
         """Forgets a failure, when the run has finished."""
-        (self.path / FAILURE).unlink(missing_ok=True)
+        storage.remove(self.path / FAILURE)
 
 
 class SweepDirectory(_Directory):
@@ -433,8 +344,12 @@ class SweepDirectory(_Directory):
         return self.path / RESULTS
 
     def worker_log(self, number: int) -> Path:
-        """The file that a worker process prints to."""
-        return Path(self.path / f"worker-{number}.log")
+        """The local file that a worker process prints to: in the directory, or for a bucket among temporary files."""
+        name = f"worker-{number}.log"
+        if not is_in_bucket(self.path):
+            return Path(self.path / name)
+        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"peer_jax-{digest}-{name}"
 
 
 def find_runs(directory: str | os.PathLike) -> list[RunDirectory]:
@@ -443,7 +358,7 @@ def find_runs(directory: str | os.PathLike) -> list[RunDirectory]:
     A folder is a run if it has a config, a result or a failure. The folders inside of a run are not searched. If a
     sweep directory has the list of its runs, the folders of these runs are not searched either.
     """
-    return list(_find(local(directory)))
+    return list(_find(place(directory)))
 
 
 def _find(path: epath.Path) -> Iterator[RunDirectory]:
@@ -454,7 +369,8 @@ def _find(path: epath.Path) -> Iterator[RunDirectory]:
     listed = {name for runs in kept for name in runs or ()}
     yield from (RunDirectory(path / name) for name in sorted(listed) if (path / name).exists())
     try:
-        below = sorted(child for child in path.iterdir() if child.is_dir() and child.name not in listed)
+        named = (child for child in path.iterdir() if child.name not in listed and child.name[0] != ".")
+        below = sorted(child for child in named if child.is_dir())
     except OSError:
         return
     for child in below:

@@ -9,25 +9,33 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from peer_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from etils import epath
+
 PROGRAMS_BYTES = 4 * 2**30  # of compiled programs; the oldest go first
+PROGRAMS = ".programs"  # in the directory of a run or a sweep
+CACHE = "~/.cache/peer_jax"
 LOCK_SECONDS = 10  # how long JAX itself waits for the lock of their folder
 
 
-def prepare(*, keep_programs: bool = True) -> None:
+def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
     """Prepares this process.
 
     Args:
+        workdir: what the command works in. If it is in a bucket, a process with an accelerator keeps its programs
+            there, where the other machines find them.
         keep_programs: have JAX keep compiled programs on disk, so that a run of the same shapes, or one that goes on,
             starts in a second.
 
@@ -39,7 +47,11 @@ def prepare(*, keep_programs: bool = True) -> None:
     _silence_threads()
     if not accelerators():
         keep_freed_memory()
-    if keep_programs:
+    if keep_programs and workdir is not None and workdir.startswith("gs://") and accelerators():
+        # Programs for a CPU are for one of its kind, so they stay on their machine. JAX can't limit a bucket's size.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{workdir.rstrip('/')}/{PROGRAMS}")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    elif keep_programs:
         programs = str(cache_folder() / "programs")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
@@ -53,18 +65,40 @@ def prepare(*, keep_programs: bool = True) -> None:
             raise _refused_environment(error) from error
 
 
+def fault_of_a_bucket(error: Exception) -> str | None:
+    """What an exception says, if a library for buckets has raised it."""
+    from peer_jax import storage  # imported here, so that `--help` doesn't wait for it
+
+    return storage.fault(error)
+
+
 def check_devices() -> None:
     """Starts JAX's devices, once the processes of a run have joined.
 
     Raises:
-        InputError: if the environment asks for devices that aren't there.
+        InputError: if the environment asks for devices that aren't there, or if another process has the host's TPU.
     """
     import jax
+    from jax._src import xla_bridge
 
     try:
         jax.numpy.zeros(())
     except Exception as error:  # of whatever kind: a plugin's own start may fail in any way
-        raise _refused_environment(error) from error
+        raise _tpu_in_use(str(error)) or _refused_environment(error) from error
+    # Without JAX_PLATFORMS, JAX then goes on with the CPU, and says nothing.
+    if refused := _tpu_in_use(xla_bridge._backend_errors.get("tpu", "")):
+        raise refused
+
+
+def _tpu_in_use(reason: str) -> InputError | None:
+    """The error for what libtpu says if another process has the TPU; None if it says something else."""
+    if not re.search(r"TPU is already in use|libtpu\S* (is )?already in use|libtpu multi-process lockfile", reason):
+        return None
+    process = re.search(r"process with pid (\d+)", reason)
+    return InputError(
+        f"the TPU of this host is in use by another {process[0] if process else 'process'}: wait for it, or end it; if "
+        "there is none, remove /tmp/libtpu_lockfile"
+    )
 
 
 def check_devices_of_workers() -> None:
@@ -111,18 +145,36 @@ def _refused_environment(reason: object) -> InputError:
 def cache_folder(given: str | os.PathLike | None = None) -> Path:
     """The folder of prepared text and compiled programs: ``given``, ``PEER_JAX_CACHE`` or else ``~/.cache/peer_jax``.
 
-    Raises:
-        InputError: if it is an address, or in the home directory of nobody.
-    """
-    from peer_jax.run_directory import local  # imported here, so that `--help` doesn't wait for it
+    The last one is also that of the copies of prepared text of which ``shared_cache`` has the originals.
 
-    folder = given or os.environ.get("PEER_JAX_CACHE") or "~/.cache/peer_jax"
+    Raises:
+        InputError: if it is an address of no bucket, or in the home directory of nobody.
+    """
+    from peer_jax.storage import is_in_bucket, local  # imported here, so that `--help` doesn't wait for it
+
+    folder = given or os.environ.get("PEER_JAX_CACHE") or CACHE
+    if is_in_bucket(folder):
+        folder = CACHE
     try:
         return Path(local(folder)).expanduser()
     except (InputError, RuntimeError) as error:
         raise InputError(
-            f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder"
+            f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder or to "
+            "an address like gs://bucket/folder",
+            argument="cache_dir" if given else None,
         ) from error
+
+
+def shared_cache(given: str | os.PathLike | None = None) -> "epath.Path | None":
+    """The folder of prepared text in a bucket, if ``given`` or else ``PEER_JAX_CACHE`` is one.
+
+    Raises:
+        InputError: if the bucket can't be used.
+    """
+    from peer_jax.storage import is_in_bucket, place
+
+    folder = given or os.environ.get("PEER_JAX_CACHE") or ""
+    return place(folder, "cache_dir" if given else None) if is_in_bucket(folder) else None
 
 
 def _remove_half_programs(folder: Path) -> None:
@@ -148,7 +200,8 @@ def _silence_threads() -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def show_of_main_thread(error: Any) -> None:

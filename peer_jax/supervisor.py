@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from peer_jax import startup
-from peer_jax.cluster import Place
+from peer_jax.cluster import Place, Timeouts
 from peer_jax.errors import InputError
 
-# Seconds. START is how long processes wait for one another when they start. A parent that is silent for SILENCE has
-# died; it makes itself heard every PING. What a child writes is held back for HOLD, and a child that fails without a
-# sentence is judged only after NEWS, since the cause may be another process. If a process ends because of bad input,
-# the others have GRACE to find the same by themselves, and STOPPING if it was stopped by a signal, to save.
-START, SILENCE, PING, HOLD, NEWS, GRACE, STOPPING = 120, 20, 2, 1, 3, 5, 60
+# Seconds. A parent that is silent for SILENCE has died; it makes itself heard every PING. What a child writes is held
+# back for HOLD, and a child that fails without a sentence is judged only after NEWS, since the cause may be another
+# process. If a process ends because of bad input, the others have GRACE to find the same by themselves, and STOPPING if
+# it was stopped by a signal, to save.
+SILENCE, PING, HOLD, NEWS, GRACE, STOPPING = 20, 2, 1, 3, 5, 60
 SAYS = "peer-jax: "
 _HELLO = "peer-jax run"
 _SUPERVISED = False
@@ -37,18 +37,19 @@ def is_supervised() -> bool:
     return _SUPERVISED
 
 
-def supervise(place: Place) -> None:
+def supervise(place: Place, timeouts: Timeouts = Timeouts()) -> None:  # noqa: B008, it can't change
     """Meets the other processes and forks; returns in the child, while the parent stays here until it exits.
 
     Args:
         place: which process this is, how many there are and where the first one listens. JAX listens there later.
+        timeouts: how long the processes wait for one another.
 
     Raises:
         InputError: in all processes, if they were not all started with the same number of processes and a number of
             their own, or if not all come in time.
     """
     global _SUPERVISED
-    links = _gather(place) if place.process_id == 0 else _find(place)
+    links = _gather(place, timeouts.start) if place.process_id == 0 else _find(place, timeouts.start)
     reads, writes = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -146,15 +147,15 @@ class _Link:
 # Meeting
 
 
-def _gather(place: Place) -> list[_Link]:
+def _gather(place: Place, seconds: float) -> list[_Link]:
     """The first process's connections to all others, once all have come with the right number of processes."""
     links: dict[int, _Link] = {}
-    deadline = time.monotonic() + START
+    deadline = time.monotonic() + seconds
     try:
         server = _listen(place.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _find(place)  # another process may have number 0, too, and tells all of them
+            return _find(place, seconds)  # another process may have number 0, too, and tells all of them
         taken = f"{place.coordinator}: port {place.port} can't be had ({error.strerror})"
         raise place.refusal("coordinator", taken) from error
     with server:
@@ -164,7 +165,7 @@ def _gather(place: Place) -> list[_Link]:
                 link = _Link(server.accept()[0], -1)
             except TimeoutError:
                 missing = sorted(set(range(1, place.num_processes)) - links.keys())
-                came = f"process {', '.join(map(str, missing))} has not come in {START} s"
+                came = f"process {', '.join(map(str, missing))} has not come in {seconds} s"
                 _refuse(list(links.values()), InputError(_not_together(place, came)))
             hello = _message(link, time.monotonic() + PING)
             if not isinstance(hello, dict) or hello.get("hello") != _HELLO:
@@ -184,20 +185,20 @@ def _gather(place: Place) -> list[_Link]:
     return list(links.values())
 
 
-def _find(place: Place) -> list[_Link]:
+def _find(place: Place, seconds: float) -> list[_Link]:
     """The connection of another process to the first one, once all have come."""
-    deadline = time.monotonic() + START
+    deadline = time.monotonic() + seconds
     while True:
         try:
             link = _Link(socket.create_connection((place.host, place.port), timeout=PING), 0)
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                came = f"process 0 has not come in {START} s, {error}"
+                came = f"process 0 has not come in {seconds} s, {error}"
                 raise InputError(_not_together(place, came)) from error
             time.sleep(0.1)
     link.send({"hello": _HELLO, "process": place.process_id, "count": place.num_processes})
-    answer = _message(link, time.monotonic() + START + 2 * PING)  # the first one already listens, and waits for START
+    answer = _message(link, time.monotonic() + seconds + 2 * PING)  # the first one already listens, and waits so long
     if not isinstance(answer, dict):
         raise place.refusal(
             "coordinator",

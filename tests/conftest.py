@@ -45,7 +45,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The files that take longest come first, or one process would still be at the last of them when the others have ended.
 LONG = (
-    *("hosts", "evaluate", "sharded_training", "checkpoint", "loop", "sweep_processes", "quickstart", "capacity"),
+    *(
+        "hosts",
+        "evaluate",
+        "sharded_training",
+        "checkpoint",
+        "loop",
+        "slices",
+        "sweep_processes",
+        "quickstart",
+        "capacity",
+    ),
     *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers", "transformer", "isoflop", "fit"),
 )
 
@@ -127,6 +137,17 @@ def trains():
 
     with training(PROGRAMS.parent):
         yield
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The address of a bucket that an emulator has, for this process and those that it starts."""
+    from bucket import emulated, missing
+
+    if lacking := missing():
+        pytest.skip(f"{', '.join(lacking)} not installed")
+    with emulated() as address:
+        yield address
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ written as JSON. Shapes and types of peer_jax are checked in these processes, to
 
 import importlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -81,11 +82,11 @@ class Hosts:
         port = free_port()
         return [self.start(command, variables=(variables or {}) | launcher(host, port)) for host in range(HOSTS)]
 
-    def measured(self, folder, module, function, *arguments, hosts=HOSTS):
+    def measured(self, folder, module, function, *arguments, hosts=HOSTS, devices=HOSTS * DEVICES):
         """What ``module.function(*arguments)`` returns in each of two processes, or in one with all devices."""
         command = [sys.executable, __file__, module, function, json.dumps(arguments), str(folder), str(hosts)]
         command += [str(free_port())]
-        for process in [self.start([*command, str(host)], HOSTS * DEVICES // hosts) for host in range(hosts)]:
+        for process in [self.start([*command, str(host)], devices // hosts) for host in range(hosts)]:
             finish(process)
         return [json.loads((folder / f"returned-{host}").read_text()) for host in range(hosts)]
 
@@ -123,7 +124,7 @@ def main():
         processes.start(cluster.find(f"127.0.0.1:{port}", int(hosts), int(host)))
     # optax's bias correction raises a float to the power of an integer count, which strict promotion forbids.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
-    assert len(jax.devices()) == HOSTS * DEVICES, jax.devices()
+    assert len(jax.devices()) == int(hosts) * int(os.environ["JAX_NUM_CPU_DEVICES"]), jax.devices()
     returned = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     Path(folder, f"returned-{host}").write_text(json.dumps(returned))
 

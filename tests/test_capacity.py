@@ -196,7 +196,7 @@ def test_the_command_says_what_does_not_fit(run_cli):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device=v100"], "v100 is not one of the devices tpu-v5p, tpu-v6e, h100, h200"),
+        (["--device=v100"], "v100 is not one of the devices tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, h100, h200"),
         (["--mesh=data=2,model=4"], "no axis 'model': the mesh has data, fsdp, expert"),
         (["--mesh=data=2,data=4"], "names data twice"),
         (["--mesh=expert=four"], "not of the form data=2,fsdp=1,expert=4"),

@@ -86,3 +86,50 @@ def test_half_of_a_program_that_a_kill_leaves_is_removed(tmp_path):
         done = compiles()
         assert (done.returncode, done.stderr) == (0, "")
         assert programs()[half] > 100
+
+
+# JAX takes a backend that can't start for one that isn't there, unless it is asked for.
+TPU_IN_USE = """
+import sys
+from jax._src import xla_bridge
+from peer_jax import errors, startup
+
+def start():
+    raise RuntimeError(sys.argv[1])
+
+xla_bridge.register_backend_factory("tpu", start, priority=300, fail_quietly=True)
+try:
+    startup.check_devices()
+    print("started")
+except errors.InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("platforms", ["", "tpu"])
+@pytest.mark.parametrize(
+    ("says", "sentence"),
+    [
+        (  # as in jax-ml/jax#22070
+            "ABORTED: The TPU is already in use by process with pid 176028. Not attempting to load libtpu.so in this "
+            "process.",
+            "the TPU of this host is in use by another process with pid 176028: wait for it, or end it",
+        ),
+        (
+            "ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "
+            '"$ sudo rm /tmp/libtpu_lockfile".',
+            "the TPU of this host is in use by another process: wait for it, or end it",
+        ),
+    ],
+)
+def test_a_second_job_on_a_tpu_host_is_refused(platforms, says, sentence):
+    """Also where JAX would go on with the CPU without a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", TPU_IN_USE, says],
+        cwd=ROOT,
+        env=environment(JAX_PLATFORMS=platforms),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{sentence}; if there is none, remove /tmp/libtpu_lockfile\n"

@@ -15,7 +15,7 @@ import os, signal, sys, time
 from peer_jax import cluster, supervisor
 from peer_jax.errors import InputError
 
-supervisor.START, supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 5, 3, 0.2, 2, 3
+supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 3, 0.2, 2, 3
 port, count, number, action = sys.argv[1:]
 
 def say(*lines):
@@ -24,7 +24,7 @@ def say(*lines):
 
 try:
     flags = (f"127.0.0.1:{port}", int(count), int(number)) if port != "launched" else ()
-    supervisor.supervise(cluster.find(*flags))
+    supervisor.supervise(cluster.find(*flags), cluster.Timeouts(start=5))
 except InputError as error:
     say("peer-jax: " + (f"--{error.argument} " if error.argument else "") + str(error))
     sys.exit(2)
@@ -95,6 +95,12 @@ def test_others_name_the_process_that_has_ended(culprit, action, status, says):
             assert ended(process, timeout=30) == (status, f"peer-jax: process {culprit} {says}\n")
     started[culprit].kill()
     started[culprit].communicate()
+
+
+def test_a_process_that_hangs_is_ended_when_another_dies():
+    hangs, dies = "os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
+    first, _ = ends(hangs, dies)
+    assert first == (1, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
 
 
 def test_a_process_says_itself_how_it_was_killed():

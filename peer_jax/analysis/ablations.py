@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peer_jax.analysis.pooling import SWEEP
 from peer_jax.analysis.results import Row
-from peer_jax.run_directory import AnyPath
+from peer_jax.storage import AnyPath
 
 # A name for an axis, and a short name for labels that hold several.
 NAMES = {

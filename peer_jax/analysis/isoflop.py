@@ -16,7 +16,7 @@ from peer_jax.analysis.fit import LossSurface, PowerLaw, Saving, compute_saved, 
 from peer_jax.analysis.parabola import Parabola, fit_parabola
 from peer_jax.analysis.pooling import tell_apart
 from peer_jax.analysis.results import Row
-from peer_jax.run_directory import AnyPath
+from peer_jax.storage import AnyPath
 
 MEASURES = ("params_active", "params_total", "tokens")
 # Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.

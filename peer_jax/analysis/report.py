@@ -15,7 +15,8 @@ from peer_jax.analysis import ablations, curves, reading, results, tables
 from peer_jax.analysis.isoflop import MEASURES, Analysis
 from peer_jax.analysis.results import Row
 from peer_jax.analysis.tables import Table
-from peer_jax.run_directory import AnyPath, SweepDirectory, find_runs, make_folder, write_whole
+from peer_jax.run_directory import SweepDirectory, find_runs
+from peer_jax.storage import AnyPath, make_folder, write_whole
 
 REPORT = "report.html"
 FIGURES = "figures"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peer_jax.errors import InputError
-from peer_jax.run_directory import RESULT, AnyPath, RunDirectory, SweepDirectory, find_runs, local, write_whole
+from peer_jax.run_directory import RESULT, RunDirectory, SweepDirectory, find_runs
+from peer_jax.storage import AnyPath, place, write_whole
 
 # A result of an earlier version does not say whether its layer is the baseline. There the baseline has this method.
 EARLIER_BASELINE = "Dense"
@@ -115,7 +116,7 @@ def read(directories: Sequence[AnyPath]) -> list[Row]:
     rows: dict[AnyPath, Row] = {}
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for directory in directories:
-        directory = local(directory)
+        directory = place(directory)
         runs = [run for run in find_runs(directory) if run.has_result]
         if not runs:
             raise InputError(f"{directory} holds no finished run (no {RESULT}): give another directory")
@@ -147,7 +148,7 @@ def row(
     Raises:
         InputError: if the run has no result, or one that this version can't read.
     """
-    base, kept = local(base), kept or {"name": "", "sweep": {}}
+    base, kept = place(base), kept or {"name": "", "sweep": {}}
     result, point = run.read_result(), run.read_point()
     if result is None:
         raise InputError(f"{run} holds no finished run (no {RESULT}): give another directory")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.errors import InputError
-from peer_jax.run_directory import local
+from peer_jax.storage import local
 
 Row = dict[str, Any]
 MIB = 2**20

@@ -11,7 +11,6 @@ itself carries no decorators.
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,8 +19,9 @@ from peer_jax.config.tree import Node, call, flat, symbolic, text_of
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
 from peer_jax.fields import Difference
-from peer_jax.gin_syntax import Binding, Reference, parse_binding, parse_file, parse_text
+from peer_jax.gin_syntax import Binding, Parsed, Reference, parse_binding, parse_file, parse_text
 from peer_jax.run_directory import RunDirectory
+from peer_jax.storage import AnyPath, is_in_bucket, place
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
 
@@ -94,16 +94,22 @@ def load_kept(
                 argument="data",
             )
     try:
-        return _run(_of_kept(Source.read([kept, *files], bindings, imports, before=BEFORE), kept, bool(files)))
+        source = Source.read([_parse_kept(place(kept)), *files], bindings, imports, before=BEFORE)
+        return _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
 
 
-def _of_kept(source: Source, kept: str | os.PathLike, other_text: bool) -> Source:
+def _parse_kept(kept: AnyPath) -> Parsed:
+    """The statements of a ``config.gin``, which may be in a bucket."""
+    return parse_text(kept.read_text(), str(kept)) if is_in_bucket(kept) else parse_file(kept)
+
+
+def _of_kept(source: Source, directory: RunDirectory, other_text: bool) -> Source:
     """A source that begins with a kept ``config.gin``, with the run directory's copy of the SentencePiece model."""
-    own, before = list(parse_file(kept).bindings), source.before
+    own, before = list(source.parsed[0].bindings), source.before
     over = source.bindings[len(own) :]
-    if (copy := RunDirectory(Path(kept).parent).vocabulary) is not None:
+    if (copy := directory.vocabulary) is not None:
         for at, binding in enumerate(own):
             if binding.name.endswith("TextTask.vocabulary") and binding.value != BYTES:
                 own[at] = dataclasses.replace(binding, value=str(copy))

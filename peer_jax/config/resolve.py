@@ -60,12 +60,12 @@ class Source:
     @classmethod
     def read(
         cls,
-        files: Sequence[str | os.PathLike],
+        files: Sequence[str | os.PathLike | Parsed],
         bindings: Sequence[str | Binding],
         imports: Sequence[str],
         before: Mapping[str, Any] = {},
     ) -> "Source":
-        parsed = [parse_file(file) for file in files]
+        parsed = [file if isinstance(file, Parsed) else parse_file(file) for file in files]
         over = [on_top(binding) for binding in bindings]
         refuse_unknown_macros(over, parsed)
         return cls.of([*parsed, Parsed(tuple(over), (), ())], imports, before)

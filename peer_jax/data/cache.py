@@ -16,16 +16,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peer_jax import digests
+from peer_jax import digests, storage
 from peer_jax.data.corpora import SPLITS
 from peer_jax.errors import InputError
-from peer_jax.run_directory import write_whole
+from peer_jax.storage import AnyPath, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,14 @@ MANIFEST = "manifest.json"
 LEFT_OUT = "left_out.txt"
 VERIFIED = ".verified.json"
 SHARD_TOKENS = 2**24
+COPIED_BYTES, COPIED_AT_ONCE = 2**24, 8
 _COUNTS = ("rows", "tokens", "documents", "bytes", "words")
 
 
 class Damaged(InputError):  # noqa: N818, it names what is so
     """A cache whose files are not as they were written, or not there."""
 
-    def __init__(self, what: str, path: Path):
+    def __init__(self, what: str, path: AnyPath):
         super().__init__(f"{what}; delete {path} and prepare it again, or copy it here again.")
 
 
@@ -159,6 +161,72 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def bring(path: Path, shared: AnyPath) -> bool:
+    """Has a whole copy of a cache in a bucket on this machine, and returns whether there is one to copy.
+
+    Raises:
+        Damaged: if the one in the bucket is not as it was written.
+        InputError: if another program or another version has written it, or it can't be copied.
+    """
+    if path.exists():
+        try:
+            verify(path)
+            return True
+        except Damaged:
+            shutil.rmtree(path, ignore_errors=True)
+    if not (shared / MANIFEST).exists():
+        return False
+    names = (MANIFEST, *read_manifest(shared).get("digests", ()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.copying-", dir=path.parent) as above:
+            (folder := Path(above, path.name)).mkdir()
+            _copy(names, shared, folder)
+            try:
+                verify(folder)
+            except Damaged as error:
+                raise Damaged(f"{shared} is damaged", shared) from error
+            with contextlib.suppress(OSError):  # another process has just copied it, too
+                os.rename(folder, path)
+    except FileNotFoundError as error:
+        raise Damaged(f"{shared} is damaged", shared) from error
+    except OSError as error:
+        raise InputError(f"{shared} can't be copied to {path} ({storage.reason(error)}): free space") from error
+    return True
+
+
+def publish(path: Path, shared: AnyPath) -> None:
+    """Copies a cache of this machine to a bucket, unless it is there; its manifest last, which makes it a cache.
+
+    Raises:
+        InputError: if it can't be written.
+    """
+    names = verify(path).get("digests", ())
+    try:
+        if storage.read(shared / MANIFEST) != (path / MANIFEST).read_bytes():
+            _copy(names, path, shared)
+            _copy([MANIFEST], path, shared)
+    except OSError as error:
+        raise InputError(f"{shared} can't be written to ({storage.reason(error)}): choose another cache") from error
+
+
+def withdraw(shared: AnyPath) -> None:
+    """Has a damaged cache in a bucket count as none, so that it is written anew."""
+    storage.remove(shared / MANIFEST)
+
+
+def _copy(names: Iterable[str], source: AnyPath, target: AnyPath) -> None:
+    """Copies files between a bucket and this machine, some at the same time."""
+
+    def copy(name: str) -> None:
+        storage.make_folder((target / name).parent)
+        with storage.as_os_errors(source / name), (source / name).open("rb") as file, (target / name).open("wb") as out:
+            shutil.copyfileobj(file, out, COPIED_BYTES)
+
+    with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+        list(pool.map(copy, names))
+
+
 _verified: dict[Path, dict[str, Any]] = {}  # what this process has found to be whole
 
 
@@ -192,7 +260,7 @@ def _compare_counts(path: Path, manifest: dict[str, Any]) -> None:
             raise Damaged(f"{path / split} holds {tokens} tokens but its manifest says {source.counts['tokens']}", path)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: AnyPath) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:
@@ -200,7 +268,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: if it is missing, or if another program or another version has written it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        with storage.as_os_errors(path):
+            manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
         what = "is not a prepared cache (it has no readable manifest.json)" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; run `peer-jax prepare`, or delete it if nothing else needs it.") from error

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from peer_jax.data import text_files, text_split
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.run_directory import local
+from peer_jax.storage import local
 
 SPLITS = ("train", "validation")
 SPLIT_BY = {"text": "text", "documents": "content"}  # what local_files calls them, and what a LocalCorpus does

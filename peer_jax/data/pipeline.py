@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from peer_jax.data.cache import PackedText, open_cache
+from peer_jax.data.cache import PackedText, open_cache, publish
 from peer_jax.data.text_task import TextTask
 from peer_jax.data.vocabulary import decode, encode, vocabulary_size
 from peer_jax.errors import InputError
@@ -151,9 +151,17 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
     Raises:
         InputError: if the corpus, the vocabulary or the cache can't be used, or the process was killed.
     """
+    if not task.is_prepared():
+        _prepare(task, progress)
     path = task.cache_path()
-    if task.is_prepared():
-        return path
+    if (shared := task.shared_path()) is not None:
+        publish(path, shared)
+    return path
+
+
+def _prepare(task: TextTask, progress: bool) -> None:
+    """Prepares the task's cache in another process."""
+    name = task.cache_path().name
     with tempfile.TemporaryDirectory(prefix="peer_jax-prepare-") as folder:
         request, answer = Path(folder, "request"), Path(folder, "answer")
         request.write_bytes(_pickled(task, progress))
@@ -168,10 +176,9 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
         raise InputError(result["error"])
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        raise InputError(f"preparing {path.name} was ended by {name}; if memory ran out, set a lower max_train_tokens.")
+        raise InputError(f"preparing {name} was ended by {name}; if memory ran out, set a lower max_train_tokens.")
     if process.returncode or "path" not in result:
-        raise RuntimeError(f"preparing {path.name} failed with status {process.returncode}; its traceback is above")
-    return Path(result["path"])
+        raise RuntimeError(f"preparing {name} failed with status {process.returncode}; its traceback is above")
 
 
 def _pickled(task: TextTask, progress: bool) -> bytes:

@@ -8,11 +8,13 @@ from typing import Any
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.run_directory import local
+from peer_jax.storage import AnyPath, is_in_bucket, place
 
 
 def prepared(path: Placed[str | os.PathLike]) -> "PreparedCorpus":
     """The cache in the folder `path`, which `peer-jax prepare` wrote on this machine or which was copied from another.
+
+    The folder may be in a bucket; it is then copied to this machine once.
 
     Nothing is prepared, so seqio, TensorFlow, the network and the texts may be missing. `TextTask.seq_len` and
     `TextTask.vocabulary` must be those of the cache; a SentencePiece model has to be copied too, to any place. The
@@ -23,7 +25,8 @@ def prepared(path: Placed[str | os.PathLike]) -> "PreparedCorpus":
     """
     if not os.fspath(path):
         raise InputError("path is ''; give the path of a folder that `peer-jax prepare` printed.")
-    return PreparedCorpus(Path(local(path, "path")).expanduser())
+    found = place(path, "path")
+    return PreparedCorpus(found if is_in_bucket(found) else Path(found).expanduser())
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PreparedCorpus:
     Every method raises an `InputError` if the cache is missing, damaged or does not fit the task.
     """
 
-    path: Path
+    path: AnyPath
 
     @property
     def name(self) -> str:

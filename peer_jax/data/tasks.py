@@ -28,7 +28,7 @@ from peer_jax.data.corpora import SPLITS, Corpus, TfdsCorpus
 from peer_jax.data.prepare_progress import PrepareProgress
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
-from peer_jax.run_directory import local
+from peer_jax.storage import local
 
 SHOWN = 3  # of what was left out
 

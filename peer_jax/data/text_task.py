@@ -11,8 +11,8 @@ from peer_jax.data.corpora import Corpus, TfdsCorpus
 from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.run_directory import local
-from peer_jax.startup import cache_folder
+from peer_jax.startup import cache_folder, shared_cache
+from peer_jax.storage import AnyPath, is_in_bucket
 
 _LAYOUT = 1  # raise it when the same task would give other rows
 
@@ -29,7 +29,8 @@ class TextTask:
         max_train_tokens: the largest number of tokens to train on; None takes all documents, 0 leaves the split out.
         max_validation_tokens: the same limit for the validation split, which is always evaluated whole.
         cut_at_limits: the document that reaches a limit is cut there; False takes it whole, as earlier versions did.
-        cache_dir: a local folder; None: $PEER_JAX_CACHE, or else ~/.cache/peer_jax.
+        cache_dir: a local folder, or an address in a bucket, of whose caches there are copies in ~/.cache/peer_jax;
+            None: $PEER_JAX_CACHE, or else ~/.cache/peer_jax.
     """
 
     corpus: Placed[Corpus | TfdsCorpus]
@@ -50,7 +51,7 @@ class TextTask:
         if self.cache_dir is not None:
             if not os.fspath(self.cache_dir):
                 raise InputError("cache_dir is ''; give a folder, or None for the usual one.")
-            local(self.cache_dir, "cache_dir")
+            cache_folder(self.cache_dir)
         if type(self.cut_at_limits) is not bool:
             raise InputError(f"cut_at_limits is {self.cut_at_limits!r}; give True or False.")
         for name, least in (("max_train_tokens", 0), ("max_validation_tokens", 1)):
@@ -78,15 +79,27 @@ class TextTask:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def cache_path(self) -> Path:
-        """Where the cache of this task is, or will be. Raises what `fingerprint` raises."""
+        """Where the cache of this task is on this machine, or will be. Raises what `fingerprint` raises."""
         if isinstance(self.corpus, PreparedCorpus):
-            self.fingerprint()  # refuses a cache that is not this task's
-            return self.corpus.path
+            fingerprint = self.fingerprint()  # refuses a cache that is not this task's
+            if not is_in_bucket(self.corpus.path):
+                return Path(self.corpus.path)
+            return cache_folder(self.cache_dir) / f"{self.corpus.path.name}-copy-{fingerprint[:12]}"
+        return cache_folder(self.cache_dir) / self._name()
+
+    def shared_path(self) -> AnyPath | None:
+        """Where the cache of this task is in a bucket, or will be; None if no bucket is used."""
+        if isinstance(self.corpus, PreparedCorpus):
+            return self.corpus.path if is_in_bucket(self.corpus.path) else None
+        folder = shared_cache(self.cache_dir)
+        return None if folder is None else folder / self._name()
+
+    def _name(self) -> str:
         name = vocabularies.load(self.vocabulary).name
-        return cache_folder(self.cache_dir) / f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
+        return f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
 
     def is_prepared(self) -> bool:
-        """Whether the task has a cache that is whole.
+        """Whether the task has a cache that is whole. One that is in a bucket alone is copied to this machine first.
 
         Raises:
             InputError: what `fingerprint` raises; or if another program or version has written the cache; or if it is
@@ -94,13 +107,17 @@ class TextTask:
         """
         from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
 
-        path = self.cache_path()
-        if not path.exists():
-            return False
+        path, shared = self.cache_path(), self.shared_path()
         try:
+            if shared is not None:
+                return cache.bring(path, shared)
+            if not path.exists():
+                return False
             cache.verify(path)
         except cache.Damaged:
             if isinstance(self.corpus, PreparedCorpus):
                 raise
+            if shared is not None:
+                cache.withdraw(shared)
             return False
         return True

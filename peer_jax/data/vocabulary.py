@@ -6,10 +6,10 @@ A vocabulary is named by a string: "bytes" (byte b has id b + 3, EOS has id 1) o
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from peer_jax.errors import InputError
+from peer_jax.storage import as_os_errors, place, reason
 
 BYTES = "bytes"
 _SPECIAL = 3  # padding, EOS and unknown come before the 256 bytes
@@ -82,10 +82,12 @@ def model(vocabulary: str) -> bytes | None:
     if vocabulary == BYTES:
         return None
     try:
-        return Path(vocabulary).expanduser().read_bytes()
+        path = place(vocabulary).expanduser()
+        with as_os_errors(path):
+            return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"vocabulary {str(vocabulary)!r} can't be read ({error.strerror}); "
+            f"vocabulary {str(vocabulary)!r} can't be read ({reason(error)}); "
             "give 'bytes' or the path of a SentencePiece .model file."
         ) from error
 

@@ -69,10 +69,13 @@ class Device:
     network: float  # received from other domains, by a port of the device
 
 
-# TPU: cloud.google.com/tpu/docs/v5p and /v6e; the links of a chip have 4800 and 3584 Gbit/s, and a pod is the domain.
+# TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e; the links of a chip have 2400, 1600, 4800 and 3584 Gbit/s, and
+# a pod is the domain.
 # GPU: NVIDIA's data sheets of the H100 SXM and H200 SXM, where NVLink has 900 GB/s in both directions together, and of
 # the DGX H100 and H200, whose 8 GPUs have a port of 400 Gbit/s each.
 DEVICES = {
+    "tpu-v4": Device(275e12, 32 * 2**30, 1228e9, 300e9, 4096, 300e9),
+    "tpu-v5e": Device(197e12, 16 * 2**30, 819e9, 200e9, 256, 200e9),
     "tpu-v5p": Device(459e12, 95 * 2**30, 2765e9, 600e9, 8960, 600e9),
     "tpu-v6e": Device(918e12, 32 * 2**30, 1640e9, 448e9, 256, 448e9),
     "h100": Device(989e12, 80e9, 3350e9, 450e9, 8, 50e9),

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from peer_jax.analysis.results import Row
+from peer_jax.lease import Holder
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds
 
@@ -69,11 +70,10 @@ class Board:
         planned: Sequence[Planned],
         done: Sequence[Planned],
         directory: SweepDirectory,
-        workers: int,
         *,
         enabled: bool,
     ) -> None:
-        self._planned, self._directory, self._workers = planned, directory, workers
+        self._planned, self._directory = planned, directory
         self._console = Console(stderr=True)
         self._enabled, self._is_live = enabled, enabled and self._console.is_terminal
         self._running: dict[str, Planned] = {}
@@ -83,7 +83,8 @@ class Board:
         self._since = time.monotonic()
         self._flops_before = sum(run.training_flops for run in done)
         self._flops_at_start: dict[str, float] = {}
-        self._live = Live(console=self._console, auto_refresh=False, get_renderable=self._render)
+        # A thread draws it, because the main thread of a slice trains.
+        self._live = Live(console=self._console, refresh_per_second=2, get_renderable=self._render)
 
     def __enter__(self) -> "Board":
         if self._is_live:
@@ -111,22 +112,20 @@ class Board:
         self._failures += 1
         self._end(run, f"failed: {reason}")
 
-    def elsewhere(self, run: Planned) -> None:
-        """Notes that another process trains the run."""
+    def elsewhere(self, run: Planned, holder: Holder | None = None) -> None:
+        """Notes that another process, which is named if it is given, trains the run."""
         self._running.pop(run.point.name, None)
-        self._note = f"{run.point.name} is being trained by another process"
+        self._note = f"{run.point.name} is being trained by {holder or 'another process'}"
+        if holder and self._enabled and not self._is_live:
+            print(self._note, file=sys.stderr, flush=True)
 
     def say(self, note: str | None) -> None:
         """Shows a line below the table, or prints it where there is no table; None removes the line."""
         self._note = note
-        if note and self._enabled and not self._is_live:
-            print(note, file=sys.stderr, flush=True)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Draws the table again."""
         if self._is_live:
             self._live.refresh()
+        elif note and self._enabled:
+            print(note, file=sys.stderr, flush=True)
 
     def _end(self, run: Planned, outcome: str) -> None:
         self._running.pop(run.point.name, None)
@@ -154,7 +153,7 @@ class Board:
         """Seconds until all runs have ended, estimated from the FLOPs spent so far; None while these are too few."""
         total = sum(run.training_flops for run in self._planned)
         ended = sum(run.training_flops for run in self._planned if run.point.name in self._ended)
-        current = sum(self._progress(run)[0] * run.step_flops for run in self._running.values())
+        current = sum(self._progress(run)[0] * run.step_flops for run in list(self._running.values()))
         made = ended + current - self._flops_before - sum(self._flops_at_start.values())
         elapsed = time.monotonic() - self._since
         if made <= 0 or elapsed < 5:
@@ -167,7 +166,7 @@ class Board:
             table.add_column(column, justify="right" if column in ("step", "of", "loss") else "left")
         for name, outcome in list(self._ended.items())[-RECENT:]:
             table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else "dim")
-        for name, run in self._running.items():
+        for name, run in list(self._running.items()):
             step, loss = self._progress(run)
             bar = "█" * round(20 * step / run.steps)
             table.add_row(name, f"{step:,}", f"{run.steps:,}", "" if loss is None else f"{loss:.4f}", f"{bar:░<20}")

@@ -1,4 +1,4 @@
-"""Runs a sweep: worker processes train each run in its directory, skip finished runs and continue begun ones."""
+"""Runs a sweep: hands out the runs that are not finished, to worker processes or to a slice, and keeps the results."""
 
 import contextlib
 import logging
@@ -9,54 +9,98 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.lease import STALE
 from peer_jax.run_directory import SweepDirectory, find_runs
 from peer_jax.sweeps.board import Board
 from peer_jax.sweeps.plan import Load, Planned, to_measure
 from peer_jax.sweeps.sweep import Sweep
-from peer_jax.sweeps.workers import Answer, Task, Worker
+from peer_jax.sweeps.tasks import Answer, Task
+from peer_jax.sweeps.workers import Worker
 from peer_jax.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two updates of the board, at most
-RETRY_SECONDS = 5.0  # before a run that another process was training is tried again
+RETRY_SECONDS = 15.0  # before a run that another process was training is tried again, at most
+
+
+@runtime_checkable
+class Trainers(Protocol):
+    """What trains the runs: ``workers.Workers`` on this machine, or a ``slices.Slice``."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task is being done."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another task can be given."""
+
+    def give(self, task: Task) -> None:
+        """Starts a task."""
+
+    def answers(self) -> list[tuple[Task, Answer]]:
+        """The tasks that have ended, for which it waits a moment."""
+
+    def stop(self) -> list[tuple[Task, Answer]]:
+        """Saves what is being trained, and ends; the tasks that had not been answered."""
+
+    def kill(self) -> None:
+        """Ends at once."""
 
 
 def prepare_corpora(planned: Sequence[Planned], *, progress: bool) -> None:
-    """Prepares the text of all runs, so that workers find it."""
+    """Prepares the text of all runs, so that all who train them find it."""
     for task in dict.fromkeys(run.task for run in planned):
         ensure_prepared(task, progress=progress)
+
+
+def retry_seconds(stale: float) -> float:
+    """Seconds before a run that another process was training is tried again."""
+    return min(RETRY_SECONDS, stale / 4)
 
 
 def run_sweep(
     sweep: Sweep,
     planned: Sequence[Planned],
     directory: SweepDirectory,
+    trainers: Trainers,
     *,
-    load: Load,
-    workers: int,
+    chosen: Sequence[Planned] | None = None,
+    stale: float = STALE,
     progress: bool = True,
 ) -> None:
     """Trains the runs that are not finished, and keeps ``results.csv`` up to date.
 
-    A run that fails leaves its reason in ``failure.json``, and the others go on. A run that the process of another
-    sweep is training is left to that process, and is taken over if the process dies.
+    The most expensive runs come first, and those that have failed before come last. A run that fails leaves its reason
+    in ``failure.json``, and the others go on. A run that another sweep on the same directory is training is left to
+    that sweep, and is taken over if its process dies.
+
+    Args:
+        sweep: what is trained.
+        planned: all of its runs.
+        directory: gets the runs.
+        trainers: what trains them.
+        chosen: the runs to train; None: all.
+        stale: seconds without a sign of life after which a process on another machine has died.
+        progress: show what is being trained.
 
     Raises:
         InputError: if the directory can't be written to.
         TrainingFailed: at the end, if runs have failed.
         Interrupted: on SIGTERM or SIGINT, when the running runs have saved their state.
     """
+    chosen = planned if chosen is None else chosen
     directory.keep_sweep(sweep.describe(), [run.point.name for run in planned])
     rows = _rows(directory)
-    done = [run for run in planned if run.point.name in rows]
-    todo = [run for run in planned if run.point.name not in rows]
-    with StopOnSignal() as stop, Board(planned, done, directory, workers, enabled=progress) as board:
-        failed = _Runner(todo, directory, load, workers, board, rows).run(stop) if todo else {}
+    done = [run for run in chosen if run.point.name in rows]
+    todo = [run for run in chosen if run.point.name not in rows]
+    with StopOnSignal() as stop, Board(chosen, done, directory, enabled=progress) as board:
+        failed = _Runner(todo, directory, trainers, board, rows, stale).run(stop) if todo else {}
     _write_results(directory, _rows(directory, rows))
     if stop.signal_number is not None:
         raise Interrupted(stop.signal_number, "stopped; every run is saved, and the same command goes on")
@@ -64,99 +108,101 @@ def run_sweep(
         name, reason = next(iter(failed.items()))
         others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise TrainingFailed(
-            f"{len(failed)} of {len(planned)} runs failed, the rest is finished: {name}: {reason}{others}; "
+            f"{len(failed)} of {len(chosen)} runs failed, the rest is finished: {name}: {reason}{others}; "
             f"the reasons are in the runs' directories in {directory}, and the same command tries them again"
         )
 
 
 class _Runner:
-    """The loop that gives runs to workers and takes their answers; adds the rows of those that finish to ``rows``."""
+    """The loop that hands out runs and takes the answers; adds the rows of those that finish to ``rows``."""
 
     def __init__(
         self,
         todo: Sequence[Planned],
         directory: SweepDirectory,
-        load: Load,
-        workers: int,
+        trainers: Trainers,
         board: Board,
         rows: dict[str, results.Row],
+        stale: float,
     ) -> None:
-        self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in todo)
-        self._directory, self._board = directory, board
-        self._rows = rows
+        self._directory, self._trainers, self._board = directory, trainers, board
+        self._rows, self._stale = rows, stale
         self._failed: dict[str, str] = {}
-        self._began = time.time()
-        count = min(workers, len(todo))
-        self._workers = [Worker(load, (i, workers), directory.worker_log(i)) for i in range(count)]
-        self._running: dict[Worker, Planned] = {}
+        self._failures_before = {run.point.name: self._failure(run) for run in todo}
+        order = sorted(todo, key=lambda run: self._failures_before[run.point.name] is not None)
+        self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in order)
+        self._running: dict[str, Planned] = {}
 
     def run(self, stop: StopOnSignal) -> dict[str, str]:
-        """Works until no run is left or ``stop`` has a signal; returns the reasons of the runs that failed, by name."""
+        """Works until no run is left or ``stop`` is asked to; returns the reasons of the runs that failed, by name."""
         try:
-            while (self._queue or self._running) and stop.signal_number is None:
+            while not stop.requested() and (self._queue or self._trainers.is_busy):
                 self._hand_out()
-                connection.wait([worker.connection for worker in self._running], timeout=TICK)
-                self._collect()
-                self._board.refresh()
-            for worker in self._workers:
-                worker.stop()
+                self._collect(self._trainers.answers())
             self._board.say("Stopping: the running runs are being saved ..." if self._running else None)
-            for worker in self._workers:
-                worker.join()
-            self._collect()
-        except BaseException:  # also at a second Ctrl-C: checkpoints are written whole or not at all
-            for worker in self._workers:
-                worker.kill()
+            self._collect(self._trainers.stop())
+        except BaseException:  # also at a second Ctrl-C
+            self._trainers.kill()
             raise
         return self._failed
 
     def _hand_out(self) -> None:
-        idle = [worker for worker in self._workers if worker not in self._running]
         for _ in range(len(self._queue)):
-            if not idle:
+            if not self._trainers.is_free:
                 return
             not_before, run = self._queue.popleft()
             if not_before > time.monotonic():
                 self._queue.append((not_before, run))
             elif not self._ended_elsewhere(run):
-                self._start(idle.pop(), run)
+                holder = None if not_before else self._directory.run(run.point.name).holder()
+                if holder is None:
+                    self._start(run)
+                else:  # whether it lives is found out later, when there is nothing else to do
+                    self._postpone(run)
+                    self._board.elsewhere(run, holder)
 
     def _ended_elsewhere(self, run: Planned) -> bool:
         """Whether another process has finished the run, or has failed to since this sweep began; notes the outcome."""
-        folder = self._directory.run(run.point.name)
-        with contextlib.suppress(InputError):  # what can't be read was not written since
-            if folder.has_result:
+        if self._directory.run(run.point.name).has_result:
+            with contextlib.suppress(InputError):  # a damaged one is made again
                 self._finish(run)
                 return True
-            failure = folder.read_failure()
-            if failure is not None and failure.get("time", 0) > self._began:
-                self._fail(run, failure["reason"])
-                return True
+        failure = self._failure(run)
+        if failure is not None and failure != self._failures_before[run.point.name]:
+            self._fail(run, failure["reason"])
+            return True
         return False
 
-    def _start(self, worker: Worker, run: Planned) -> None:
+    def _failure(self, run: Planned) -> dict | None:
+        """Why the run has failed last; None if it has not, or if that can't be read."""
+        with contextlib.suppress(InputError):
+            return self._directory.run(run.point.name).read_failure()
+        return None
+
+    def _start(self, run: Planned) -> None:
         folder = self._directory.run(run.point.name)
         with contextlib.suppress(OSError, InputError):  # if the disk is full, the run fails too and says so
             folder.write_point(run.point.describe())
-        worker.give(Task(run.point.files, run.point.bindings, run.point.imports, str(folder)))
-        self._running[worker] = run
+        self._trainers.give(Task(run.point.files, run.point.bindings, run.point.imports, str(folder), self._stale))
+        self._running[str(folder)] = run
         self._board.started(run)
 
-    def _collect(self) -> None:
-        for worker, run in list(self._running.items()):
-            if (answer := worker.answer()) is None:
-                continue
-            del self._running[worker]
+    def _collect(self, answers: Sequence[tuple[Task, Answer]]) -> None:
+        for task, answer in answers:
+            run = self._running.pop(task.workdir)
             if answer.state == "finished":
                 self._finish(run)
             elif answer.state == "failed":
                 self._keep_failure(run, answer)
                 self._fail(run, answer.reason)
             elif answer.state == "busy":
-                self._queue.append((time.monotonic() + RETRY_SECONDS, run))
+                self._postpone(run)
                 self._board.elsewhere(run)
-            else:  # the worker was asked to stop, by this sweep (which then ends) or by somebody else
+            else:  # the sweep was asked to stop, or somebody else has stopped a worker
                 self._queue.append((0.0, run))
+
+    def _postpone(self, run: Planned) -> None:
+        self._queue.append((time.monotonic() + retry_seconds(self._stale), run))
 
     def _finish(self, run: Planned) -> None:
         folder = self._directory.run(run.point.name)

@@ -1,48 +1,26 @@
 """Worker processes of a sweep: each trains one run after another, on cores or on an accelerator of its own."""
 
 import contextlib
-import dataclasses
-import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
-import traceback
-from multiprocessing import resource_tracker
+from collections.abc import Callable
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from peer_jax import memory, startup
-from peer_jax.errors import InputError, Interrupted, InUse, TrainingFailed
-from peer_jax.gin_syntax import Binding
 from peer_jax.startup import accelerators
+from peer_jax.sweeps.tasks import Answer, Task, do
 
 _spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX hangs
 
 BLOCKED_AT_START = {signal.SIGINT, signal.SIGTERM}
+TICK = 0.5  # seconds between two looks for answers, at most
 MOST_STARTS = 3  # how often a process is started that dies before it has read its task
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a worker is asked to do: train a run in its directory, or, without one, measure its speed."""
-
-    files: tuple[str, ...]
-    bindings: tuple[Binding, ...]
-    imports: tuple[str, ...]
-    workdir: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A task's outcome: "begun", "finished" (with seconds per step, if asked), "failed", "busy" or "interrupted"."""
-
-    state: str
-    reason: str = ""
-    details: str = ""
-    seconds: float | None = None
 
 
 class Worker:
@@ -130,6 +108,61 @@ class Worker:
         self.process.join(timeout)
 
 
+class Workers:
+    """The worker processes of a sweep on this machine, each of which is started when there is a first task for it.
+
+    Args:
+        load: makes a run, see ``plan.Load``.
+        count: how many tasks are done at a time.
+        log: gives the file that the worker of a number prints to.
+    """
+
+    def __init__(self, load: Any, count: int, log: Callable[[int], Path]) -> None:
+        self._load, self._count, self._log = load, count, log
+        self._workers: list[Worker] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task is being done."""
+        return any(worker.task is not None for worker in self._workers)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another task can be given."""
+        return len(self._workers) < self._count or any(worker.task is None for worker in self._workers)
+
+    def give(self, task: Task) -> None:
+        """Starts a task."""
+        worker = next((worker for worker in self._workers if worker.task is None), None)
+        if worker is None:
+            number = len(self._workers)
+            worker = Worker(self._load, (number, self._count), self._log(number))
+            self._workers.append(worker)
+        worker.give(task)
+
+    def answers(self) -> list[tuple[Task, Answer]]:
+        """The tasks that have ended, for which it waits a moment."""
+        connection.wait([worker.connection for worker in self._workers if worker.task is not None], timeout=TICK)
+        return self._answered()
+
+    def _answered(self) -> list[tuple[Task, Answer]]:
+        asked = [(worker.task, worker.answer()) for worker in self._workers if worker.task is not None]
+        return [(task, answer) for task, answer in asked if answer is not None]
+
+    def stop(self) -> list[tuple[Task, Answer]]:
+        """Has the workers save what they train, and end; the tasks that had not been answered."""
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+        return self._answered()
+
+    def kill(self) -> None:
+        """Ends the workers at once: checkpoints are written whole or not at all."""
+        for worker in self._workers:
+            worker.kill()
+
+
 def _death(exitcode: int | None) -> Answer:
     """The answer for a worker whose process is gone."""
     if exitcode == -signal.SIGTERM:
@@ -159,37 +192,10 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
         if task is None:
             return
         connection.send(Answer("begun"))
-        answer = _do(task, load)
+        answer = do(task, load)
         connection.send(answer)
         if answer.state == "interrupted":
             return
-
-
-def _do(task: Task, load: Any) -> Answer:
-    """Does a task. Whatever goes wrong becomes the answer."""
-    import jax
-
-    from peer_jax.sweeps.speed import seconds_per_step
-    from peer_jax.training.loop import train
-
-    try:
-        run = load(task.files, task.bindings, task.imports)
-        if task.workdir is None:
-            return Answer("finished", seconds=seconds_per_step(run))
-        train(run, task.workdir, progress=False)
-        return Answer("finished")
-    except Interrupted as stopped:
-        return Answer("interrupted", str(stopped))
-    except InUse as error:
-        return Answer("busy", str(error))
-    except (InputError, TrainingFailed) as error:
-        return Answer("failed", " ".join(str(error).split()))
-    except Exception as error:
-        lines = str(error).splitlines()
-        return Answer("failed", f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc())
-    finally:
-        jax.clear_caches()  # otherwise the programs of all runs stay in memory; the next run finds them on disk
-        gc.collect()
 
 
 def _stop_with_parent() -> None:

@@ -14,9 +14,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse, TrainingFailed
 from peer_jax.processes import gather, leads, together, wait_for_all
-from peer_jax.run_directory import check_room, local, make_folder, set_aside
+from peer_jax.storage import check_room, is_in_bucket, make_folder, place, set_aside
+from peer_jax.storage import fault as storage_fault
 from peer_jax.training import checkpoint_files as files
 from peer_jax.training.checkpoint_files import METRIC
 
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 NO_DIGESTS = (
     "the checkpoint of step %d is of an earlier version, which wrote no digests: changed bytes in it are not noticed"
+)
+UNFINISHED = (
+    "the checkpoint of step %d in %s has no %s and is passed over: either it is not finished, or it was copied without "
+    "that file"
 )
 
 
@@ -44,7 +49,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, read_only: bool = False) -> None:
-        self.directory = local(directory).absolute()
+        self.directory = place(directory, "workdir")
+        if not is_in_bucket(self.directory):
+            self.directory = self.directory.absolute()
         self._keep_last, self._read_only = keep_last, read_only
         self._closed = False
         self._writing = 0
@@ -55,7 +62,7 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, which writes checkpoints and removes old ones. Nothing is read through it."""
-        self._set_aside_without_loss()
+        self._tidy()
         policies = [
             checkpoint_managers.LatestN(self._keep_last),
             checkpoint_managers.BestN(
@@ -71,7 +78,9 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=lambda metrics: metrics[METRIC],  # has Orbax write the metrics; the policies decide
                 best_mode="min",
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not is_in_bucket(
+                    self.directory
+                ),  # there, _tidy knows better what is unfinished
                 # Called in the first process when all files are written, before the checkpoint is a finished one.
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=lambda: files.write_digests(self.directory, self._writing)
@@ -125,6 +134,9 @@ class Checkpoints:
             action()
         except (OSError, ValueError, RuntimeError) as error:
             fault = _reason(error)
+        except Exception as error:
+            if (fault := storage_fault(error)) is None:
+                raise
         faults = list(filter(None, gather(fault)))
         for fault in faults[:1]:
             logger.warning("a checkpoint could not be written to %s: %s", self.directory, fault)
@@ -139,6 +151,7 @@ class Checkpoints:
         Raises:
             InputError: if a checkpoint has other shapes, naming the parameter; or if no checkpoint is whole.
         """
+        self._say_unfinished()
         damaged, removed = [], []
         while steps := [s for s in self._agreed_steps() if s not in damaged + removed and step in (None, s)]:
             candidate = steps[-1]
@@ -160,6 +173,11 @@ class Checkpoints:
                 argument="workdir",
             )
         return None
+
+    def _say_unfinished(self) -> None:
+        """Says which checkpoints in a bucket are passed over because they lack the file that is written last."""
+        for step in files.unfinished_steps(self.directory) if leads() else ():
+            logger.warning(UNFINISHED, step, self.directory, files.COMMIT)
 
     def _agreed_steps(self) -> list[int]:
         """The steps that have a checkpoint as the first process sees them, in all processes."""
@@ -249,9 +267,20 @@ class Checkpoints:
                 logger.warning("it is now %s", target)
             wait_for_all()
 
-    def _set_aside_without_loss(self) -> None:
-        """Sets aside the checkpoints whose validation loss is damaged, because Orbax's manager ends at such a file."""
-        damaged = self._losses()[1] if leads() else []
+    def _tidy(self) -> None:
+        """Sets aside the checkpoints whose validation loss is damaged, because Orbax's manager ends at such a file.
+
+        In a bucket, what a killed run has left unfinished is removed, because it has the name of a checkpoint. What has
+        digests is a copy that lacks its last file, and is set aside instead.
+        """
+        damaged = []
+        if leads():
+            damaged = self._losses()[1]
+            for step in files.unfinished_steps(self.directory):
+                if files.lacks_digests(self.directory / str(step)):
+                    (self.directory / str(step)).rmtree()
+                else:
+                    damaged.append(step)
         self._set_aside(json.loads(gather(json.dumps(damaged))[0]))
 
     def close(self) -> None:
@@ -268,7 +297,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or jax.process_count() == 1:
+        if jax.process_count() == 1 or error is None or isinstance(error, TrainingFailed | InUse):
             self.close()
         # Else this may be the only process that has failed, and closing would wait for the others. It will end soon.
 

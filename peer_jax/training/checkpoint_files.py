@@ -7,17 +7,26 @@ import math
 import orbax.checkpoint as ocp
 from etils import epath
 
-from peer_jax import digests
+from peer_jax import digests, storage
 
 METRIC = "validation_loss"
 DIGESTS = "digests.json"
+COMMIT = "commit_success.txt"  # what Orbax writes last to a checkpoint in a bucket
 # What Orbax writes after the digests, and the digests themselves. Nothing of a run is read from the first two.
-WITHOUT_DIGEST = {"_CHECKPOINT_METADATA", "commit_success.txt", DIGESTS}
+WITHOUT_DIGEST = {"_CHECKPOINT_METADATA", COMMIT, DIGESTS}
 
 
 def finished_steps(directory: epath.Path) -> list[int]:
     """The steps that have a finished checkpoint in the folder, oldest first."""
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and _is_finished(path))
+    return sorted(int(path.name) for path in storage.listed(directory) if path.name.isdecimal() and _is_finished(path))
+
+
+def unfinished_steps(directory: epath.Path) -> list[int]:
+    """The steps whose checkpoint in a bucket is not finished. In a folder, such a checkpoint has another name."""
+    if not storage.is_in_bucket(directory):
+        return []
+    finished = finished_steps(directory)
+    return sorted({int(p.name) for p in storage.listed(directory) if p.name.isdecimal()} - set(finished))
 
 
 def _is_finished(path: epath.Path) -> bool:
@@ -46,9 +55,9 @@ def read_digests(folder: epath.Path) -> dict[str, str] | None:
         ValueError: if they are damaged.
     """
     try:
-        kept = json.loads((folder / DIGESTS).read_bytes())
-    except FileNotFoundError:
-        return None
+        if (content := storage.read(folder / DIGESTS)) is None:
+            return None
+        kept = json.loads(content)
     except (OSError, ValueError):
         kept = None
     if not isinstance(kept, dict) or not kept:
@@ -90,9 +99,9 @@ def read_loss(folder: epath.Path) -> float | None:
     kept = read_digests(folder) or {}
     _raise(digests.changed(folder, {name: digest for name, digest in kept.items() if name.startswith("metrics/")}))
     try:
-        loss = json.loads((folder / "metrics" / "metrics").read_bytes())[METRIC]
-    except FileNotFoundError:
-        return None
+        if (content := storage.read(folder / "metrics" / "metrics")) is None:
+            return None
+        loss = json.loads(content)[METRIC]
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError("metrics/metrics is damaged") from error
     if not isinstance(loss, (int, float)) or not math.isfinite(loss):

@@ -11,8 +11,9 @@ import numpy as np
 
 from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted
+from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
-from peer_jax.processes import leads, wait_for_all
+from peer_jax.processes import leads, together, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
 from peer_jax.training import evaluators, ownership, result, room
@@ -25,7 +26,7 @@ from peer_jax.training.signals import StopOnSignal
 from peer_jax.training.step import Metrics, Trainer, TrainState
 
 
-def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dict[str, Any]:
+def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True, stale: float = STALE) -> dict[str, Any]:
     """Trains, from the last checkpoint in ``workdir`` if there is one, and writes ``result.json``, which it returns.
 
     All devices of all processes that ``peer_jax.processes`` has joined take part. The first process writes for all.
@@ -35,8 +36,11 @@ def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dic
             on only with a config of the same identity.
         workdir: the run directory.
         progress: show progress bars.
+        stale: seconds without a sign of life after which a process on another machine that trains in ``workdir`` has
+            died. Then this one takes the run over.
 
     Raises:
+        InUse: if a process that lives trains in ``workdir``.
         InputError: if a value, the data or what is in ``workdir`` can't be used.
         TrainingFailed: if the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, when the state is saved.
@@ -44,33 +48,36 @@ def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dic
     directory = RunDirectory(workdir)
     placement = run.sharding.place(rows=run.batch_size // run.accumulation)
     with use(placement):
-        return _train(run, directory, placement, progress and leads())
+        return _train(run, directory, placement, progress and leads(), stale)
 
 
-def _train(run: Run, directory: RunDirectory, placement: Placement | None, progress: bool) -> dict[str, Any]:
-    _check_placement(run, placement)
+def _train(
+    run: Run, directory: RunDirectory, placement: Placement | None, progress: bool, stale: float
+) -> dict[str, Any]:
+    with together():  # what one process refuses all refuse, and none waits for another that has ended
+        _check_placement(run, placement)
 
-    # Model.
-    trainer = run.trainer()
-    steps = run.num_steps(trainer.abstract_model)
-    step_tokens = run.batch_size * run.task.seq_len
-    step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
+        # Model.
+        trainer = run.trainer()
+        steps = run.num_steps(trainer.abstract_model)
+        step_tokens = run.batch_size * run.task.seq_len
+        step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
 
-    sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
-    room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
+        sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
+        room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
-    # Data.
-    cache = ensure_prepared(run.task, progress=progress)
-    corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
-    text = open_cache(cache, "train")
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(text, batch_size=run.batch_size, seed=run.seed, **hosts)
-    to_evaluate = evaluators.of_run(run, progress=progress)
+        # Data.
+        cache = ensure_prepared(run.task, progress=progress)
+        corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
+        text = open_cache(cache, "train")
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = train_batches(text, batch_size=run.batch_size, seed=run.seed, **hosts)
+        to_evaluate = evaluators.of_run(run, progress=progress)
 
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        stack.enter_context(ownership.owned(directory))
+        check_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -100,15 +107,17 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
                 batch = split_batch(next(batches))
                 state, metrics = step_function(state, batch, rates)
                 meter.add(step, metrics, rates)
-                stopping = stop.requested(step)
+                stopping = stop.requested()
                 evaluating = evaluations.is_due(step) and not stopping
                 saving = stopping or step == steps or step % run.checkpoint_every == 0
                 if not (evaluating or saving):
                     continue
 
+                check_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
+                    log.flush()  # so that nothing older than a checkpoint is lost
                     position = {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
                     checkpoints.save(step, state, position, losses.get(METRIC))
                 if stopping:
@@ -121,6 +130,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
+        check_owned()
         time = clock.state()
         return result.write(
             directory,

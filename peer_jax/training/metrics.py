@@ -18,6 +18,7 @@ from tensorboardX.summary import scalar
 from peer_jax.errors import InputError
 from peer_jax.processes import gather
 from peer_jax.run_directory import RunDirectory
+from peer_jax.storage import as_os_errors, reason
 
 
 class MetricsLog:
@@ -55,7 +56,8 @@ class MetricsLog:
         if enabled:
             with self._naming_the_directory():
                 self._lines = directory.append_metrics(keep)
-                self._events = RecordWriter(directory.event_file(socket.gethostname()))
+                with as_os_errors(directory):
+                    self._events = RecordWriter(directory.event_file(socket.gethostname()))
                 self._add_event(file_version="brain.Event:2")
                 restart = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
                 self._add_event(step=resume_step + 1, session_log=restart)
@@ -70,6 +72,18 @@ class MetricsLog:
             self._lines.append(json.dumps({"step": step, **scalars}))
             for name, value in scalars.items():
                 self._add_event(step=step, summary=scalar(name, value))
+            if self._lines.is_due:
+                self._flush()
+
+    def flush(self) -> None:
+        """Has readers find all that was written, which for a bucket takes until now; before a checkpoint is saved."""
+        if self._enabled:
+            with self._naming_the_directory():
+                self._flush()
+
+    def _flush(self) -> None:
+        self._lines.flush()
+        with as_os_errors(self._directory):
             self._events.flush()
 
     def _add_event(self, **fields: Any) -> None:
@@ -82,7 +96,7 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for file in (self._lines, self._events) if self._enabled else ():
-            with contextlib.suppress(OSError):  # write() has already complained about what is left to write
+            with contextlib.suppress(OSError), as_os_errors(self._directory):  # write() has complained already
                 file.close()
 
     @contextlib.contextmanager
@@ -91,7 +105,7 @@ class MetricsLog:
             yield
         except OSError as error:
             raise InputError(
-                f"metrics can't be written to {self._directory} ({error.strerror}): mend that and run again"
+                f"metrics can't be written to {self._directory} ({reason(error)}): mend that and run again"
             ) from error
 
 

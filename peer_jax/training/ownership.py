@@ -3,32 +3,52 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from peer_jax.data import vocabulary as vocabularies
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, InUse
 from peer_jax.fields import RunConfig
 from peer_jax.processes import gather, leads, together
 from peer_jax.run_directory import RunDirectory
 
 
 @contextlib.contextmanager
-def owned(directory: RunDirectory) -> Iterator[None]:
+def owned(directory: RunDirectory, stale: float) -> Iterator[Callable[[], None]]:
     """Makes the directory and keeps other runs from training in it at the same time.
+
+    Args:
+        directory: of the run.
+        stale: seconds without a sign of life after which its holder on another machine has died.
+
+    Yields:
+        A function that raises InUse, in all processes, if another run has taken the directory over meanwhile, because
+        this one was not heard of for too long. To be called before anything is written that the other run may rely on.
 
     Raises:
         InputError: in all processes, if the directory can't be made, if another run has it, or if not all processes
             see the same directory.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
+        held = None
         with together():
             if leads():
-                held.callback(directory.lock().release)
+                held = directory.lock(stale=stale)
+                stack.callback(held.release)
         if jax.process_count() > 1:
             _check_shared(directory)
-        yield
+
+        def check_owned() -> None:
+            with together():
+                if held is not None and held.lost:
+                    raise InUse(
+                        f"{directory} was taken over by another process, because this one was not heard of for "
+                        f"{stale:g} s: wait for it, or choose another directory",
+                        argument="workdir",
+                    )
+
+        yield check_owned
 
 
 def _check_shared(directory: RunDirectory) -> None:

@@ -20,10 +20,12 @@ GOOD = {
 }
 
 
-def damage(path: Path, way: str, draw: random.Random) -> None:
-    """Damages a file; an empty file can only be deleted."""
-    data = bytearray(path.read_bytes())
+def damaged(content: bytes, way: str, draw: random.Random) -> bytes | None:
+    """The content of a damaged file; None if it is gone. An empty file can only be deleted."""
+    data = bytearray(content)
     place = draw.randrange(len(data)) if data else 0
+    if way == "delete":
+        return None
     if way == "flip" and data:
         data[place] ^= 1 << draw.randrange(8)
     elif way == "truncate":
@@ -32,10 +34,13 @@ def damage(path: Path, way: str, draw: random.Random) -> None:
         data[place:] = (b"\0" if way == "zeros" else b"\xff") * (len(data) - place)
     elif way == "empty":
         data = b""
-    if way == "delete":
-        path.unlink()
-    else:
-        path.write_bytes(data)
+    return bytes(data)
+
+
+def damage(path: Path, way: str, draw: random.Random) -> None:
+    """Damages a file."""
+    content = damaged(path.read_bytes(), way, draw)
+    path.unlink() if content is None else path.write_bytes(content)
 
 
 class Messages(logging.Handler):
