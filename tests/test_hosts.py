@@ -391,7 +391,19 @@ def attempts(tiny, folder):
     Checkpoints._read = read_badly
     attempt("damaged for one", folder / "damaged for one")
     told["gathered"] = processes.gather("" if leads else "text \N{GREEK SMALL LETTER MU}")
+    told["settled"] = settled(leads)
     return told
+
+
+def settled(leads):
+    """What processes learn that come together, of which one comes alone, and of which one has asked once more."""
+    own = f"process {int(not leads)}"
+    together = processes.settle("together", own, 60)
+    alone = processes.settle("alone", own, 0.5) if leads else None
+    processes._Counts.questions += leads
+    apart = processes.settle("apart", own, 60)
+    processes._Counts.questions -= leads
+    return [together, alone, apart]
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +457,15 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(told, t
 
 def test_gathered_text(told):
     assert [answer["gathered"] for answer in told[1]] == [["", "text μ"]] * HOSTS
+
+
+def test_processes_know_whether_they_are_in_step(told):
+    both = ["process 0", "process 1"]
+    alone = [["process 0"], False]
+    assert [answer["settled"] for answer in told[1]] == [
+        [[both, True], alone, [both, False]],
+        [[both, True], None, [both, False]],
+    ]
 
 
 # Starting
