@@ -511,6 +511,6 @@ def test_together_is_nothing_alone():
 def test_a_directory_is_let_go_when_its_run_ends(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     for _ in range(2):
-        with ownership.owned(directory), pytest.raises(InUse), ownership.owned(directory):
+        with ownership.owned(directory, 60), pytest.raises(InUse), ownership.owned(directory, 60):
             pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -11,8 +11,9 @@ import numpy as np
 
 from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted
+from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
-from peer_jax.processes import leads, wait_for_all
+from peer_jax.processes import leads, together, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
 from peer_jax.training import evaluators, ownership, result, room
@@ -25,7 +26,7 @@ from peer_jax.training.signals import StopOnSignal
 from peer_jax.training.step import Metrics, Trainer, TrainState
 
 
-def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dict[str, Any]:
+def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True, stale: float = STALE) -> dict[str, Any]:
     """Trains, from the last checkpoint in ``workdir`` if there is one, and writes ``result.json``, which it returns.
 
     All devices of all processes that ``peer_jax.processes`` has joined take part. The first process writes for all.
@@ -35,8 +36,11 @@ def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dic
             on only with a config of the same identity.
         workdir: the run directory.
         progress: show progress bars.
+        stale: seconds without a sign of life after which a process on another machine that trains in ``workdir`` has
+            died. Then this one takes the run over.
 
     Raises:
+        InUse: if a process that lives trains in ``workdir``.
         InputError: if a value, the data or what is in ``workdir`` can't be used.
         TrainingFailed: if the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, when the state is saved.
@@ -44,10 +48,12 @@ def train(run: Run, workdir: str | os.PathLike, *, progress: bool = True) -> dic
     directory = RunDirectory(workdir)
     placement = run.sharding.place(rows=run.batch_size // run.accumulation)
     with use(placement):
-        return _train(run, directory, placement, progress and leads())
+        return _train(run, directory, placement, progress and leads(), stale)
 
 
-def _train(run: Run, directory: RunDirectory, placement: Placement | None, progress: bool) -> dict[str, Any]:
+def _train(
+    run: Run, directory: RunDirectory, placement: Placement | None, progress: bool, stale: float
+) -> dict[str, Any]:
     _check_placement(run, placement)
 
     # Model.
@@ -60,6 +66,10 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
     room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
     # Data.
+    if jax.process_count() > 1:  # the first process prepares, and the others find its text if they share a cache
+        with together():
+            if leads():
+                ensure_prepared(run.task, progress=progress)
     cache = ensure_prepared(run.task, progress=progress)
     corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
     text = open_cache(cache, "train")
@@ -70,7 +80,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        check_owned = stack.enter_context(ownership.owned(directory))
+        check_still_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -106,7 +116,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
                 if not (evaluating or saving):
                     continue
 
-                check_owned()
+                check_still_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
@@ -123,7 +133,7 @@ def _train(run: Run, directory: RunDirectory, placement: Placement | None, progr
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
-        check_owned()
+        check_still_owned()
         time = clock.state()
         return result.write(
             directory,

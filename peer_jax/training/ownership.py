@@ -15,11 +15,16 @@ from peer_jax.run_directory import RunDirectory
 
 
 @contextlib.contextmanager
-def owned(directory: RunDirectory) -> Iterator[Callable[[], None]]:
+def owned(directory: RunDirectory, stale: float) -> Iterator[Callable[[], None]]:
     """Makes the directory and keeps other runs from training in it at the same time.
 
-    Gives a function that all processes call before they write. It raises InUse, in all, if another process has taken
-    the directory over, because this run could not say for too long that it lives.
+    Args:
+        directory: of the run.
+        stale: seconds without a sign of life after which its holder on another machine has died.
+
+    Yields:
+        A function that raises InUse, in all processes, if another run has taken the directory over meanwhile, because
+        this one was not heard of for too long. To be called before anything is written that the other run may rely on.
 
     Raises:
         InputError: in all processes, if the directory can't be made, if another run has it, or if not all processes
@@ -29,21 +34,21 @@ def owned(directory: RunDirectory) -> Iterator[Callable[[], None]]:
         held = None
         with together():
             if leads():
-                held = directory.lock()
+                held = directory.lock(stale=stale)
                 stack.callback(held.release)
         if jax.process_count() > 1:
             _check_shared(directory)
 
-        def check_owned() -> None:
+        def check_still_owned() -> None:
             with together():
                 if held is not None and held.lost:
                     raise InUse(
-                        f"{directory} was taken over by another process ({directory.holder()}), because this one "
-                        "could not renew its lease in time: the run goes on there",
+                        f"{directory} was taken over by another process, because this one was not heard of for "
+                        f"{stale:g} s: wait for it, or choose another directory",
                         argument="workdir",
                     )
 
-        yield check_owned
+        yield check_still_owned
 
 
 def _check_shared(directory: RunDirectory) -> None:
