@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "fields",
         "memory",
         "run_directory",
+        "lease",
         "storage",
         "startup",
         "digests",
