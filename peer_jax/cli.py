@@ -193,7 +193,7 @@ def sweep(
     config: Configs = [],  # noqa: B006
     workdir: Annotated[
         str | None,
-        typer.Option("--workdir", metavar="DIR", help="The directory, or gs:// address, that gets a folder per run."),
+        typer.Option("--workdir", metavar="DIR", help="The directory, or address gs://..., of the runs."),
     ] = None,
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006

@@ -159,8 +159,8 @@ def cache_folder(given: str | os.PathLike | None = None) -> Path:
         return Path(local(folder)).expanduser()
     except (InputError, RuntimeError) as error:
         raise InputError(
-            f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder or to "
-            "an address like gs://bucket/folder",
+            f"the cache folder {folder} can't be used ({error}): set cache_dir or PEER_JAX_CACHE to a local folder or "
+            "to an address like gs://bucket/folder",
             argument="cache_dir" if given else None,
         ) from error
 

@@ -17,7 +17,7 @@ BAD = {
     "XLA_FLAGS=no_such_file": "no_such_file",
     "XLA_FLAGS=--xla_force_host_platform_device_count=abc": "abc",
     "PEER_JAX_CACHE=~no_such_user/x": "no_such_user",
-    "PEER_JAX_CACHE=gs://bucket/x": "gs://bucket/x",
+    "PEER_JAX_CACHE=s3://bucket/x": "s3://bucket/x",
 }
 
 

@@ -66,7 +66,11 @@ def _train(
         sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
         room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
-        # Data.
+    # Data. The first process prepares the text, and the others find it if they share a cache.
+    with together():
+        if leads():
+            ensure_prepared(run.task, progress=progress)
+    with together():
         cache = ensure_prepared(run.task, progress=progress)
         corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
         text = open_cache(cache, "train")
@@ -77,7 +81,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         # The directory, and what it has of this run.
         ownership.check_same(run.config, corpus["fingerprint"])
-        check_owned = stack.enter_context(ownership.owned(directory, stale))
+        check_still_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
         if (finished := directory.whole_result()) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
@@ -113,7 +117,7 @@ def _train(
                 if not (evaluating or saving):
                     continue
 
-                check_owned()
+                check_still_owned()
                 meter.flush()
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
@@ -130,7 +134,7 @@ def _train(
 
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
-        check_owned()
+        check_still_owned()
         time = clock.state()
         return result.write(
             directory,

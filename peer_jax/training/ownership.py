@@ -39,7 +39,7 @@ def owned(directory: RunDirectory, stale: float) -> Iterator[Callable[[], None]]
         if jax.process_count() > 1:
             _check_shared(directory)
 
-        def check_owned() -> None:
+        def check_still_owned() -> None:
             with together():
                 if held is not None and held.lost:
                     raise InUse(
@@ -48,7 +48,7 @@ def owned(directory: RunDirectory, stale: float) -> Iterator[Callable[[], None]]
                         argument="workdir",
                     )
 
-        yield check_owned
+        yield check_still_owned
 
 
 def _check_shared(directory: RunDirectory) -> None:
