@@ -238,13 +238,13 @@ def read(path: epath.Path) -> bytes | None:
     with as_os_errors(path):
         try:
             return path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 
 def remove(path: epath.Path) -> None:
     """Removes a file, unless it is gone."""
-    with as_os_errors(path), contextlib.suppress(FileNotFoundError):
+    with as_os_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
 
 

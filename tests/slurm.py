@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from hosts import free_port
 from small_runs import environment
 
@@ -79,6 +80,14 @@ class Slurm:
         except BaseException:
             self.stop()
             raise
+
+    @classmethod
+    def or_skip(cls, folder):
+        """A Slurm; where its daemons do not start, the test is skipped and says why."""
+        try:
+            return cls(folder)
+        except AssertionError as error:
+            pytest.skip(f"Slurm is installed, but does not start here: {error}")
 
     def _begin(self, config):
         key, munge_socket = self._folder / "munge.key", self._folder / "munge.socket"

@@ -392,7 +392,8 @@ generate --workdir {run} --seed 4294967296 | --seed 4294967296
 generate --workdir {run} --seed 1.5 | --seed 1.5
 generate --workdir {run} --checkpoint x | 'x'
 generate --workdir {run} extra | extra
-sweep | --config
+sweep | --workdir
+sweep --workdir {here}/w | --config
 {sweep} | --workdir
 {sweep} --workdir gs://bucket/x | gs:
 {sweep} --dry-run --workers 0 | --workers 0

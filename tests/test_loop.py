@@ -351,7 +351,7 @@ def test_a_directory_given_as_a_string(tiny, tmp_path, monkeypatch):
     assert restore_model(load(tiny, "Run.steps=2"), "run")[0] == 2
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "http://host/run"])
+@pytest.mark.parametrize("address", ["s3://bucket/run", "http://host/run"])
 def test_an_address_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
     run = load(tiny, "Run.steps=2")

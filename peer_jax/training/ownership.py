@@ -10,12 +10,13 @@ import jax
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError, InUse
 from peer_jax.fields import RunConfig
+from peer_jax.lease import STALE
 from peer_jax.processes import gather, leads, together
 from peer_jax.run_directory import RunDirectory
 
 
 @contextlib.contextmanager
-def owned(directory: RunDirectory, stale: float) -> Iterator[Callable[[], None]]:
+def owned(directory: RunDirectory, stale: float = STALE) -> Iterator[Callable[[], None]]:
     """Makes the directory and keeps other runs from training in it at the same time.
 
     Args:
