@@ -19,6 +19,7 @@ import yaml
 from small_runs import ROOT, refused, sweep_config
 
 from peer_jax import cli
+from peer_jax.cli import launch as cli_launch
 from peer_jax.errors import InputError
 from peer_jax.launch import files
 from peer_jax.launch.job import ENGINES, Job, minutes
@@ -480,7 +481,7 @@ def test_commands_of_the_page_are_ones(command):
     if name != "launch":
         return
     options = {field.name for field in dataclasses.fields(Job)} - {"engine", "command", "workdir", "files", "cache"}
-    launched = cli._launched(parameters["command"])
+    launched = cli_launch._launched(parameters["command"])
     given = {option: parameters[option] for option in options}
     where = {"workdir": launched["workdir"], "files": launched["config"]}
     assert files.emit(Job(engine=parameters["on"], command=parameters["command"], **where, **given)).files
