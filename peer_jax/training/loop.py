@@ -83,7 +83,7 @@ def _train(
         ownership.check_same(run.config, corpus["fingerprint"])
         check_still_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
-        if (finished := directory.whole_result()) is not None:
+        if (finished := ownership.finished(directory)) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
             return finished
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_last=run.keep_checkpoints))
