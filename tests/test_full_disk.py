@@ -10,7 +10,11 @@ from peer_jax.errors import InputError
 from peer_jax.training import loop
 from peer_jax.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("trains")
+# Orbax leaves the writes that have failed to themselves, and Python complains of them.
+pytestmark = [
+    pytest.mark.usefixtures("trains"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture
