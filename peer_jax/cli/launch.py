@@ -117,7 +117,7 @@ def launch(
 
 
 def _shared_cache() -> str | None:
-    """The address of prepared text in a bucket. This process forgets it, since planning would copy all of that text."""
+    """The address of prepared text in a bucket. This process forgets it, since it may have no rights on the bucket."""
     cache = os.environ.get("PEER_JAX_CACHE", "")
     return os.environ.pop("PEER_JAX_CACHE") if "://" in cache else None
 
