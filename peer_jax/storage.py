@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from etils.epath import gpath
 
 from peer_jax.errors import InputError
 
@@ -28,10 +29,6 @@ REACH_SECONDS = 30  # for a first answer of a bucket
 
 # Top packages whose exceptions say that a bucket can't be used. gcsfs raises OSErrors besides.
 LIBRARIES = {"google", "gcsfs", "aiohttp", "requests", "urllib3"}
-
-# Else epath imports TensorFlow for buckets, if it is installed. epath remembers what it finds at its first use.
-if importlib.util.find_spec("gcsfs") is not None:
-    os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 # Paths
@@ -102,6 +99,9 @@ def _check_bucket(bucket: str, argument: str | None) -> None:
             f"{address} can't be used, because {' and '.join(missing)} is not installed: pip install 'peer-jax[gcs]'",
             argument=argument,
         )
+    # epath would reach buckets by TensorFlow if it is installed, and remembers that from its first use for any path.
+    os.environ["EPATH_USE_TF"] = "false"
+    gpath._is_tf_installed.cache_clear()
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for each bucket's kind by gRPC first
     import fsspec.config
 
