@@ -49,7 +49,7 @@ def of_folder(folder: epath.PathLike) -> dict[str, str]:
     folder = epath.Path(folder)
     if not storage.is_in_bucket(folder):
         return of_files(folder, sorted(_files(folder, PurePosixPath())))
-    known = {name: found and f"{OF_BUCKETS}:{found}" for name, found in sorted(storage.checksums(folder).items())}
+    known = _known(folder)
     return known | of_files(folder, [name for name, found in known.items() if found is None])
 
 
@@ -67,9 +67,7 @@ def of_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, str]:
 def changed(folder: epath.PathLike, digests: Mapping[str, str]) -> list[str]:
     """The files of `digests` that are missing in the folder, can't be read, or have another digest, in their order."""
     folder = epath.Path(folder)
-    known: dict[str, str | None] = {}
-    if storage.is_in_bucket(folder):
-        known = {name: found and f"{OF_BUCKETS}:{found}" for name, found in storage.checksums(folder).items()}
+    known = _known(folder) if storage.is_in_bucket(folder) else {}
 
     def differs(name: str) -> bool:
         algorithm, found = digests[name].partition(":")[0], known.get(name)
@@ -82,6 +80,11 @@ def changed(folder: epath.PathLike, digests: Mapping[str, str]) -> list[str]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return [name for name, found in zip(digests, pool.map(differs, digests), strict=True) if found]
+
+
+def _known(folder: epath.Path) -> dict[str, str | None]:
+    """The digests that a bucket tells of the objects of a folder; None for an object that it knows none of."""
+    return {name: found and f"{OF_BUCKETS}:{found}" for name, found in sorted(storage.checksums(folder).items())}
 
 
 def _files(folder: epath.Path, relative: PurePosixPath) -> Iterable[str]:

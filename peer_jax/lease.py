@@ -216,16 +216,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 class Held:
-    """A lease that this process has, and renews in a thread of its own until ``release``.
-
-    Attributes:
-        lost: whether somebody else has the lease by now, because this process could not renew it for too long. What
-            the lease guards must not be written to any more.
-    """
+    """A lease that this process has, and renews in a thread of its own until ``release``."""
 
     def __init__(self, place: Place, fields: dict[str, Any], version: Any) -> None:
-        self.lost = False
         self._place, self._fields, self._version = place, fields, version
+        self._renewed, self._renewing = time.monotonic(), threading.Lock()
         self._after: list[Callable[[], None]] = []
         self._ending = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -237,13 +232,24 @@ class Held:
         return self
 
     @property
+    def lost(self) -> bool:
+        """Whether somebody else has the lease by now, because this process could not renew it for too long.
+
+        What the lease guards must not be written to any more then. If renewals have failed, the place is asked again.
+        """
+        if time.monotonic() - self._renewed > 2 * self.seconds and not self._ending.is_set():
+            with contextlib.suppress(Exception):  # the thread says so
+                self._renew()
+        return self._version is None
+
+    @property
     def seconds(self) -> float:
         """The time between two renewals."""
         return self._fields["stale"] / BEATS
 
     def _beat(self) -> None:
         complained = False
-        while not self.lost and not self._ending.wait(self.seconds):
+        while self._version is not None and not self._ending.wait(self.seconds):
             try:
                 self._renew()
                 complained = False
@@ -253,9 +259,11 @@ class Held:
                 complained = True
 
     def _renew(self, **changes: Any) -> None:
-        self._fields |= {"beat": self._fields["beat"] + 1, **changes}
-        self._version = self._place.renew(_encoded(self._fields), self._version)
-        self.lost = self._version is None
+        with self._renewing:
+            if self._version is not None:
+                self._fields |= {"beat": self._fields["beat"] + 1, **changes}
+                self._version = self._place.renew(_encoded(self._fields), self._version)
+                self._renewed = time.monotonic()
 
     def release(self) -> None:
         """Gives the lease back, if this process still has it. Releasing twice does nothing."""
@@ -264,8 +272,7 @@ class Held:
         self._ending.set()
         self._beating.join()
         with contextlib.suppress(Exception):  # whoever wants it next will find it stale
-            if not self.lost:
-                self._renew(released=True)
+            self._renew(released=True)
         for action in self._after:
             action()
 

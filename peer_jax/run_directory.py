@@ -257,7 +257,7 @@ class RunDirectory(_Directory):
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole line of ``metrics.jsonl``, which a process may still be writing; None if there is none."""
         try:
-            with (self.path / METRICS).open("rb") as file:
+            with storage.as_os_errors(self.path), (self.path / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
                 for line in reversed(file.read().decode(errors="replace").splitlines()):
                     with contextlib.suppress(InputError):
@@ -369,8 +369,10 @@ def _find(path: epath.Path) -> Iterator[RunDirectory]:
     listed = {name for runs in kept for name in runs or ()}
     yield from (RunDirectory(path / name) for name in sorted(listed) if (path / name).exists())
     try:
-        named = (child for child in path.iterdir() if child.name not in listed and child.name[0] != ".")
+        named = (child for child in storage.listed(path) if child.name not in listed and child.name[0] != ".")
         below = sorted(child for child in named if child.is_dir())
+    except storage.BucketError:  # else a report would lack runs and not say so
+        raise
     except OSError:
         return
     for child in below:

@@ -34,10 +34,10 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
     """Prepares this process.
 
     Args:
-        workdir: what the command works in. If it is in a bucket, a process with an accelerator keeps its programs
-            there, where the other machines find them.
         keep_programs: have JAX keep compiled programs on disk, so that a run of the same shapes, or one that goes on,
             starts in a second.
+        workdir: what the command works in. If it is in a bucket, a process with an accelerator keeps its programs
+            there, where the other machines find them.
 
     Raises:
         InputError: if the environment has a setting that JAX or XLA can't start with.

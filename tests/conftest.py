@@ -51,12 +51,14 @@ LONG = (
         "sharded_training",
         "checkpoint",
         "loop",
+        "diverging_runs",
         "slices",
         "sweep_processes",
         "quickstart",
         "capacity",
     ),
-    *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers", "transformer", "isoflop", "fit"),
+    *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers"),
+    *("transformer", "isoflop", "fit", "parabola"),
 )
 
 

@@ -292,8 +292,13 @@ def test_a_prepared_text_in_a_bucket_is_copied_once(bucket, tiny, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path / "second"))
     monkeypatch.setattr(pipeline, "preparing_command", lambda: ["false"])
     task = load(tiny, shared).task
+    rows, copies = task.prepared_rows(), tmp_path / "second" / ".cache" / "peer_jax"
+    assert not copies.exists()  # planning copies nothing
+    (copies / f".{address.name}.copying-killed").mkdir(parents=True)
     path = pipeline.ensure_prepared(task)
-    assert path == tmp_path / "second" / ".cache" / "peer_jax" / address.name
+    assert path == copies / address.name
+    assert len(pipeline.open_cache(path, "train")) == rows == task.prepared_rows()
+    assert {p.name for p in copies.iterdir() if p.is_dir()} == {address.name}
     assert {p.name: p.read_bytes() for p in (path / "train").iterdir()} == {
         p.name: storage.read(p) for p in storage.listed(address / "train")
     }

@@ -1,15 +1,18 @@
 """Which implementation is used in each case that docs/performance.md lists."""
 
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from peer_jax.errors import InputError
-from peer_jax.ops import choice, expert_mix, mosaic_gpu
+from peer_jax.ops import choice, expert_mix, mosaic_gpu, sharded
 from peer_jax.ops.choice import choose
+from peer_jax.sharding import AXES, Placement, use
 
 
 def arrays(t=64, d=256, n=1024, dtype=jnp.float32):
@@ -56,6 +59,39 @@ def test_none(platform, size, r, expected):
 )
 def test_kernels_where_they_can_run(platform, size, r, expected):
     assert choose("mosaic_gpu", *arrays(**size), r, platform) == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("capability", "size", "expected"),
+    [
+        ("9.0", {}, "mosaic_gpu"),
+        ("9.0", {"d": 96}, "xla"),
+        ("8.0", {}, "xla"),
+        ("10.0", {}, "xla"),
+        ("gfx942", {}, "xla"),
+    ],
+)
+def test_none_is_the_kernels_on_hopper(monkeypatch, capability, size, expected):
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [gpu])
+    assert choose(None, *arrays(**size), 128, "gpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "tables", "tokens", "table"),
+    [
+        ({"data": 8}, "rows", (32, 256), (1024, 256)),
+        ({"data": 2, "expert": 4}, "rows", (128, 256), (256, 256)),
+        ({"data": 2, "expert": 4}, "columns", (128, 64), (1024, 64)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, "columns", (64, 128), (1024, 128)),
+    ],
+)
+def test_kernels_are_judged_by_the_part_of_a_device(mesh, tables, tokens, table):
+    sizes = tuple(mesh.get(axis, 1) for axis in AXES)
+    with use(Placement(AbstractMesh(sizes, AXES), tables)):
+        shapes = [part.shape for part in sharded.part_shapes(*arrays(t=256))]
+    assert shapes == [tokens, table]
 
 
 @pytest.mark.parametrize("asked_for", ["reference", "xla"])

@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh on tiny sizes, and the parts of scripts/compile_h200.py that need no compiler for CUDA."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -98,6 +99,14 @@ def test_speed_ups_compare_equal_cases():
         ("forward: over reference", "4.00x", "FAIL"),
         ("forward: over xla", "6.00x", ""),
     ]
+
+
+def test_the_largest_tables_can_be_drawn():
+    """As far as tracing tells: they take 8 GiB each."""
+    from gpu_check import ops
+
+    table = jax.eval_shape(functools.partial(ops.draw_table, N=4096**2, d=256, dtype="bfloat16"), jax.random.key(0))
+    assert (table.shape, table.dtype) == ((4096**2, 256), "bfloat16")
 
 
 LOG = """\

@@ -1,30 +1,25 @@
-"""What `peer-jax launch` emits: manifests by their published schema, scripts by bash and shellcheck, and bad input."""
+"""What `peer-jax launch` emits: manifests by their published schema, scripts by bash and shellcheck, bad options."""
 
-import dataclasses
 import importlib.util
 import itertools
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
-import typer.main
 import yaml
-from small_runs import ROOT, refused, sweep_config
+from small_runs import ROOT
 
-from peer_jax import cli
 from peer_jax.errors import InputError
 from peer_jax.launch import files
 from peer_jax.launch.job import ENGINES, Job, minutes
 from peer_jax.planning.tpus import GENERATIONS, TpuSlice, tpu_slice
 
-SCHEMA = ROOT.parent / "shared" / "schemas" / "jobset.json"
+SCHEMA = Path(__file__).parent / "schemas" / "jobset.json"  # published with JobSet, and has those of Job and Pod
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin") or shutil.which("shellcheck")
 # What a shell and YAML have their own meaning for.
 SET = """TextTask.vocabulary="it's $HOME: #1\""""
@@ -76,7 +71,6 @@ def strict(schema):
 # Manifests
 
 
-@pytest.mark.skipif(not SCHEMA.is_file(), reason="the published schema of JobSet is not beside the repository")
 @pytest.mark.parametrize("name", ["gke", "gke-plain"])
 def test_jobsets_fit_the_published_schema(name):
     validator = jsonschema.Draft202012Validator(strict(json.loads(SCHEMA.read_text())["schema"]))
@@ -84,21 +78,11 @@ def test_jobsets_fit_the_published_schema(name):
     assert len(found) == 3
     for jobset in found:
         assert [error.message for error in validator.iter_errors(jobset)] == []
-        del jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
-        jobset["spec"]["failurePolicies"] = {}
+        of_job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+        del of_job["template"]["spec"]["containers"]
+        of_job["completion"] = jobset["spec"]["failurePolicies"] = {}
         said = " ".join(error.message for error in validator.iter_errors(jobset))
-        assert "'containers' is a required property" in said
-        assert "failurePolicies" in said
-
-
-def test_jobs_and_pods_are_what_kubernetes_takes():
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    (replicated,) = manifests()[0]["spec"]["replicatedJobs"]
-    as_job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **replicated["template"]}
-    validate.validate(as_job, validate.latest_version(), strict=True)
-    as_job["spec"]["completion"] = 4
-    with pytest.raises(validate.ValidationError, match="completion"):
-        validate.validate(as_job, validate.latest_version(), strict=True)
+        assert all(word in said for word in ("'containers' is a required property", "'completion'", "failurePolicies"))
 
 
 def test_every_field_that_tpu_slices_need():
@@ -128,7 +112,10 @@ def test_every_field_that_tpu_slices_need():
         assert {taint["key"] for taint in pod["tolerations"]} == {"google.com/tpu", "cloud.google.com/gke-spot"}
         (container,) = pod["containers"]
         assert container["image"] == IMAGE
-        assert tuple(container["args"]) == COMMAND
+        assert [word.replace("$$", "$") for word in container["args"]] == list(COMMAND)
+        assert all(
+            re.fullmatch(r"([^$]|\$\$)*", word) for word in container["args"]
+        )  # $(NAME) would be a variable's value
         assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
         variables = {variable["name"]: variable["value"] for variable in container["env"]}
         # The name of a pod in JobSet's headless service: JOBSET-REPLICATEDJOB-JOB-POD.SUBDOMAIN.
@@ -204,16 +191,20 @@ def lint(path, text):
     assert done.returncode == 0, done.stdout
 
 
-ARGUMENTS = '#!/usr/bin/env bash\nprintf "%s\\n" "${0##*/}" "$@" >>"$CALLS"\necho ---- >>"$CALLS"\n'
+ARGUMENTS = """#!/usr/bin/env bash
+printf "%s\\n" "${0##*/}" "$@" >>"$CALLS"
+echo ---- >>"$CALLS"
+[ "${4:-}" != describe ] || echo "$STATE"
+"""
 
 
-def calls(script, folder, programs, *arguments):
-    """What a script gives to each call of some programs, which do nothing else."""
+def calls(script, folder, programs, *arguments, state=""):
+    """What a script gives to each call of some programs, which only print the state of queued resources."""
     folder.mkdir(exist_ok=True)
     for program in programs:
         (folder / program).write_text(ARGUMENTS)
         (folder / program).chmod(0o755)
-    variables = {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_JOB_ID": "7"}
+    variables = {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_JOB_ID": "7", "STATE": state}
     done = subprocess.run(["bash", str(script), *arguments], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [call.strip("\n").split("\n") for call in (folder / "calls").read_text().split("----\n") if call]
@@ -267,7 +258,8 @@ def test_slurm_gets_its_options():
 
 def test_queued_resources_are_asked_for(tmp_path):
     files.write(files.emit(job("tpu-vm")), tmp_path)
-    created = calls(tmp_path / files.QUEUED, tmp_path / "bin", ["gcloud"], "create")
+    given = calls(tmp_path / files.QUEUED, tmp_path / "bin", ["gcloud"], "create")
+    created = [call for call in given if call[4] != "describe"]
     assert [call[5] for call in created] == [f"peer-jax-paper-{number}" for number in range(3)]
     for call in created:
         assert call[1:5] == ["compute", "tpus", "queued-resources", "create"]
@@ -277,6 +269,25 @@ def test_queued_resources_are_asked_for(tmp_path):
         assert pairs["--metadata"] == f"peer-jax-slice={call[5]}"
         assert (pairs["--project"], pairs["--zone"]) == ("p", "us-east5-a")
         assert "--spot" in call
+
+
+@pytest.mark.parametrize(
+    ("order", "state", "expected"),
+    [
+        ("create", "", ["create"]),
+        ("create", "ACTIVE", []),
+        ("revive", "", []),  # it has done its work
+        ("revive", "ACTIVE", []),
+        ("revive", "SUSPENDED", ["delete", "create"]),
+        ("revive", "FAILED", ["delete", "create"]),
+        ("delete", "ACTIVE", ["delete"]),
+    ],
+)
+def test_queued_resources_are_asked_for_only_if_they_are_not_there(order, state, expected, tmp_path):
+    files.write(files.emit(job("tpu-vm")), tmp_path)
+    given = calls(tmp_path / files.QUEUED, tmp_path / "bin", ["gcloud"], order, state=state)
+    asked = [tuple(call[4:6]) for call in given if call[4] != "describe"]
+    assert asked == [(verb, f"peer-jax-paper-{number}") for number in range(3) for verb in expected]
 
 
 def test_skypilot_has_a_managed_job_per_slice():
@@ -393,113 +404,3 @@ def test_times_as_slurm_writes_them(time, expected):
 
 def test_a_signal_comes_early_enough_and_not_at_once():
     assert [job("slurm", time=time).signal_seconds for time in ("4:00:00", "20", "8", "1")] == [300, 300, 120, 15]
-
-
-# The command
-
-
-@pytest.fixture
-def sweep(tiny, tmp_path, monkeypatch):
-    """The words of a small sweep, whose config lies in the current folder, as in an image's."""
-    monkeypatch.chdir(tmp_path)
-    return ["sweep", f"--config={sweep_config(tmp_path, tiny).relative_to(tmp_path)}", "--set=Run.batch_size=16"]
-
-
-ON_GKE = ["launch", "--on=gke", "--image=peer-jax", "--accelerator=v5p-32", "--slices=8"]
-
-
-def test_the_command_prints_files_commands_and_cost(sweep, run_cli):
-    status, printed, errors = run_cli(*ON_GKE, *sweep, "--workdir=gs://bucket/small")
-    assert status == 0, errors
-    manifest, _, command = printed.rstrip().rpartition("\n")
-    assert command == "kubectl apply -f jobsets.yaml"
-    assert len(list(yaml.safe_load_all(manifest))) == 8
-    assert "4 runs fit a v5p-32 (16 devices)" in errors
-    assert "device-hours of tpu-v5p" in errors
-    assert "--slices 4 takes about as long" in errors
-
-
-def test_text_that_is_prepared_in_a_bucket_is_named_and_not_copied(sweep, run_cli, monkeypatch):
-    monkeypatch.setenv("PEER_JAX_CACHE", CACHE)  # where nobody could read
-    _, printed, _ = run_cli(*ON_GKE, *sweep, "--set=TextTask.cache_dir=None", "--workdir=gs://bucket/small")
-    assert f'value: "{CACHE}"' in printed
-
-
-def test_a_separator_may_come_before_the_command(sweep, run_cli, tmp_path):
-    options = [*ON_GKE, f"--out={tmp_path / 'out'}"]
-    outcomes = [run_cli(*options, *between, *sweep, "--workdir=gs://b/x")[:2] for between in ([], ["--"])]
-    assert outcomes[0] == outcomes[1] == (0, f"(cd {tmp_path}/out && kubectl apply -f jobsets.yaml)\n")
-    assert len(list(yaml.safe_load_all((tmp_path / "out" / "jobsets.yaml").read_text()))) == 8
-
-
-BAD = {
-    "evaluate": (["evaluate", "--workdir=gs://b/x"], "evaluate train"),
-    "no flag": (["sweep", "--confg=x.gin", "--workdir=gs://b/x"], "--confg"),
-    "no config": (["sweep", "--workdir=gs://b/x"], "--config"),
-    "no workdir": (["{sweep}"], "--workdir"),
-    "a folder": (["{sweep}", "--workdir=runs/x"], "runs/x gs://BUCKET/x"),
-    "no such config": (["sweep", "--config=none.gin", "--workdir=gs://b/x"], "none.gin"),
-    "dry": (["{sweep}", "--dry-run", "--workdir=gs://b/x"], "--dry-run"),
-    "coordinator": (["{sweep}", "--coordinator=a:1", "--workdir=gs://b/x"], "--coordinator"),
-    "batch": (["{sweep}", "--set=Run.batch_size=4", "--workdir=gs://b/x"], "dense-d8 16 Run.batch_size"),
-    "mesh": (["{sweep}", "--set=Sharding.data=1", "--workdir=gs://b/x"], "dense-d8 16 Sharding.data"),
-    "client": (["--submit", "{sweep}", "--workdir=gs://b/x"], "--submit kubectl"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_can_not_be_launched_is_one_sentence(case, sweep, run_cli, monkeypatch):
-    words, expected = BAD[case]
-    monkeypatch.setenv("PATH", "/nowhere")
-    given = [word for part in words for word in (sweep if part == "{sweep}" else [part])]
-    refused(run_cli(*ON_GKE, *given), expected)
-
-
-def test_what_does_not_fit_is_refused(run_cli, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    stacked = ("base", "layers/peer", "sizes/tiny", "data/python_stdlib")
-    run = ["train", *(f"--config=configs/{name}.gin" for name in stacked), "--set=Run.steps=10"]
-    options = ["launch", "--on=gke", "--image=peer-jax", "--accelerator=v5e-1"]
-    assert run_cli(*options, *run, "--workdir=gs://b/x")[0] == 0
-    outcome = run_cli(*options, *run, "--set=NUM_EXPERTS=67108864", "--workdir=gs://b/x")
-    refused(outcome, "1 v5e-1 GiB Sharding.expert")
-
-
-# The page
-
-
-PAGE = (ROOT / "docs" / "clusters.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
-COMMANDS = re.findall(r"^peer-jax .*$", BLOCKS, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_page_are_ones(command):
-    name, *words = shlex.split(command)[1:]
-    parameters = typer.main.get_command(cli.app).commands[name].make_context(name, words).params
-    if name != "launch":
-        return
-    options = {field.name for field in dataclasses.fields(Job)} - {"engine", "command", "workdir", "files", "cache"}
-    launched = cli._launched(parameters["command"])
-    given = {option: parameters[option] for option in options}
-    where = {"workdir": launched["workdir"], "files": launched["config"]}
-    assert files.emit(Job(engine=parameters["on"], command=parameters["command"], **where, **given)).files
-
-
-def test_the_page_has_the_commands_from_nothing_to_a_report():
-    assert [command.split()[1] for command in COMMANDS] == ["prepare", "launch", "sweep", "report"] * 2
-    assert all(f"| `{engine}` |" in PAGE for engine in ENGINES)
-
-
-def test_the_image_is_built_for_accelerators_that_have_an_extra():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "Dockerfile").read_text()
-    named = {*re.findall(r"ACCELERATOR=(\w+)", text), *re.findall(r"\$ACCELERATOR,(\w+)", text)}
-    assert named == {"tpu", "cuda", "gcs"}
-    assert named <= project["optional-dependencies"].keys()
-    python = re.search(r"FROM python:(3\.\d+)", text)[1]
-    assert f"constraints/python{python}.txt" in text
-    for copied in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
-        for name in copied.split():
-            assert (ROOT / name).exists()
-            assert f"!{name}\n" in (ROOT / ".dockerignore").read_text()

@@ -162,6 +162,29 @@ def test_a_holder_that_was_frozen_learns_that_its_lease_is_lost(tmp_path, proces
     assert held.lost is False
 
 
+def test_a_holder_that_could_not_renew_asks_again_before_it_writes(tmp_path):
+    """Though it may be a while until its thread tries the next time."""
+
+    class Failing(lease.Folder):
+        is_down = False
+
+        def renew(self, content, version):
+            if self.is_down:
+                raise OSError("no network")
+            return super().renew(content, version)
+
+    place = Failing(tmp_path)
+    held = lease.hold(place, stale=STALE)
+    place.is_down = True
+    time.sleep(STALE)
+    assert not held.lost  # for all that it knows
+    assert lease.Folder(tmp_path).take(b"successor", 1) == 2
+    place.is_down = False
+    assert held.lost
+    held.release()
+    assert place.read() == (2, b"successor")
+
+
 def test_one_of_several_takes_a_stale_lease(tmp_path, processes):
     place = tmp_path / "lease"
     other = holding(processes, place)

@@ -47,6 +47,7 @@ def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw
         NoFit: if there are fewer than 2 distinct x, or any number is not positive and finite.
         ValueError: if the lengths differ, or an option is out of range.
     """
+    check_confidence(confidence)
     x, y = columns_of(x=x, y=y)
     check_positive(x=x, y=y)
     # Logarithms are counted, because neighbouring numbers can have the same logarithm.
@@ -58,7 +59,6 @@ def fit_power_law(x: Column, y: Column, *, confidence: float = 0.95) -> PowerLaw
         raise NoFit("the power law's coefficient is beyond floating point")
     exponent, interval = float(line.slope), None
     if len(x) > 2:
-        check_confidence(confidence)
         reach = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2) * line.stderr)
         interval = exponent - reach, exponent + reach
     return PowerLaw(math.exp(line.intercept), exponent, interval, len(x))
@@ -246,7 +246,7 @@ def compute_saved(compute: float, loss: float, baseline_compute: Column, baselin
     Raises:
         NoFit: if the baseline has fewer than 2 budgets, its losses don't fall with every step of compute, or a number
             is not positive and finite.
-        ValueError: if the lengths differ, or an option is out of range.
+        ValueError: if the lengths differ.
     """
     baseline_compute, baseline_losses = columns_of(baseline_compute=baseline_compute, baseline_losses=baseline_losses)
     check_positive(

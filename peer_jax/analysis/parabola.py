@@ -83,8 +83,8 @@ def fit_parabola(
     to 30 times the optimum, by 7 to 30 per cent. Each interval is therefore widened by
     twice the difference between the parabola and a curve of that form, towards the minimum of that curve. Without
     noise, the intervals then hold the optimum in 97 to 100 per cent of random curves, instead of 10 to 96, and with
-    noise in 93 to 98, instead of 29 to 88. Of noisy true parabolas, intervals of 95 per cent hold 95 to 97 per cent,
-    and those of 80 per cent hold 86 to 90. The note says if the optimum is in the outer quarters of the sizes.
+    noise in 93 to 98, instead of 29 to 88. Of noisy true parabolas, intervals of 95 per cent hold 94 to 97 per cent,
+    and those of 80 per cent hold 84 to 90. The note says if the optimum is in the outer quarters of the sizes.
 
     Args:
         sizes: [n] numbers of parameters, or another measure of size.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from peer_jax import digests, storage
 from peer_jax.data.corpora import SPLITS
@@ -132,12 +133,7 @@ def verify(path: Path) -> dict[str, Any]:
         InputError: if there is no cache, or another program or another version has written it.
     """
     manifest = read_manifest(path)
-    names = manifest.get("digests") or [
-        f"{split}/{shard_file(path, split, name, shard).name}"
-        for split in SPLITS
-        for name in ("tokens", "segment_ids")
-        for shard in range(len(manifest["splits"][split]["shards"]))
-    ]
+    names = _files(manifest)
     now = {"manifest": digests.of_bytes(_canonical(manifest)), "files": _states(path, names)}
     is_earlier = manifest["format"] == WITHOUT_DIGESTS
     if _verified.get(path) == now or (_read_verified(path) == now and not is_earlier):
@@ -164,30 +160,24 @@ def verify(path: Path) -> dict[str, Any]:
 def bring(path: Path, shared: AnyPath) -> bool:
     """Has a whole copy of a cache in a bucket on this machine, and returns whether there is one to copy.
 
+    One process of a machine copies it, and the others wait for it.
+
     Raises:
         Damaged: if the one in the bucket is not as it was written.
         InputError: if another program or another version has written it, or it can't be copied.
     """
-    if path.exists():
-        try:
-            verify(path)
-            return True
-        except Damaged:
-            shutil.rmtree(path, ignore_errors=True)
+    if _is_whole(path):
+        return True
     if not (shared / MANIFEST).exists():
         return False
-    names = (MANIFEST, *read_manifest(shared).get("digests", ()))
+    prefix = f".{path.name}.copying-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.copying-", dir=path.parent) as above:
-            (folder := Path(above, path.name)).mkdir()
-            _copy(names, shared, folder)
-            try:
-                verify(folder)
-            except Damaged as error:
-                raise Damaged(f"{shared} is damaged", shared) from error
-            with contextlib.suppress(OSError):  # another process has just copied it, too
-                os.rename(folder, path)
+        with FileLock(path.parent / f"{prefix}lock"):
+            if not _is_whole(path):
+                for leftover in path.parent.glob(f"{prefix}*/"):  # of processes that were killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _bring(path, shared, prefix)
     except FileNotFoundError as error:
         raise Damaged(f"{shared} is damaged", shared) from error
     except OSError as error:
@@ -195,16 +185,37 @@ def bring(path: Path, shared: AnyPath) -> bool:
     return True
 
 
+def _bring(path: Path, shared: AnyPath, prefix: str) -> None:
+    """Copies a cache to this machine, in the place of a damaged copy."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as above:
+        (folder := Path(above, path.name)).mkdir()
+        _copy([MANIFEST, *_files(read_manifest(shared))], shared, folder)
+        try:
+            verify(folder)
+        except Damaged as error:
+            raise Damaged(f"{shared} is damaged", shared) from error
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(folder, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a cache that is not damaged."""
+    try:
+        return path.exists() and bool(verify(path))
+    except Damaged:
+        return False
+
+
 def publish(path: Path, shared: AnyPath) -> None:
-    """Copies a cache of this machine to a bucket, unless it is there; its manifest last, which makes it a cache.
+    """Copies a cache of this machine to a bucket, unless it has one; its manifest last, which makes it a cache.
 
     Raises:
         InputError: if it can't be written.
     """
-    names = verify(path).get("digests", ())
+    manifest = verify(path)
     try:
-        if storage.read(shared / MANIFEST) != (path / MANIFEST).read_bytes():
-            _copy(names, path, shared)
+        if storage.read(shared / MANIFEST) is None:
+            _copy(_files(manifest), path, shared)
             _copy([MANIFEST], path, shared)
     except OSError as error:
         raise InputError(f"{shared} can't be written to ({storage.reason(error)}): choose another cache") from error
@@ -237,7 +248,17 @@ def _read_verified(path: Path) -> object:
         return None
 
 
-def _states(path: Path, names: Sequence[str] | Mapping[str, str]) -> dict[str, list[int]]:
+def _files(manifest: Mapping[str, Any]) -> list[str]:
+    """The files of a cache beside its manifest; of an earlier version's cache, those that it can't do without."""
+    return list(manifest.get("digests", ())) or [
+        shard_file(Path(), split, name, shard).as_posix()
+        for split in SPLITS
+        for name in ("tokens", "segment_ids")
+        for shard in range(len(manifest["splits"][split]["shards"]))
+    ]
+
+
+def _states(path: Path, names: Sequence[str]) -> dict[str, list[int]]:
     """What changes when a file is written: its size, its inode and the times of its last changes."""
     try:
         states = {name: (path / name).stat() for name in names}

@@ -1,5 +1,6 @@
 """What a cache is made of: a corpus, a sequence length and a vocabulary. This module imports nothing heavy."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -97,6 +98,20 @@ class TextTask:
     def _name(self) -> str:
         name = vocabularies.load(self.vocabulary).name
         return f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
+
+    def prepared_rows(self) -> int | None:
+        """The number of training rows of the task's cache, here or in a bucket, from its manifest; None without one.
+
+        Raises:
+            InputError: what `fingerprint` raises; or if another program or version has written the cache.
+        """
+        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
+
+        for path in filter(None, (self.cache_path(), self.shared_path())):
+            with contextlib.suppress(cache.Damaged):
+                if (path / cache.MANIFEST).exists():
+                    return cache.read_manifest(path)["splits"]["train"]["rows"]
+        return None
 
     def is_prepared(self) -> bool:
         """Whether the task has a cache that is whole. One that is in a bucket alone is copied to this machine first.

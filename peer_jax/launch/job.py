@@ -240,7 +240,7 @@ def minutes(time: str) -> int:
         )
     days, *parts = found.groups()
     given = [int(part) for part in parts if part is not None]
-    scale = {True: (60, 1, 0), False: {1: (1,), 2: (1, 0), 3: (60, 1, 0)}[len(given)]}[days is not None]
+    scale = (60, 1, 0) if days is not None or len(given) == 3 else (1, 0)
     total = 24 * 60 * int(days or 0) + sum(part * unit for part, unit in zip(given, scale, strict=False))
     if total < 1:
         raise InputError(f"{time} is less than a minute", argument="time")

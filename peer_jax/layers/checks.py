@@ -60,15 +60,17 @@ def check_function(**functions: object) -> None:
 
 
 def check_dtype(**types: object) -> None:
-    """An InputError unless every value is a floating-point type."""
+    """An InputError unless every value is a floating-point type of 16 bits or more: 8 bits overflow in sums."""
     for name, value in types.items():
         try:
-            known = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
-            known = known and jnp.dtype(value).itemsize >= 2  # sums and initialisers overflow in 8 bits
+            kind = jnp.dtype(value)  # NumPy would take None for float64
+            known = value is not None and jnp.issubdtype(kind, jnp.floating) and kind.itemsize >= 2
         except TypeError:
             known = False
         if not known:
-            raise InputError(f"{name}={value!r} is not a floating-point type: try float32 or bfloat16")
+            raise InputError(
+                f"{name}={value!r} is not a floating-point type of 16 bits or more: try float32 or bfloat16"
+            )
 
 
 def check_layer(dtype: object, param_dtype: object, rngs: object, **initialisers: object) -> None:
@@ -79,7 +81,7 @@ def check_layer(dtype: object, param_dtype: object, rngs: object, **initialisers
         raise InputError(
             f"rngs={' '.join(repr(rngs).split())} must be random numbers of Flax, such as flax.nnx.Rngs(0)"
         )
-    if not {"params", "default"} & set(dir(rngs)):
+    if "params" not in rngs and "default" not in rngs:
         raise InputError("rngs has no stream 'params' or 'default': make it as flax.nnx.Rngs(0)")
 
 
@@ -93,7 +95,7 @@ def initial(
     """
     try:
         inspect.signature(initialiser).bind(key, shape, dtype, **kwargs)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: Python knows no signature, as of its own dict
         raise InputError(f"the initialiser {initialiser!r} must be a function of (key, shape, dtype)") from None
     array = initialiser(key, shape, dtype, **kwargs)
     if (found := getattr(array, "shape", None)) != shape:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from peer_jax.ops.cpu import top_k as on_cpu
 from peer_jax.ops.keys import key_of, place_of, value_of
 
-# The most elements per column that a GPU sorts at once, within a block; and the highest k for which groups were faster
-# than ``jax.lax.top_k`` there (docs/performance.md).
+# The most elements per column that a GPU is given to sort at once; and the highest k for which groups were checked on
+# one. Their time was measured as a part of a training step (docs/performance.md).
 SORTED = 64
 MOST = 32
 

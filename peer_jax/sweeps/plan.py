@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from peer_jax import memory
-from peer_jax.data.pipeline import TextTask, open_cache
+from peer_jax.data.pipeline import TextTask
 from peer_jax.data.vocabulary import BYTES
 from peer_jax.errors import InputError
 from peer_jax.fields import RunConfig
@@ -70,7 +71,9 @@ class Planned:
 
     @property
     def epochs(self) -> float | None:
-        return None if self.corpus_tokens is None else self.tokens / self.corpus_tokens
+        if self.corpus_tokens is None:
+            return None
+        return self.tokens / self.corpus_tokens if self.corpus_tokens else math.inf
 
 
 def plan(points: Sequence[Point], load: Load) -> list[Planned]:
@@ -149,8 +152,8 @@ def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
     Before a task is prepared, the number is an estimate that takes each byte for a token. If the corpus doesn't know
     its size, as with TFDS, or tokens are not bytes, it is the limit of the task, or None if there is no limit.
     """
-    if task.is_prepared():
-        return len(open_cache(task.cache_path(), "train")) * task.seq_len, True
+    if (rows := task.prepared_rows()) is not None:
+        return rows * task.seq_len, True
     limit = task.max_train_tokens
     if task.vocabulary == BYTES and hasattr(task.corpus, "num_bytes"):
         size = task.corpus.num_bytes()

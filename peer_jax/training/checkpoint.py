@@ -78,9 +78,8 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=lambda metrics: metrics[METRIC],  # has Orbax write the metrics; the policies decide
                 best_mode="min",
-                cleanup_tmp_directories=not is_in_bucket(
-                    self.directory
-                ),  # there, _tidy knows better what is unfinished
+                # In a bucket, _tidy knows better what is unfinished.
+                cleanup_tmp_directories=not is_in_bucket(self.directory),
                 # Called in the first process when all files are written, before the checkpoint is a finished one.
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=lambda: files.write_digests(self.directory, self._writing)

@@ -25,8 +25,8 @@ def unfinished_steps(directory: epath.Path) -> list[int]:
     """The steps whose checkpoint in a bucket is not finished. In a folder, such a checkpoint has another name."""
     if not storage.is_in_bucket(directory):
         return []
-    finished = finished_steps(directory)
-    return sorted({int(p.name) for p in storage.listed(directory) if p.name.isdecimal()} - set(finished))
+    found = storage.listed(directory)
+    return sorted(int(path.name) for path in found if path.name.isdecimal() and not _is_finished(path))
 
 
 def _is_finished(path: epath.Path) -> bool:

@@ -66,10 +66,10 @@ def _train(
         sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
         room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
-    # Data. The first process prepares the text, and the others find it if they share a cache.
+    # Data. The first process prepares the texts, and the others find them if they share a cache.
     with together():
-        if leads():
-            ensure_prepared(run.task, progress=progress)
+        for task in (run.task, *run.eval_tasks) if leads() else ():
+            ensure_prepared(task, progress=progress)
     with together():
         cache = ensure_prepared(run.task, progress=progress)
         corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
@@ -83,7 +83,7 @@ def _train(
         ownership.check_same(run.config, corpus["fingerprint"])
         check_still_owned = stack.enter_context(ownership.owned(directory, stale))
         ownership.check_config(directory, run.config)
-        if (finished := directory.whole_result()) is not None:
+        if (finished := ownership.finished(directory)) is not None:
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
             return finished
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_last=run.keep_checkpoints))

@@ -16,7 +16,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from peer_jax.errors import InputError
-from peer_jax.processes import gather
+from peer_jax.processes import gather, together
 from peer_jax.run_directory import RunDirectory
 from peer_jax.storage import as_os_errors, reason
 
@@ -37,7 +37,8 @@ class MetricsLog:
         found: names of the scalars that the log already has of ``resume_step``; the same in all processes.
 
     Raises:
-        InputError: if the files can't be written, at any time.
+        InputError: if the files can't be written: when the log is opened, in all processes, and later in the one that
+            writes.
     """
 
     def __init__(self, directory: RunDirectory, resume_step: int, *, enabled: bool = True) -> None:
@@ -53,8 +54,8 @@ class MetricsLog:
             except (ValueError, TypeError, KeyError):
                 return False
 
-        if enabled:
-            with self._naming_the_directory():
+        with together(), self._naming_the_directory():
+            if enabled:
                 self._lines = directory.append_metrics(keep)
                 with as_os_errors(directory):
                     self._events = RecordWriter(directory.event_file(socket.gethostname()))

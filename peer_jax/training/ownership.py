@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -69,6 +70,14 @@ def _check_shared(directory: RunDirectory) -> None:
     finally:
         if leads():
             directory.remove_mark(mark)
+
+
+def finished(directory: RunDirectory) -> dict[str, Any] | None:
+    """The result of the directory's run as the first process finds it, in all processes; None if it has none.
+
+    On a network's file system, another process may not see it for a while.
+    """
+    return json.loads(gather(json.dumps(directory.whole_result() if leads() else None))[0])
 
 
 def check_same(config: RunConfig | None, text: str) -> None:

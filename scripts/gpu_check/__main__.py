@@ -1,4 +1,6 @@
-"""Checks and times the ops on this machine's GPU: one table, in under 8 minutes. `scripts/gpu_check.sh` calls it.
+"""Checks and times the ops and the model on this machine's GPU: one table, in at most 8 minutes.
+
+`scripts/gpu_check.sh` calls it.
 
 Each part is a process with a time limit, so that a part that fails or hangs costs only its own rows. Writes table.txt
 and rows.json again whenever a part ends. The exit status is 1 if a target was missed or a part failed.
