@@ -145,9 +145,9 @@ def _slurm(environment: Mapping[str, str]) -> _Launched | None:
     if not environment.get(count):
         count = "SLURM_NTASKS"
     # node7,other or node[001-015,020]-rack,other
-    found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    address = found and f"{''.join(map(str, filter(None, found.groups())))}"
-    address = address and f"{address}:{_port(environment, _number(environment, 'SLURM_JOB_ID'))}"
+    address = None
+    if found := re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes):
+        address = f"{''.join(filter(None, found.groups()))}:{_port(environment, _number(environment, 'SLURM_JOB_ID'))}"
     variables = {"num_processes": count, "process_id": number}
     return address, _number(environment, count), _number(environment, number), variables
 

@@ -12,14 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_runs import environment, stack
+from small_runs import PROGRAM, stack, start_process
 
 HOSTS, DEVICES = 2, 4
 
 
 def train_command(tiny, folder, *bindings, layer="peer"):
     """The command that trains, without the flags for several processes."""
-    command = [sys.executable, "-m", "peer_jax", "train", "--quiet", "--no-table", "--workdir", str(folder)]
+    command = [*PROGRAM, "train", "--quiet", "--no-table", "--workdir", str(folder)]
     return command + [f"--config={file}" for file in stack(tiny, layer)] + [f"--set={binding}" for binding in bindings]
 
 
@@ -64,12 +64,8 @@ class Hosts:
         self._started = []
 
     def start(self, command, devices=DEVICES, variables=None):
-        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | (variables or {})
-        process = subprocess.Popen(
-            command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self._started.append(process)
-        return process
+        self._started.append(start_process(command, **{"JAX_NUM_CPU_DEVICES": str(devices)} | (variables or {})))
+        return self._started[-1]
 
     def start_all(self, command, second=(), variables=None):
         """Starts two processes of one run: the command, and the command with ``second`` appended."""

@@ -6,6 +6,9 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -21,6 +24,7 @@ from peer_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+PROGRAM = (sys.executable, "-m", "peer_jax")
 SEQ_LEN = 32
 BATCH = 4
 
@@ -123,6 +127,37 @@ def environment(**more):
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
 
 
+def start_process(command, **variables):
+    """Starts a command at the root of the project, on the CPU and with these variables; its output can be read."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(**{"JAX_PLATFORMS": "cpu"} | variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=120):
+    """Waits until a condition holds, and returns what it gives."""
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.002)
+    return value
+
+
+def read_until(process, *sayings):
+    """What a process writes to standard error until it has said all of this."""
+    read = ""
+    while not all(saying in read for saying in sayings):
+        line = process.stderr.readline()
+        assert line, read
+        read += line
+    return read
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -174,6 +209,23 @@ def handles(pid, number):
     """Whether the process has a handler of its own for a signal."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
     return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def children(pid):
+    """The child processes of a process; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def workers(pid):
+    """The worker processes of a sweep."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
 
 
 def gone(pid):

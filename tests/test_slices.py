@@ -9,14 +9,27 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from hosts import HOSTS, Hosts, ended, flags, free_port
-from small_runs import ROOT, gone, lines, load, losses, refused, saved_steps, sweep_config, without_times
+from small_runs import (
+    PROGRAM,
+    children,
+    gone,
+    lines,
+    load,
+    losses,
+    read_until,
+    refused,
+    saved_steps,
+    start_process,
+    sweep_config,
+    wait_for,
+    without_times,
+)
 
 from peer_jax import config as configs
 from peer_jax import lease
@@ -60,7 +73,7 @@ def hosts():
 
 
 def sweep_command(config, folder, *bindings, also=()):
-    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", f"--workdir={folder}", *also]
+    command = [*PROGRAM, "sweep", f"--config={config}", f"--workdir={folder}", *also]
     return command + [f"--set={binding}" for binding in (*BINDINGS, *bindings)]
 
 
@@ -103,14 +116,6 @@ def assert_equal_runs(found, expected, names=RUNS):
     for name in names:
         assert losses(found / name) == losses(expected / name), name
         assert without_times(result_of(found / name)) == without_times(result_of(expected / name)), name
-
-
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.01)
-    return value
 
 
 def step_of(run):
@@ -184,13 +189,13 @@ def test_a_slice_leaves_when_one_of_its_processes_hangs(hosts, config, tmp_path)
     also = ["--heartbeat-timeout=10", f"--set=Sweep.budgets=({BUDGETS[1]},)"]
     started = hosts.start_all(sweep_command(config, tmp_path, also=also), variables=ONE_DEVICE)
     wait_for(lambda: step_of(tmp_path / LONGEST) > 5)
-    (child,) = Path(f"/proc/{started[1].pid}/task/{started[1].pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGSTOP)
+    (child,) = children(started[1].pid)
+    os.kill(child, signal.SIGSTOP)
     for process in started:
         status, errors = ended(process, timeout=60)
         assert status > 0
         assert errors.splitlines()[-1].startswith("peer-jax: process ")
-    wait_for(lambda: gone(int(child)), seconds=10)
+    wait_for(lambda: gone(child), seconds=10)
 
 
 # Several slices on one directory
@@ -218,16 +223,17 @@ def test_slices_share_a_directory_and_take_over_from_the_dead(hosts, config, tmp
     first.send_signal(signal.SIGSTOP)
     second = start_alone(hosts, command)
     wait_for(lambda: (free / "result.json").exists())
-    time.sleep(5)  # the second tries the other two, whose holders live
-    assert second.poll() is None
+    read_until(
+        second,  # which tries the other two, whose holders live
+        f"{held.name} is being trained by process {elsewhere.pid} on elsewhere since ",
+        f"{LONGEST} is being trained by process {first.pid} on {socket.gethostname()} since ",
+    )
     assert not (folder / LONGEST / "result.json").exists()
     assert not (held / "config.gin").exists()
     first.kill()
     elsewhere.kill()
     status, errors = ended(second)
     assert status == 0, errors
-    assert f"{held.name} is being trained by process {elsewhere.pid} on elsewhere since " in errors
-    assert f"{LONGEST} is being trained by process {first.pid} on {socket.gethostname()} since " in errors
     assert [len(begun(run)) for run in (folder / LONGEST, held, free)] == [2, 1, 1]
     alone = tmp_path / "alone"
     train_all(config, alone, three)
@@ -317,8 +323,9 @@ print(*({"jax", "numpy", "gin", "flax"} & set(sys.modules)))
 
 def listed(folder):
     """State and details of each run that ``--list`` prints, its last line, and which libraries were imported."""
-    done = subprocess.run([sys.executable, "-c", LISTS, folder], capture_output=True, text=True, cwd=ROOT, check=True)
-    *rows, last, imported = done.stdout.splitlines()
+    printed, errors = start_process([sys.executable, "-c", LISTS, folder]).communicate()
+    assert errors == ""
+    *rows, last, imported = printed.splitlines()
     return {name: tuple(rest) for name, *rest in (row.split(maxsplit=2) for row in rows)}, last, imported
 
 

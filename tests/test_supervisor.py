@@ -1,12 +1,11 @@
 """Parents of processes, whose children do what a test says and have no JAX: how all end when one does."""
 
-import subprocess
 import sys
 import time
 
 import pytest
 from hosts import ended, free_port, open_mpi_4, open_mpi_5, slurm
-from small_runs import ROOT, environment
+from small_runs import start_process
 
 from peer_jax.supervisor import End
 
@@ -38,13 +37,8 @@ REFUSE = "time.sleep(0.5); say('peer-jax: Run has no argument stepz'); os._exit(
 
 def start(port, count, number, action=WAIT, launcher=None):
     variables = launcher(number, port, count) if launcher else {}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "launched" if launcher else str(port), str(count), str(number), action],
-        cwd=ROOT,
-        env=environment(**variables),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    where = "launched" if launcher else port
+    return start_process([sys.executable, "-c", PROGRAM, where, count, number, action], **variables)
 
 
 def ends(*actions):

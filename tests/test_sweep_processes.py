@@ -5,12 +5,10 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from small_runs import ROOT, environment, gone, handles, sweep_config
+from small_runs import PROGRAM, gone, handles, read_until, start_process, sweep_config, wait_for, workers
 
 from peer_jax import memory
 from peer_jax.config import load
@@ -26,19 +24,10 @@ def config(tiny, tmp_path_factory):
     return sweep_config(tmp_path_factory.getbasetemp(), tiny)
 
 
-def start(config, folder, *bindings, workers=2, compiled):
-    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", f"--workdir={folder}"]
-    command += [f"--workers={workers}", *(f"--set={binding}" for binding in bindings)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(
-            PEER_JAX_CACHE=str(compiled), JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-        ),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(config, folder, *bindings, workers=2, also=(), compiled):
+    command = [*PROGRAM, "sweep", f"--config={config}", f"--workdir={folder}", f"--workers={workers}", *also]
+    command += [f"--set={binding}" for binding in bindings]
+    return start_process(command, PEER_JAX_CACHE=str(compiled), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
 
 
 @pytest.fixture
@@ -55,7 +44,7 @@ def sweep(config, tmp_path, tmp_path_factory):
     yield sweep
     for process in started:
         if process.poll() is None:
-            for child in children(process.pid):
+            for child in workers(process.pid):
                 os.kill(child, signal.SIGKILL)
             process.kill()
             process.communicate()
@@ -65,29 +54,6 @@ def outcome(process):
     """Exit status, standard output and standard error."""
     printed, errors = process.communicate(timeout=240)
     return process.returncode, printed, errors
-
-
-def children(pid):
-    """Workers: child processes that train."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                with open(f"/proc/{entry}/stat") as stat, open(f"/proc/{entry}/cmdline") as command:
-                    parent = int(stat.read().rpartition(")")[2].split()[1])
-                    if parent == pid and "spawn_main" in command.read():
-                        found.append(int(entry))
-            except (OSError, ValueError):
-                continue
-    return found
-
-
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.05)
-    return value
 
 
 def training_runs(folder):
@@ -154,7 +120,7 @@ def test_a_killed_worker_fails_its_run_alone_and_the_next_sweep_mends_it(sweep, 
     process = sweep("Sweep.methods=('dense',)", "Sweep.budgets=(2e8,1e12)", "Sweep.seeds=(0,)", workers=1)
     big = folder / "dense-d8-1e12-seed0"
     wait_for(lambda: (RunDirectory(big).last_metrics() or {}).get("step", 0) > 30)
-    (worker,) = children(process.pid)
+    (worker,) = workers(process.pid)
     os.kill(worker, signal.SIGKILL)
     status, _, errors = outcome(process)
     assert status == 1
@@ -175,13 +141,13 @@ def test_a_signal_saves_what_is_running(sweep, tmp_path, number):
     folder = tmp_path / "sweep"
     process = sweep(*LONG)
     wait_for(lambda: len(training_runs(folder)) == 2)
-    workers = children(process.pid)
-    assert len(workers) == 2
+    pids = workers(process.pid)
+    assert len(pids) == 2
     process.send_signal(number)
     status, _, errors = outcome(process)
     assert status == 128 + number, errors
     assert errors.splitlines()[-1] == "peer-jax: stopped; every run is saved, and the same command goes on"
-    assert all(gone(worker) for worker in workers)
+    assert all(gone(pid) for pid in pids)
     for run in training_runs(folder):
         saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
         assert saved >= RunDirectory(run).last_metrics()["step"]
@@ -192,9 +158,9 @@ def test_workers_stop_when_the_sweep_is_killed(sweep, tmp_path):
     folder = tmp_path / "sweep"
     process = sweep(*LONG)
     wait_for(lambda: len(training_runs(folder)) == 2)
-    workers = children(process.pid)
+    pids = workers(process.pid)
     process.kill()
-    wait_for(lambda: all(gone(worker) for worker in workers), seconds=60)
+    wait_for(lambda: all(gone(pid) for pid in pids), seconds=60)
     for run in training_runs(folder):
         RunDirectory(run).lock().release()  # nobody has it any more
 
@@ -231,11 +197,10 @@ def test_a_run_left_by_a_dead_sweep_is_taken_over(sweep, tmp_path):
     first = sweep(*options, workers=1)
     run = folder / "dense-d8-2e9-seed0"
     wait_for(lambda: RunDirectory(run).last_metrics())
-    (worker,) = children(first.pid)
+    (worker,) = workers(first.pid)
     os.kill(worker, signal.SIGSTOP)  # it holds its run, and makes no step
-    second = sweep(*options, workers=1)
-    time.sleep(9)  # a worker starts, finds the run in use, and tries again
-    assert second.poll() is None
+    second = sweep(*options, workers=1, also=["--stale=2"])
+    read_until(second, f"{run.name} is being trained by process {worker} on ")  # found in use, and tried again
     assert not (run / "result.json").exists()
     first.kill()
     os.kill(worker, signal.SIGKILL)
@@ -245,22 +210,16 @@ def test_a_run_left_by_a_dead_sweep_is_taken_over(sweep, tmp_path):
 
 
 def test_dry_run_prints_every_run_and_makes_nothing(config, tmp_path):
-    command = [sys.executable, "-m", "peer_jax", "sweep", f"--config={config}", "--dry-run", "--workers=2"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(JAX_PLATFORMS="cpu", PEER_JAX_CACHE=str(tmp_path)),
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [*PROGRAM, "sweep", f"--config={config}", "--dry-run", "--workers=2"]
+    status, printed, errors = outcome(start_process(command, PEER_JAX_CACHE=str(tmp_path)))
+    assert status == 0, errors
     for name in RUNS:
-        (line,) = [line for line in done.stdout.splitlines() if name in line]
+        (line,) = [line for line in printed.splitlines() if name in line]
         assert line.split()[-1] in ("s", "min")  # its time was estimated
-    total, programs = re.search(r"(\S+) training FLOPs in all; (\d+) programs", done.stdout).groups()
+    total, programs = re.search(r"(\S+) training FLOPs in all; (\d+) programs", printed).groups()
     assert float(total) == pytest.approx(len(RUNS) * 2e8, rel=0.01)  # steps are whole
     assert programs == "2"
-    assert "About" in done.stdout
+    assert "About" in printed
 
 
 def test_sizes_that_can_t_fit_are_refused_before_anything_is_begun(config, tmp_path, run_cli):

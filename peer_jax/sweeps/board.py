@@ -78,6 +78,7 @@ class Board:
         self._enabled, self._is_live = enabled, enabled and self._console.is_terminal
         self._running: dict[str, Planned] = {}
         self._ended: dict[str, str] = {run.point.name: "finished earlier" for run in done}
+        self._holders: dict[str, Holder] = {}
         self._failures = 0
         self._note: str | None = None
         self._since = time.monotonic()
@@ -116,8 +117,10 @@ class Board:
         """Notes that another process, which is named if it is given, trains the run."""
         self._running.pop(run.point.name, None)
         self._note = f"{run.point.name} is being trained by {holder or 'another process'}"
-        if holder and self._enabled and not self._is_live:
-            print(self._note, file=sys.stderr, flush=True)
+        if holder and holder != self._holders.get(run.point.name):  # it is asked for again and again
+            self._holders[run.point.name] = holder
+            if self._enabled and not self._is_live:
+                print(self._note, file=sys.stderr, flush=True)
 
     def say(self, note: str | None) -> None:
         """Shows a line below the table, or prints it where there is no table; None removes the line."""

@@ -42,8 +42,8 @@ class Planned:
     """A run before it starts.
 
     Runs with the same ``program`` can share one compiled program. ``step_bytes`` is the least memory that a step takes
-    on all devices of a worker together. ``corpus_tokens`` is the size of the task's training
-    split: exact once the task is prepared, an estimate before, None if nothing is known.
+    on all devices of a worker together. ``corpus_tokens`` is the size of the task's training split: exact once the
+    task is prepared, an estimate before, None if nothing is known.
     """
 
     point: Point

@@ -16,9 +16,8 @@ import small
 
 STEPS = 120
 BINDINGS = (f"Run.steps={STEPS}", "Run.batch_size=8", "Run.checkpoint_every=10")
-GOOD = {
-    f"{count}: {how}" for count in (1, 2) for how in ("one sentence, then finished", "finished although it was full")
-}
+RESUMED, NOT_ENDED = "one sentence, then finished", "finished although it was full"
+GOOD = {f"{count}: {how}" for count in (1, 2) for how in (RESUMED, NOT_ENDED)}
 
 
 @contextlib.contextmanager
@@ -83,10 +82,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
         errors += "\n".join(said for _, said in ends)
         if [status for status, _ in ends] != [0] * count:
             return f"{count}: NOT RESUMED", errors
-        return (
-            f"{count}: {'one sentence, then finished' if small.numbers(workdir) == expected else 'OTHER NUMBERS'}",
-            errors,
-        )
+        return f"{count}: {RESUMED if small.numbers(workdir) == expected else 'OTHER NUMBERS'}", errors
 
 
 if __name__ == "__main__":

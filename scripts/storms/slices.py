@@ -15,7 +15,7 @@ from pathlib import Path
 
 import small
 from hosts import flags, free_port
-from small_runs import sweep_config
+from small_runs import PROGRAM, children, sweep_config
 
 ONE, WHOLE, ROUND = "one process killed, its slice ended", "a whole slice killed", "all runs as if undisturbed"
 GOOD = {ONE, WHOLE, ROUND}
@@ -30,7 +30,7 @@ class Slice:
 
     def __init__(self, folder: Path, workdir: Path) -> None:
         config, port = sweep_config(folder, small.tiny_config(folder)), free_port()
-        command = [*small.PROGRAM, "sweep", f"--config={config}", f"--workdir={workdir}", "--stale=8"]
+        command = [*PROGRAM, "sweep", f"--config={config}", f"--workdir={workdir}", "--stale=8"]
         command += [f"--set={binding}" for binding in SWEEP]
         self.processes = [
             small.start([*command, *flags(host, port)], folder, JAX_NUM_CPU_DEVICES="1") for host in range(2)
@@ -48,8 +48,7 @@ class Slice:
 
 def family(process: subprocess.Popen) -> list[int]:
     """A command, which is the parent of the process that trains, and that process."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [process.pid, *map(int, children.read_text().split())] if children.exists() else [process.pid]
+    return [process.pid, *children(process.pid)]
 
 
 def kill(one: Slice, draw: random.Random) -> str:

@@ -12,7 +12,7 @@ import small
 
 GOOD = "the same numbers as without waiting"
 MOMENTS = ("import", "compile", "batch", "evaluate", "restore", "save", "result")
-SECONDS = float(os.environ.get("SLUGGISH_SECONDS", "40"))  # Gloo's own timeout, and our heartbeat, are 30
+SECONDS = float(os.environ.get("SLUGGISH_SECONDS", "40"))  # Gloo's own timeout is 30
 BINDINGS = ("Run.steps=12", "Run.batch_size=8", "Run.checkpoint_every=5", "Run.evaluate_every=4")
 
 

@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,9 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from hosts import flags, free_port  # noqa: E402
-from small_runs import environment, losses, stack, tiny_config, without_times  # noqa: E402
+from small_runs import PROGRAM, losses, stack, start_process, tiny_config, without_times  # noqa: E402
 
-PROGRAM = (sys.executable, "-m", "peer_jax")
 Storm = Callable[[Path, random.Random, int], collections.Counter]
 
 
@@ -78,15 +78,8 @@ def start(command: list[str], folder: Path, **variables: str) -> subprocess.Pope
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    path = {"PYTHONPATH": f"{ROOT}{':' if 'PYTHONPATH' in environment() else ''}{environment().get('PYTHONPATH', '')}"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(JAX_PLATFORMS="cpu", **programs, **path, **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return start_process(command, PYTHONPATH=path, **programs, **variables)
 
 
 def start_two(

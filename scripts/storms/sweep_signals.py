@@ -7,12 +7,11 @@ worker must cost its own run alone. The second command must finish every run.
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import small
-from small_runs import handles, sweep_config
+from small_runs import PROGRAM, handles, sweep_config, workers
 
 STOPPED, KILLED = "stopped with one sentence, then finished", "a worker was killed, then finished"
 TOO_EARLY, TOO_LATE = "ended while Python was starting, then finished", "finished before the signal"
@@ -20,23 +19,16 @@ GOOD = {STOPPED, KILLED, TOO_EARLY, TOO_LATE}
 RUNS = 4
 
 
-def workers(process: subprocess.Popen) -> list[int]:
-    """The worker processes of a sweep."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = children.read_text().split() if children.exists() else []
-    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     """How a trial ends, and what the sweep has written to standard error."""
     folder.mkdir()
     config = sweep_config(folder, small.tiny_config(folder.parent))
-    command = [*small.PROGRAM, "sweep", f"--config={config}", f"--workdir={folder / 'runs'}", "--workers=2"]
+    command = [*PROGRAM, "sweep", f"--config={config}", f"--workdir={folder / 'runs'}", "--workers=2"]
     process = small.start(command, folder.parent)
     time.sleep(draw.choice((draw.uniform(0.05, 5), draw.uniform(0.05, 25))))
     number = draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
     has_begun = handles(process.pid, signal.SIGTERM)
-    killed = draw.choice(workers(process) or [0]) if number == signal.SIGKILL else 0
+    killed = draw.choice(workers(process.pid) or [0]) if number == signal.SIGKILL else 0
     if killed:
         os.kill(killed, number)
     elif number != signal.SIGKILL:

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import small
+from small_runs import children
 
 STEPS = 120
 BINDINGS = (f"Run.steps={STEPS}", "Run.batch_size=8", "Run.checkpoint_every=10", "Transformer.num_blocks=1")
@@ -27,9 +28,8 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
     if how != REFUSED:
         small.wait_for_steps(processes, folder, draw.randint(1, STEPS - 20))
         number = signal.SIGKILL if how == KILLED else draw.choice((signal.SIGTERM, signal.SIGINT))
-        children = Path(f"/proc/{processes[one].pid}/task/{processes[one].pid}/children").read_text().split()
-        killed = [processes[one].pid, *map(int, children)] if number == signal.SIGKILL else [processes[one].pid]
-        os.kill(draw.choice(killed), number)
+        pid = processes[one].pid
+        os.kill(draw.choice([pid, *children(pid)] if number == signal.SIGKILL else [pid]), number)
     ends = [small.end(process, timeout=60) for process in processes]
     errors = "\n".join(f"process {host}: status {status}\n{said}" for host, (status, said) in enumerate(ends))
     allowed = {KILLED: {1}, STOPPED: {128 + signal.SIGTERM, 128 + signal.SIGINT}, REFUSED: {2}}[how]
