@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from peer_jax import supervisor
 from peer_jax.cluster import Place, Timeouts
-from peer_jax.errors import InputError, InUse
+from peer_jax.errors import InputError, TryAgain
 
 # Seconds: LEAVE is how long a process that has failed waits for the others, WAIT is how long it waits for others that
 # live.
@@ -40,7 +40,7 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
         timeouts: how long the processes wait for one another.
 
     Raises:
-        InputError: if the processes don't find one another in time, or JAX finds no cluster.
+        TryAgain: if the processes don't find one another in time, or JAX finds no cluster.
     """
     if place is None and not from_cluster:
         return
@@ -80,7 +80,7 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
             if failures
             else f"waited {timeouts.start} s"
         )
-        raise InputError(
+        raise TryAgain(
             f"{who} did not start together ({reason}): start all, and check that they reach the first"
         ) from (failures[0] if failures else None)
 
@@ -197,9 +197,8 @@ def together() -> Iterator[None]:
         yield
     except InputError as error:
         refused = error
-    told = "" if refused is None else json.dumps([str(refused), refused.argument, isinstance(refused, InUse)])
-    told = gather(told)
+    told = gather("" if refused is None else json.dumps(refused.told()))
     if refused is not None:
         raise refused
-    for message, argument, in_use in map(json.loads, filter(None, told)):
-        raise (InUse if in_use else InputError)(message, argument=argument)
+    for one in filter(None, told):
+        raise InputError.heard(json.loads(one))

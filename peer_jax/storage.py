@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 from etils.epath import gpath
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, TryAgain
 
 AnyPath = Path | epath.Path
 
@@ -66,7 +66,7 @@ def place(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
 
     Raises:
         InputError: for an address of another kind; if the libraries for buckets are missing; or if there is no such
-            bucket or it can't be read.
+            bucket or it can't be read; TryAgain if it does not answer.
     """
     text = os.fspath(path)
     if not (scheme := _scheme(text)):
@@ -115,7 +115,8 @@ def _check_bucket(bucket: str, argument: str | None) -> None:
     except Exception as error:
         if (reason := fault(error)) is None:
             raise
-        raise InputError(f"{address} can't be used ({reason}): {_way_out(error)}", argument=argument) from error
+        kind, way_out = _way_out(error)
+        raise kind(f"{address} can't be used ({reason}): {way_out}", argument=argument) from error
 
 
 def _is_installed(name: str) -> bool:
@@ -125,15 +126,15 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def _way_out(error: Exception) -> str:
+def _way_out(error: Exception) -> tuple[type[InputError], str]:
     name = type(error).__name__
     if name == "NotFound":
-        return "make the bucket, or mend its name"
+        return InputError, "make the bucket, or mend its name"
     if name in ("Forbidden", "Unauthorized"):
-        return "ask for the rights to read and write objects in it, or log in as somebody who has them"
+        return InputError, "ask for the rights to read and write objects in it, or log in as somebody who has them"
     if "Credentials" in name:
-        return "log in with `gcloud auth application-default login`"
-    return "check the connection, and that its name is right"
+        return InputError, "log in with `gcloud auth application-default login`"
+    return TryAgain, "check the connection, and that its name is right"
 
 
 @functools.cache
@@ -148,6 +149,47 @@ def blob(path: epath.Path) -> Any:
     """The object of a path, for what only the library of Google Cloud Storage can do."""
     bucket, _, name = os.fspath(path).removeprefix(BUCKETS).partition("/")
     return client().bucket(bucket).blob(name)
+
+
+def far_away(path: str | os.PathLike) -> str | None:
+    """What to say if a bucket is in another region than this machine of Google Cloud.
+
+    None if it isn't, if this is no such machine, or if the bucket's region may not be asked for.
+    """
+    if not is_in_bucket(path) or (region := _region()) is None:
+        return None
+    name = os.fspath(path).removeprefix(BUCKETS).split("/")[0]
+    try:
+        bucket = client().get_bucket(name)
+    except Exception as error:
+        if fault(error) is None:
+            raise
+        return None
+    where = [place.lower() for place in bucket.data_locations or [bucket.location]]
+    continent = {"us": "us-", "eu": "europe-", "asia": "asia-"}
+    if any(region == place or region.startswith(continent.get(place, region + ".")) for place in where):
+        return None
+    return (
+        f"{BUCKETS}{name} is in {bucket.location} and this machine in {region}: reading and saving are slow and their "
+        f"traffic costs, so take a bucket or machines in one region"
+    )
+
+
+def _region() -> str | None:
+    """The region of this machine of Google Cloud, as its metadata say, which google-auth finds by the same variable."""
+    import urllib.request  # which takes longer to import than the rest of this module
+
+    server = os.environ.get("GCE_METADATA_HOST")
+    product = Path("/sys/class/dmi/id/product_name")
+    with contextlib.suppress(OSError):
+        if server or product.read_text().startswith("Google"):
+            asked = urllib.request.Request(
+                f"http://{server or 'metadata.google.internal'}/computeMetadata/v1/instance/zone",
+                headers={"Metadata-Flavor": "Google"},
+            )
+            with urllib.request.urlopen(asked, timeout=2) as answer:
+                return answer.read().decode().rpartition("/")[2].rpartition("-")[0]
+    return None
 
 
 def checksums(folder: epath.Path) -> dict[str, str | None]:

@@ -20,13 +20,13 @@ from typing import NoReturn
 
 from peer_jax import startup
 from peer_jax.cluster import Place, Timeouts
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, TryAgain
 
 # Seconds. A parent that is silent for SILENCE has died; it makes itself heard every PING. What a child writes is held
 # back for HOLD, and a child that fails without a sentence is judged only after NEWS, since the cause may be another
 # process. If a process ends because of bad input, the others have GRACE to find the same by themselves, and STOPPING if
-# it was stopped by a signal, to save.
-SILENCE, PING, HOLD, NEWS, GRACE, STOPPING = 20, 2, 1, 3, 5, 60
+# it was stopped by a signal, to save. After SAY, a process that has started says for whom it waits.
+SILENCE, PING, HOLD, NEWS, GRACE, STOPPING, SAY = 20, 2, 1, 3, 5, 60, 20
 SAYS = "peer-jax: "
 _HELLO = "peer-jax run"
 _SUPERVISED = False
@@ -46,7 +46,7 @@ def supervise(place: Place, timeouts: Timeouts = Timeouts()) -> None:  # noqa: B
 
     Raises:
         InputError: in all processes, if they were not all started with the same number of processes and a number of
-            their own, or if not all come in time.
+            their own; TryAgain if not all come in time.
     """
     global _SUPERVISED
     links = _gather(place, timeouts.start) if place.process_id == 0 else _find(place, timeouts.start)
@@ -100,6 +100,12 @@ class End:
             return 4
         return 0 if self.was_killed else 1 if self.is_said else 3 if self.status == -signal.SIGABRT else 2
 
+    def status_of_others(self) -> int:
+        """The exit status of processes that end because of it: its own, unless it did not end by itself."""
+        if self.is_said:
+            return self.status
+        return TryAgain.status if self.was_killed or self.status == -signal.SIGABRT else 1
+
     def sentence(self) -> str:
         """What the other processes say of it."""
         if self.is_said:
@@ -150,7 +156,7 @@ class _Link:
 def _gather(place: Place, seconds: float) -> list[_Link]:
     """The first process's connections to all others, once all have come with the right number of processes."""
     links: dict[int, _Link] = {}
-    deadline = time.monotonic() + seconds
+    deadline, say_at = time.monotonic() + seconds, time.monotonic() + SAY
     try:
         server = _listen(place.port)
     except OSError as error:
@@ -160,13 +166,18 @@ def _gather(place: Place, seconds: float) -> list[_Link]:
         raise place.refusal("coordinator", taken) from error
     with server:
         while len(links) < place.num_processes - 1:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
+            server.settimeout(max(0.01, min(say_at, deadline) - time.monotonic()))
             try:
                 link = _Link(server.accept()[0], -1)
             except TimeoutError:
                 missing = sorted(set(range(1, place.num_processes)) - links.keys())
-                came = f"process {', '.join(map(str, missing))} has not come in {seconds} s"
-                _refuse(list(links.values()), InputError(_not_together(place, came)))
+                whom = f"process {', '.join(map(str, missing))}"
+                if say_at < deadline:
+                    _say_waiting(place, whom, deadline)
+                    say_at = deadline
+                    continue
+                came = f"{whom} has not come in {seconds} s"
+                _refuse(list(links.values()), _not_together(place, came))
             hello = _message(link, time.monotonic() + PING)
             if not isinstance(hello, dict) or hello.get("hello") != _HELLO:
                 link.connection.close()
@@ -187,7 +198,7 @@ def _gather(place: Place, seconds: float) -> list[_Link]:
 
 def _find(place: Place, seconds: float) -> list[_Link]:
     """The connection of another process to the first one, once all have come."""
-    deadline = time.monotonic() + seconds
+    deadline, say_at = time.monotonic() + seconds, time.monotonic() + SAY
     while True:
         try:
             link = _Link(socket.create_connection((place.host, place.port), timeout=PING), 0)
@@ -195,7 +206,10 @@ def _find(place: Place, seconds: float) -> list[_Link]:
         except OSError as error:
             if time.monotonic() > deadline:
                 came = f"process 0 has not come in {seconds} s, {error}"
-                raise InputError(_not_together(place, came)) from error
+                raise _not_together(place, came) from error
+            if time.monotonic() > say_at:
+                _say_waiting(place, f"process 0 ({error})", deadline)
+                say_at = deadline
             time.sleep(0.1)
     link.send({"hello": _HELLO, "process": place.process_id, "count": place.num_processes})
     answer = _message(link, time.monotonic() + seconds + 2 * PING)  # the first one already listens, and waits so long
@@ -206,12 +220,18 @@ def _find(place: Place, seconds: float) -> list[_Link]:
             f"that waits for process {place.process_id}: check the numbers of the processes, or choose another port",
         )
     if "refused" in answer:
-        raise InputError(answer["refused"], argument=answer["argument"])
+        raise InputError.heard(answer["refused"])
     return [link]
 
 
-def _not_together(place: Place, reason: str) -> str:
-    return (
+def _say_waiting(place: Place, whom: str, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    waits = f"process {place.process_id} waits at {place.coordinator} for {whom}, {left:.0f} s more at most"
+    print(f"{SAYS}{waits}", file=sys.stderr, flush=True)
+
+
+def _not_together(place: Place, reason: str) -> TryAgain:
+    return TryAgain(
         f"{place.num_processes} processes at {place.coordinator} did not start together ({reason}): start all, and "
         "check that they reach the first"
     )
@@ -239,7 +259,7 @@ def _message(link: _Link, deadline: float) -> object:
 def _refuse(links: Sequence[_Link], error: InputError) -> NoReturn:
     """Ends all processes that have come, and this one, with the same error."""
     for link in links:
-        link.send({"refused": str(error), "argument": error.argument})
+        link.send({"refused": error.told()})
         link.connection.close()
     raise error
 
@@ -288,7 +308,7 @@ class _Parent:
             while time.monotonic() < came + NEWS and not self._cause(came, end):
                 self._listen(0.1)
         if cause := self._cause(came, end):
-            self._leave(cause.status if cause.is_said else 1, cause.sentence())
+            self._leave(cause.status_of_others(), cause.sentence())
         self._show(float("inf"))
         if end.status < 0:
             self._leave(128 - end.status, f"{end.sentence()}{'; is memory full?' * (end.status == -signal.SIGKILL)}")
@@ -308,7 +328,7 @@ class _Parent:
         os.kill(self._child, signal.SIGKILL)
         os.waitpid(self._child, 0)
         self._tell(End(self._id, cause.status, cause.says))
-        self._leave(cause.status if cause.is_said else 1, cause.sentence())
+        self._leave(cause.status_of_others(), cause.sentence())
 
     def _leave(self, status: int, sentence: str = "") -> NoReturn:
         """Exits, once the others have read what they were told."""

@@ -189,7 +189,7 @@ def test_stopped_and_killed_runs_end_as_one_that_never_was(hosts, tiny, two, tmp
             if number == kill:
                 assert status == -kill
             else:
-                assert status == 1
+                assert status == os.EX_TEMPFAIL
                 assert errors == f"peer-jax: process {numbers.index(kill)} {died}\n"
         assert max(saved(tmp_path), default=0) >= step - 2 * EVERY
         assert not (tmp_path / "result.json").exists()
@@ -224,7 +224,7 @@ def test_a_process_that_dies_under_a_launcher_is_named(hosts, tiny, two, tmp_pat
     (child,) = children(started[1].pid)
     os.kill(child, signal.SIGKILL)
     killed = "peer-jax: process 1 was killed by SIGKILL: start all processes again, and the run goes on from its last"
-    assert ended(started[0]) == (1, f"{killed} checkpoint\n")
+    assert ended(started[0]) == (os.EX_TEMPFAIL, f"{killed} checkpoint\n")
     status, errors = ended(started[1])
     assert status == 128 + signal.SIGKILL
     assert errors.endswith(f"{killed} checkpoint; is memory full?\n")
@@ -515,7 +515,7 @@ def test_a_process_that_meets_no_other_says_so(hosts):
     for process, port, other in zip(started, ports, missing, strict=True):
         status, errors = ended(process)
         said = [line for line in errors.splitlines() if line.startswith("peer-jax: ")]
-        assert status == 2, errors
+        assert status == os.EX_TEMPFAIL, errors
         assert said == [
             f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together ({other}): start all, and check that "
             "they reach the first"

@@ -94,6 +94,8 @@ def test_every_field_that_tpu_slices_need():
         assert jobset["metadata"]["annotations"] == exclusive
         assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpus"
         assert spec["failurePolicy"]["maxRestarts"] == 100
+        (rule,) = spec["failurePolicy"]["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
         assert spec["coordinator"] == {"replicatedJob": "slice", "jobIndex": 0, "podIndex": 0}
         assert spec["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
         (replicated,) = spec["replicatedJobs"]  # a slice that fails restarts no other
@@ -101,6 +103,9 @@ def test_every_field_that_tpu_slices_need():
         of_job = replicated["template"]["spec"]
         assert (of_job["completions"], of_job["parallelism"], of_job["backoffLimit"]) == (4, 4, 0)
         assert of_job["completionMode"] == "Indexed"
+        (rule,) = of_job["podFailurePolicy"]["rules"]
+        assert rule["action"] == "FailJob"
+        assert rule["onExitCodes"] == {"containerName": "peer-jax", "operator": "In", "values": [1, 2]}
         pod = of_job["template"]["spec"]
         assert pod["restartPolicy"] == "Never"
         assert pod["serviceAccountName"] == "peer"
@@ -297,7 +302,8 @@ def test_skypilot_has_a_managed_job_per_slice():
     assert task["resources"]["accelerators"] == "tpu-v5p-32"
     assert task["resources"]["infra"] == "gcp/us-east5/us-east5-a"
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 100
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 0
+    assert {75, 137, 143} < set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
     gpus = yaml.safe_load(files.emit(job("skypilot-gpus")).files[files.SKYPILOT])
     assert (gpus["num_nodes"], gpus["resources"]["accelerators"]) == (2, "H100:8")
 
@@ -311,7 +317,7 @@ def test_skypilot_reads_its_file(name, tmp_path):
     task = sky.Task.from_yaml(str(tmp_path / files.SKYPILOT))
     (resources,) = task.resources
     assert resources.use_spot is (name == "skypilot")
-    assert resources.job_recovery["max_restarts_on_errors"] == 100
+    assert resources.job_recovery["max_restarts_on_errors"] == 0
 
 
 # Slices

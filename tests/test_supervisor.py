@@ -14,7 +14,7 @@ import os, signal, sys, time
 from peer_jax import cluster, supervisor
 from peer_jax.errors import InputError
 
-supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS = 3, 0.2, 2, 3
+supervisor.SILENCE, supervisor.PING, supervisor.GRACE, supervisor.NEWS, supervisor.SAY = 3, 0.2, 2, 3, 1.5
 port, count, number, action = sys.argv[1:]
 
 def say(*lines):
@@ -26,7 +26,7 @@ try:
     supervisor.supervise(cluster.find(*flags), cluster.Timeouts(start=5))
 except InputError as error:
     say("peer-jax: " + (f"--{error.argument} " if error.argument else "") + str(error))
-    sys.exit(2)
+    sys.exit(error.status)
 exec(action)
 """
 AGAIN = "start all processes again, and the run goes on from its last checkpoint"
@@ -59,21 +59,21 @@ def test_children_that_end_well():
 @pytest.mark.parametrize(
     ("culprit", "action", "status", "says"),
     [
-        (0, "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)", 1, f"was killed by SIGKILL: {AGAIN}"),
-        (1, "time.sleep(0.5); os.kill(os.getpid(), signal.SIGSEGV)", 1, f"was killed by SIGSEGV: {AGAIN}"),
+        (0, "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)", 75, f"was killed by SIGKILL: {AGAIN}"),
+        (1, "time.sleep(0.5); os.kill(os.getpid(), signal.SIGSEGV)", 75, f"was killed by SIGSEGV: {AGAIN}"),
         (
             0,
             "time.sleep(0.5); os.kill(os.getppid(), signal.SIGKILL)",
-            1,
+            75,
             f"has died (its connection has ended): {AGAIN}",
         ),
         (
             1,
             "time.sleep(0.5); os.kill(os.getppid(), signal.SIGKILL)",
-            1,
+            75,
             f"has died (its connection has ended): {AGAIN}",
         ),
-        (1, "os.kill(os.getppid(), signal.SIGSTOP)", 1, f"has died (nothing was heard of it for 3 s): {AGAIN}"),
+        (1, "os.kill(os.getppid(), signal.SIGSTOP)", 75, f"has died (nothing was heard of it for 3 s): {AGAIN}"),
         (0, REFUSE, 2, "has ended: Run has no argument stepz"),
         (1, "time.sleep(0.5); raise ValueError('a fault')", 1, f"has failed (ValueError: a fault): {AGAIN}"),
     ],
@@ -94,7 +94,7 @@ def test_others_name_the_process_that_has_ended(culprit, action, status, says):
 def test_a_process_that_hangs_is_ended_when_another_dies():
     hangs, dies = "os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
     first, _ = ends(hangs, dies)
-    assert first == (1, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
+    assert first == (75, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
 
 
 def test_a_process_says_itself_how_it_was_killed():
@@ -144,8 +144,8 @@ def test_a_number_that_all_have(number):
     twice = "peer-jax: --process_id 0 is given to two processes: give each its own, from 0 to 1\n"
     none = f"peer-jax: 2 processes at 127.0.0.1:{port} did not start together (process 0 has not come in 5 s"
     for status, errors in map(ended, [start(port, 2, number) for _ in range(2)]):
-        assert status == 2
-        assert errors.startswith((twice, none)[number])
+        assert status == (2, 75)[number]
+        assert errors.splitlines(keepends=True)[-1].startswith((twice, none)[number])
 
 
 @pytest.mark.parametrize("launcher", [slurm, open_mpi_4, open_mpi_5])
@@ -165,7 +165,7 @@ def test_a_launcher_s_variables_are_named(launcher):
     port = free_port()
     dies = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
     first, second = (start(port, 2, number, (ABORT, dies)[number], launcher) for number in range(2))
-    assert ended(first) == (1, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
+    assert ended(first) == (75, f"peer-jax: process 1 was killed by SIGKILL: {AGAIN}\n")
     assert ended(second)[0] == 128 + 9
 
 
@@ -174,10 +174,13 @@ def test_a_process_that_does_not_come():
     started = [start(port, 3, 2)]
     time.sleep(2)  # which it has waited longer than the first one when that gives up
     started.append(start(port, 3, 0))
-    together = f"peer-jax: 3 processes at 127.0.0.1:{port} did not start together"
-    for status, errors in map(ended, started):
-        assert status == 2
-        assert errors.startswith(f"{together} (process 1 has not come in 5 s): start all")
+    together = f"peer-jax: 3 processes at 127.0.0.1:{port} did not start together (process 1 has not come in 5 s)"
+    waits = [f"peer-jax: process {number} waits at 127.0.0.1:{port} for process" for number in (2, 0)]
+    for wait, whom, (status, errors) in zip(waits, ("0 ([Errno 111]", "1, 3 s"), map(ended, started), strict=True):
+        assert status == 75
+        first, last = errors.splitlines()
+        assert first.startswith(f"{wait} {whom}")
+        assert last.startswith(f"{together}: start all")
 
 
 def test_a_process_that_is_too_many_does_not_disturb_the_others():
@@ -186,7 +189,7 @@ def test_a_process_that_is_too_many_does_not_disturb_the_others():
     assert [process.stderr.readline() for process in started] == ["begun\n"] * 2
     time.sleep(0.2)
     status, errors = ended(start(port, 2, 1))
-    assert status == 2
+    assert status == 75
     assert f"2 processes at 127.0.0.1:{port} did not start together" in errors
     assert [ended(process) for process in started] == [(0, "")] * 2
 

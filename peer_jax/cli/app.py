@@ -114,10 +114,12 @@ def join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Time
     if place is not None and place.num_processes > 1:
         supervisor.supervise(place, timeouts)  # goes on in a child, which may import JAX
     startup.prepare(workdir=workdir)
-    from peer_jax import processes
+    from peer_jax import processes, storage
 
     processes.start(place, from_cluster=from_cluster, timeouts=timeouts)
     startup.check_devices()
+    if processes.leads() and (warning := storage.far_away(workdir)):
+        typer.echo(warning, err=True)
 
 
 def keep_off_accelerators() -> None:

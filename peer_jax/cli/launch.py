@@ -54,7 +54,7 @@ def launch(
         ),
     ] = None,
     spot: Annotated[bool, typer.Option("--spot", help="Take machines that are cheaper and may be preempted.")] = False,
-    retries: Annotated[int, typer.Option(help="How often a slice may be started again.")] = 100,
+    retries: Annotated[int, typer.Option(help="How often a slice may be started again; SkyPilot has no limit.")] = 100,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write the files there instead of printing them.")
     ] = None,

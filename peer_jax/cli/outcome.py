@@ -9,11 +9,11 @@ import typer
 
 from peer_jax import startup, supervisor
 from peer_jax.cli.app import NAME, app
-from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.errors import InputError, Interrupted, TrainingFailed, TryAgain
 
 
 def main() -> None:
-    """Runs a command; bad input is one sentence on standard error and exit status 2."""
+    """Runs a command; bad input is one sentence on standard error and exit status 2, or 75 if it may pass."""
     try:
         if status := app(prog_name=NAME, standalone_mode=False):
             sys.exit(status)
@@ -22,14 +22,15 @@ def main() -> None:
     except USAGE_ERROR as error:
         _exit_usage(error)
     except InputError as error:
-        _exit(error, 2)
+        _exit(error, error.status)
     except TrainingFailed as error:
         _exit(error, 1)
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
     except Exception as error:
         if (reason := startup.fault_of_a_bucket(error)) is not None:
-            _exit(InputError(f"a bucket can't be used any more ({reason}): check the connection and your rights"), 2)
+            passing = f"a bucket can't be used any more ({reason}): check the connection and your rights"
+            _exit(TryAgain(passing), TryAgain.status)
         if not supervisor.is_supervised():
             raise
         traceback.print_exc()

@@ -32,7 +32,7 @@ def trial(folder: Path, draw: random.Random) -> tuple[str, str]:
         os.kill(draw.choice([pid, *children(pid)] if number == signal.SIGKILL else [pid]), number)
     ends = [small.end(process, timeout=60) for process in processes]
     errors = "\n".join(f"process {host}: status {status}\n{said}" for host, (status, said) in enumerate(ends))
-    allowed = {KILLED: {1}, STOPPED: {128 + signal.SIGTERM, 128 + signal.SIGINT}, REFUSED: {2}}[how]
+    allowed = {KILLED: {os.EX_TEMPFAIL}, STOPPED: {128 + signal.SIGTERM, 128 + signal.SIGINT}, REFUSED: {2}}[how]
     other_status, other_said = ends[1 - one]
     if None in (ends[0][0], ends[1][0]):
         return "HUNG", errors
