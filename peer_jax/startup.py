@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -134,6 +135,9 @@ def _check_xla_flags() -> None:
 
 def _refused_environment(reason: object) -> InputError:
     """Why JAX can't start, with the variables that may be the cause."""
+    if "gloo/transport" in str(reason):
+        name = f"this machine's name {socket.gethostname()!r} has no address, which several processes on CPUs need"
+        return InputError(f"JAX can't start: {name}: add it to /etc/hosts")
     own = ("JAX_COMPILATION_CACHE_DIR", f"JAX_COMPILATION_CACHE_MAX_SIZE={PROGRAMS_BYTES}")  # set by ``prepare``
     given = (f"{name}={value}" for name, value in sorted(os.environ.items()) if value)
     read = ("JAX_", "XLA_FLAGS=", "CUDA_VISIBLE_DEVICES=")

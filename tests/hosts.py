@@ -92,7 +92,7 @@ class Hosts:
             process.communicate()
 
 
-def ended(process, timeout=60):
+def ended(process, timeout=120):
     """Exit status and standard error of a process, which must end by itself within the timeout."""
     try:
         _, errors = process.communicate(timeout=timeout)
@@ -104,7 +104,7 @@ def ended(process, timeout=60):
 
 def finish(process):
     """Waits for a process, which must end with status 0."""
-    status, errors = ended(process, timeout=240)
+    status, errors = ended(process, timeout=600)
     assert status == 0, errors
 
 

@@ -40,8 +40,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
 MinJobAge=600
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 """
 
 
@@ -145,6 +145,10 @@ class Slurm:
         """The job's own id, by the number of its array and its number in it."""
         listed = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%K %A")
         return dict(line.split() for line in listed.splitlines())[str(number)]
+
+    def logs(self):
+        """The ends of what the daemons have written."""
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self._folder.glob("*.log")))
 
     def stop(self):
         """Cancels all jobs and ends the daemons."""

@@ -32,14 +32,15 @@ def cluster(tmp_path, monkeypatch):
     started.stop()
 
 
-def wait_until(condition, seconds, explain):
+def wait_until(cluster, condition, seconds, explain):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, explain()
+        assert "FAILED" not in cluster.states(1).values(), explain()
         time.sleep(0.2)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_killed_job_is_requeued_and_every_run_is_finished_once(cluster, tiny, tmp_path, monkeypatch, run_cli):
     monkeypatch.chdir(tmp_path)
     command = ["sweep", f"--config={sweep_config(tmp_path, tiny)}", *LONG, "--quiet"]
@@ -52,15 +53,15 @@ def test_a_killed_job_is_requeued_and_every_run_is_finished_once(cluster, tiny, 
         return {path.name: path.read_text() for path in sorted(tmp_path.glob("two-*.log"))}
 
     def explain():
-        return f"{cluster.states(1)}\n" + "\n".join(f"== {name}\n{text}" for name, text in logs().items())
+        return f"{cluster.states(1)}\n{cluster.logs()}\n" + "\n".join(f"== {name}\n{text}" for name, text in logs().items())
 
-    wait_until(lambda: list(tmp_path.glob("sweep/*/checkpoints/*/digests.json")), 240, explain)
+    wait_until(cluster, lambda: list(tmp_path.glob("sweep/*/checkpoints/*/digests.json")), 600, explain)
     killed = cluster.job(1, 0)
     cluster.run("scancel", "--signal=KILL", f"{killed}.0")
-    wait_until(lambda: "requeued, restart 1 of 100" in "".join(logs().values()), 60, explain)
-    wait_until(lambda: "PENDING" in cluster.states(1).values(), 60, explain)
+    wait_until(cluster, lambda: "requeued, restart 1 of 100" in "".join(logs().values()), 120, explain)
+    wait_until(cluster, lambda: "PENDING" in cluster.states(1).values(), 120, explain)
     cluster.run("scontrol", "update", f"JobId={killed}", "StartTime=now")  # which Slurm does after two minutes
-    wait_until(lambda: set(cluster.states(1).values()) == {"COMPLETED"}, 300, explain)
+    wait_until(cluster, lambda: set(cluster.states(1).values()) == {"COMPLETED"}, 600, explain)
     restarted = [text for text in logs().values() if "requeued, restart 1 of 100" in text]
     assert len(logs()) == 2
     assert len(restarted) == 1
