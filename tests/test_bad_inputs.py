@@ -83,6 +83,7 @@ Run.steps=2.5 | Run.steps 2.5 int
 Run.steps=True | Run.steps True
 Run.steps=[3] | Run.steps [3]
 Run.steps=0 | steps=0
+Run.steps=10000000000 | steps=10000000000 2147483647
 Run.steps=-3 | steps=-3
 Run.steps=1e999 | Run.steps
 Run.steps=None | steps training_flops
@@ -129,6 +130,7 @@ Transformer.remat=3 | remat 3
 Transformer.tie_embeddings='no' | tie_embeddings 'no'
 Transformer.rope_theta=0.0 | rope_theta
 Transformer.rope_theta=-1.0 | rope_theta
+Transformer.rope_theta=1e-300 | rope_theta=1e-300 at least 1
 Transformer.rope_theta='a' | rope_theta 'a'
 Transformer.rope_theta=1e999 | rope_theta inf
 Transformer.sparse_blocks=7 | sparse_blocks 7

@@ -222,3 +222,5 @@ def test_a_budget_below_one_step_is_named():
     assert steps_for(step, small_model(), 4, S) == 1
     with pytest.raises(InputError, match=r"training_flops=.*batch_size=4"):
         steps_for(0.999 * step, small_model(), 4, S)
+    with pytest.raises(InputError, match=r"training_flops=.* more than 2147483647: lower it"):
+        steps_for(3e9 * step, small_model(), 4, S)

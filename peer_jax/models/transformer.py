@@ -157,6 +157,8 @@ class Transformer(nnx.Module):
     ) -> None:
         check_sizes(vocab_size=vocab_size, d_model=d_model, num_blocks=num_blocks, num_heads=num_heads)
         check_positive(rope_theta=rope_theta)
+        if rope_theta < 1:
+            raise InputError(f"rope_theta={rope_theta} must be at least 1, such as 10000")
         check_flag(tie_embeddings=tie_embeddings, remat=remat)
         check_layer(dtype, param_dtype, rngs, embed_init=embed_init)
         check_dtype(dtype=dtype)

@@ -11,6 +11,7 @@ from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 
 TRAINING_TO_FORWARD = 3
+MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
 
 
 def training_flops(model: Transformer, tokens: int, seq_len: int) -> float:
@@ -22,7 +23,7 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
     """The number of steps of ``batch_size`` rows whose training FLOPs are nearest to the budget, within half a step.
 
     Raises:
-        InputError: if the budget is less than one step or infinite, or a layer doesn't define its FLOPs.
+        InputError: if the budget is less than one step or more than ``MOST_STEPS``, or a layer doesn't define its FLOPs.
     """
     if not math.isfinite(budget):
         raise InputError(f"training_flops={budget} is not finite: give a budget such as 1e15")
@@ -32,6 +33,8 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
             f"training_flops={budget:.3g} is less than the {step:.3g} of one step: "
             f"raise it, or lower batch_size={batch_size}"
         )
+    if budget / step > MOST_STEPS:
+        raise InputError(f"training_flops={budget:.3g} is {budget / step:.3g} steps, more than {MOST_STEPS}: lower it")
     return round(budget / step)
 
 

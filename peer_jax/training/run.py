@@ -12,7 +12,7 @@ from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
 from peer_jax.layers.checks import check_positive
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding, current
-from peer_jax.training.flops import steps_for
+from peer_jax.training.flops import MOST_STEPS, steps_for
 from peer_jax.training.optimizer import Optimizer
 from peer_jax.training.step import Trainer
 
@@ -65,6 +65,8 @@ class Run:
         lengths = ("steps", "training_flops")
         check_positive(**{name: getattr(self, name) for name in sizes})
         check_positive(**{name: getattr(self, name) for name in lengths if getattr(self, name) is not None})
+        if self.steps is not None and self.steps > MOST_STEPS:
+            raise InputError(f"steps={self.steps} is more than {MOST_STEPS}, which is how far optimizers count")
         if self.steps is not None and self.training_flops is not None:
             raise InputError(f"steps={self.steps} and training_flops={self.training_flops}: give only one of them")
         for task in self.eval_tasks:
