@@ -371,6 +371,8 @@ def is_gone(found: Found) -> bool:
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
+        # In a container, whose first process may not ask how others have ended, a process that has ended stays: Z.
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     except ProcessLookupError:
         return False
     except OSError:  # it is somebody else's

@@ -99,7 +99,7 @@ def _check_port(place: Place) -> None:
 def leave(status: int) -> None:
     """Ends a process that can't go on, without waiting for the others as long as JAX would before it aborts."""
     if supervisor.is_supervised():
-        if status not in (1, 2):  # all have stopped at the same step, and none is to go before all have said so
+        if status > 128:  # all have stopped at the same step, and none is to go before all have said so
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 distributed.global_state.client.wait_at_barrier("peer_jax/leave", LEAVE * 1000)
             time.sleep(HEAD_START * leads())

@@ -1,6 +1,8 @@
 """Leases of run directories: one process has a run, and another takes it over only when that process has died."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -147,6 +149,18 @@ def test_what_is_known_to_live_is_refused_without_watching(tmp_path, processes):
     with pytest.raises(InUse):
         directory.lock()
     assert time.monotonic() - before < 0.5 * STALE  # a renewal comes every STALE
+
+
+def test_a_holder_that_has_ended_is_gone_even_if_nobody_has_asked_how_it_ended():
+    holder = subprocess.Popen(["sleep", "60"])
+    fields = {"machine": lease.machine(socket.gethostname()), "process": holder.pid}
+    found = lease.Found(None, json.dumps(fields).encode())
+    assert not lease.is_gone(found)
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    assert lease.is_gone(found)
+    holder.wait()
+    assert lease.is_gone(found)
 
 
 def test_a_holder_that_was_frozen_learns_that_its_lease_is_lost(tmp_path, processes):
