@@ -53,7 +53,8 @@ def test_a_killed_job_is_requeued_and_every_run_is_finished_once(cluster, tiny, 
         return {path.name: path.read_text() for path in sorted(tmp_path.glob("two-*.log"))}
 
     def explain():
-        return f"{cluster.states(1)}\n{cluster.logs()}\n" + "\n".join(f"== {name}\n{text}" for name, text in logs().items())
+        said = (f"== {name}\n{text}" for name, text in logs().items())
+        return "\n".join([str(cluster.states(1)), cluster.logs(), *said])
 
     wait_until(cluster, lambda: list(tmp_path.glob("sweep/*/checkpoints/*/digests.json")), 600, explain)
     killed = cluster.job(1, 0)

@@ -23,7 +23,8 @@ def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) 
     """The number of steps of ``batch_size`` rows whose training FLOPs are nearest to the budget, within half a step.
 
     Raises:
-        InputError: if the budget is less than one step or more than ``MOST_STEPS``, or a layer doesn't define its FLOPs.
+        InputError: if the budget is less than one step or more than ``MOST_STEPS``, or a layer does not define its
+            FLOPs.
     """
     if not math.isfinite(budget):
         raise InputError(f"training_flops={budget} is not finite: give a budget such as 1e15")
