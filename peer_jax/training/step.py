@@ -1,7 +1,4 @@
-"""One training step: loss, gradients (accumulated), update; and the state it carries.
-
-b  batch     s  sequence     V  vocabulary
-"""
+"""One training step: loss, gradients (accumulated), update; and the state it carries."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
@@ -34,13 +30,6 @@ class TrainState(NamedTuple):
     params: nnx.State
     others: nnx.State
     optimizer: Any
-
-
-def cross_entropy(logits: Float[Array, "b s V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-likelihood of the targets, in nats, and the number of targets, both without padding."""
-    weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return jnp.sum(loss * weights), jnp.sum(weights)
 
 
 class Trainer:
@@ -126,8 +115,8 @@ class Trainer:
     def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """A micro-batch's share of the batch's loss."""
         model = nnx.merge(self.graph, params, others, copy=True)
-        logits, aux = model(batch["inputs"], batch["segment_ids"])
-        loss = cross_entropy(logits, batch)[0] / total
+        summed, aux = model.cross_entropy(batch["inputs"], batch["targets"], batch["segment_ids"])
+        loss = summed / total
         aux_loss = aux.loss / self.accumulation
         others = nnx.split(model, nnx.Param, ...)[2]
         share = {name: value / self.accumulation for name, value in aux.metrics.items()}
