@@ -235,6 +235,29 @@ def test_weight_decay_spares_vectors_and_is_the_table_s_own(rng):
         assert relative_error(p, before[name] * left[kind]) < 1e-6, name
 
 
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_parameters_in_bfloat16_have_the_moments_of_float32(rng, second_moment):
+    """Bit for bit, from the same gradients; a parameter is rounded once, after its update."""
+    optimizer = AdamW(learning_rate=0.1, warmup_steps=1, table_second_moment=second_moment)
+    halves = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(Model(rng), nnx.Param))
+    wholes = jax.tree.map(lambda p: p.astype(jnp.float32), halves)
+    labels = label_params(wholes)
+    update, rates = jax.jit(functools.partial(optimizer.update, labels)), optimizer.rates(labels, 1, 3)
+    states = [optimizer.init(labels, params) for params in (halves, wholes)]
+    for step in range(2):
+        gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.bfloat16), halves)
+        of_float32 = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        after, states[0], norms = update(halves, gradients, states[0], rates)
+        expected, states[1], expected_norms = update(wholes, of_float32, states[1], rates)
+        if step == 0:
+            rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), expected)
+            assert {p.dtype.name for p in jax.tree.leaves(after)} == {"bfloat16"}
+            jax.tree.map(np.testing.assert_array_equal, after, rounded)
+            assert relative_error(norms["update_norm"], expected_norms["update_norm"]) < 1e-6
+    assert {moment.dtype.name for moment in jax.tree.leaves((states[0].mu, states[0].nu))} == {"float32"}
+    jax.tree.map(np.testing.assert_array_equal, states[0], states[1])
+
+
 @pytest.mark.parametrize("large", ["kernel", "inner.down", "values"])
 def test_a_large_gradient_scales_down_its_own_group_only(rng, large):
     """eps far above the gradients makes the update their clipped value, over eps."""

@@ -145,6 +145,26 @@ def test_accumulated_gradients_equal_the_large_batch(name, accumulation):
             assert relative_error(ours[metric], whole[metric]) < EQUAL, metric
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32(monkeypatch):
+    """The optimiser is given float32 sums, and leaves types as they are."""
+
+    def build(*, rngs):
+        return Transformer(V, D, 1, 2, ffw=LAYERS["dense"], param_dtype=jnp.bfloat16, rngs=rngs)
+
+    given, update = [], AdamW.update
+    monkeypatch.setattr(
+        AdamW,
+        "update",
+        lambda self, labels, params, grads, *rest: given.append(grads) or update(self, labels, params, grads, *rest),
+    )
+    made = Trainer(build, SMOOTH, accumulation=8)
+    state = made.abstract_state()
+    after, _ = jax.eval_shape(made.step, state, jax.tree.map(jnp.asarray, ragged()), rates_of(made))
+    assert {g.dtype.name for g in jax.tree.leaves(given)} == {"float32"}
+    assert [a.dtype for a in jax.tree.leaves(after)] == [a.dtype for a in jax.tree.leaves(state)]
+    assert {p.dtype.name for p in jax.tree.leaves(after.params)} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("name", ["pkm", "peer"])
 def test_accumulation_with_batch_norm_is_refused_with_the_reason(name):
     with pytest.raises(InputError, match=r"accumulation=2.*batch-norm.*whole batch.*query_norm"):

@@ -14,7 +14,7 @@ from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.sharding import constrain, current
-from peer_jax.training.optimizer import NORMS, Optimizer, label_params
+from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -123,14 +123,17 @@ class Trainer:
         return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
-        """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows."""
+        """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows.
+
+        Gradients add up in float32.
+        """
         split = jax.tree.map(lambda a: constrain(a.reshape(self.accumulation, -1, *a.shape[1:]), None, "batch"), batch)
 
         def add(carry, micro_batch):
             grads, others = carry
             (_, (metrics, others)), new = gradient(state.params, others, micro_batch)
-            return (jax.tree.map(jnp.add, grads, new), others), metrics
+            return (jax.tree.map(lambda total, g: total + in_float32(g), grads, new), others), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = jax.tree.map(lambda p: in_float32(jnp.zeros_like(p)), state.params)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others
