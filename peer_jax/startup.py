@@ -6,6 +6,7 @@ Commands and the worker processes of a sweep call ``prepare``; a library never c
 import contextlib
 import ctypes
 import glob
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from peer_jax import versions
 from peer_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def fault_of_a_bucket(error: Exception) -> str | None:
 
 
 def check_devices() -> None:
-    """Starts JAX's devices, once the processes of a run have joined.
+    """Starts JAX's devices, once the processes of a run have joined; the first one warns of a faulty jaxlib.
 
     Raises:
         InputError: if the environment asks for devices that aren't there, or if another process has the host's TPU.
@@ -89,6 +91,13 @@ def check_devices() -> None:
     # Without JAX_PLATFORMS, JAX then goes on with the CPU, and says nothing.
     if refused := _tpu_in_use(xla_bridge._backend_errors.get("tpu", "")):
         raise refused
+    if jax.process_index() == 0:
+        _warn_of_jaxlib(jax.default_backend())
+
+
+def _warn_of_jaxlib(platform: str) -> None:
+    for sentence in versions.warnings(importlib.metadata.version("jaxlib"), platform):
+        logging.getLogger(__name__).warning(sentence)
 
 
 def _tpu_in_use(reason: str) -> InputError | None:
@@ -103,7 +112,9 @@ def _tpu_in_use(reason: str) -> InputError | None:
 
 
 def check_devices_of_workers() -> None:
-    """``check_devices`` in another process, since this one leaves the devices to its workers."""
+    """``check_devices`` in another process, since this one leaves the devices to its workers, which do not warn."""
+    if accelerators() not in ([], ["tpu"]):
+        _warn_of_jaxlib("gpu")
     if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
         return
     program = (

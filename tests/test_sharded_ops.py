@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from collectives import collectives
 from eight_devices import measured
 from reference import relative_error
 
 from peer_jax import ops
 from peer_jax.errors import InputError
-from peer_jax.ops import chunks
-from peer_jax.sharding import Sharding, use
+from peer_jax.ops import chunks, cross_entropy
+from peer_jax.sharding import Sharding, current, use
 
 # As in test_expert_mix: float32 and bfloat16 against float64.
 FP32, BF16 = 1e-5, 2**-7
@@ -148,6 +149,7 @@ def measure():
             with use(place((2, 2, 2), form)):
                 add(op, "bfloat16", form, "spread", function, arguments, alone)
     report["product_key_top_k"] = [retrieval(implementation) for implementation in (None, "reference", "mosaic_gpu")]
+    report["linear_cross_entropy"] = losses()
     return report | choices()
 
 
@@ -204,6 +206,32 @@ def retrieval(implementation):
         shared = jax.jit(run)(queries, sub_keys)
     differences = [relative_error(a, b) for a, b in zip(shared, alone, strict=True)]
     return [bool(differences.pop(1) == 0), float(np.max(differences))]
+
+
+def losses():
+    """By mesh and split of the kernel: how much loss and gradients differ from one device's, and what is sent."""
+    cross_entropy.LOGITS_BUDGET = 4 * N  # a chunk for each of a device's tokens
+    rng = np.random.default_rng(3)
+    x, kernel, weights = (jnp.float32(rng.normal(size=shape)) for shape in [(2, 8, D), (D, N), (2, 8)])
+    x, targets = jnp.tile(x, (4, 1, 1)), jnp.asarray(rng.integers(0, N, (8, 8)), jnp.int32)
+    weights = jnp.tile(weights, (4, 1))
+    gradient = jax.value_and_grad(cross_entropy.linear_cross_entropy, argnums=(0, 1))
+    alone = jax.jit(gradient)(x, kernel, targets, weights)
+    found = {}
+    for mesh, axes in [
+        ((8, 1, 1), ()),
+        ((2, 2, 2), ("embed", "vocab")),
+        ((1, 8, 1), ("embed", "vocab")),
+        ((1, 1, 8), (None, "rows")),
+    ]:
+        with use(place(mesh, "rows")):
+            split = jax.device_put(kernel, current().sharding(*axes))
+            tokens = [jax.device_put(a, current().sharding("batch")) for a in (x, targets, weights)]
+            compiled = jax.jit(gradient).lower(tokens[0], split, *tokens[1:]).compile()
+            out = compiled(tokens[0], split, *tokens[1:])
+        differences = [relative_error(a, b) for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(alone), strict=True)]
+        found[f"{mesh}, {axes}"] = float(np.max(differences)), collectives(compiled.as_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +299,14 @@ def test_retrieval_is_one_device_s(report):
     for same, difference in report["product_key_top_k"]:
         assert same
         assert difference < EQUAL
+
+
+def test_the_loss_is_one_device_s_and_the_gradient_of_its_kernel_is_summed_once(report):
+    """However the kernel is split: by no axis, by its width or by the vocabulary. No tokens or logits are sent."""
+    whole = 4 * D * N
+    assert len(report["linear_cross_entropy"]) == 4
+    for mesh, (difference, sent) in report["linear_cross_entropy"].items():
+        assert difference < EQUAL, mesh
+        gathered = [size for kind, size in sent if kind == "all-gather"]
+        assert gathered == ([] if mesh.endswith("()") else [whole]), mesh
+        assert whole <= sum(size for kind, size in sent if kind != "all-gather") < 1.1 * whole, mesh

@@ -28,9 +28,9 @@ LEAVES = {
     "storage",
 }
 MAY_IMPORT = {
-    **{"errors": set(), "fields": set(), "startup": {"errors", "storage"}, "gin_syntax": {"errors"}},
+    **{"errors": set(), "fields": set(), "startup": {"errors", "storage", "versions"}, "gin_syntax": {"errors"}},
     **{"records": {"errors"}, "run_directory": {"errors", "records", "lease", "storage"}},
-    **{"memory": {"errors"}, "storage": {"errors"}, "lease": {"errors", "storage"}},
+    **{"versions": set(), "memory": {"errors"}, "storage": {"errors"}, "lease": {"errors", "storage"}},
     **{"sharding": {"errors", "fields"}, "processes": {"errors", "cluster", "supervisor"}},
     **{"supervisor": {"errors", "cluster", "startup"}, "cluster": {"errors"}, "digests": {"storage"}},
     "ops": {"errors", "sharding"},

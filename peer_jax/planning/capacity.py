@@ -14,10 +14,10 @@ otherwise:
 Results of elementwise functions are taken to be computed again. With remat only the residual stream between blocks is
 kept (d), and the rest of one block at a time. The mask takes seq_len bytes per token.
 
-*Worked with*, beside what is kept. The loss needs logits and their gradient in float32, and also in the computation's
-type if that is another one. The backward pass of a block needs the gradients of attention's scores and probabilities in
-float32 or what the feed-forward layer works with, whichever is larger, and the dense kernels that are gathered over
-fsdp, with their gradients.
+*Worked with*, beside what is kept. The loss needs the logits of a chunk of tokens and their gradient in float32, and
+the gradient also in the computation's type if that is another one. The backward pass of a block needs the gradients of
+attention's scores and probabilities in float32 or what the feed-forward layer works with, whichever is larger, and the
+dense kernels that are gathered over fsdp, with their gradients.
 
 *Fullest moment*: the backward pass goes from the last block to the first. At each block, the blocks below are still
 kept, and the gradients of the blocks above exist already. The sum of table gradients over copies, which holds these
@@ -42,6 +42,7 @@ from peer_jax.layers.interface import Table
 from peer_jax.models import Transformer
 from peer_jax.ops import traffic
 from peer_jax.ops.chunks import ACCELERATOR_BUDGET, CPU_BUDGET
+from peer_jax.ops.cross_entropy import tokens_at_once
 from peer_jax.ops.traffic import INDEX
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, part_bytes, use
 from peer_jax.training.flops import TRAINING_TO_FORWARD
@@ -268,7 +269,8 @@ class _Counting:
         kept = [between if self.model.remat else size for size in whole]
         outside = self.seq_len * self.t + 2 * between  # the mask; the residual stream around the last norm
         always = self._held_for_update() + (self._gradients() if self.accumulation > 1 else 0)
-        logits = (2 * FLOAT + (self.a if self.a < FLOAT else 0)) * self.t * self.model.vocab_size
+        chunk = tokens_at_once(self.t, self.model.vocab_size)
+        logits = (2 * FLOAT + (self.a if self.a < FLOAT else 0)) * chunk * self.model.vocab_size
         found = [Moment("the loss", 0, sum(kept) + outside, logits + always)]
         gradients = self._gradients("embed", "head", "final_norm")
         for index in reversed(range(len(whole))):

@@ -17,7 +17,6 @@ from peer_jax.data.pipeline import Batch, PackedText, eval_batches
 from peer_jax.models import Transformer
 from peer_jax.sharding import constrain, current, split_batch
 from peer_jax.training.metrics import ProgressBar
-from peer_jax.training.step import cross_entropy
 
 
 def evaluate(
@@ -85,13 +84,13 @@ def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses:
     The masses are vectors of N sums; nothing here has the size [tokens, N].
     """
     model = nnx.merge(graph, state, copy=True)
-    logits, _ = model(batch["inputs"], batch["segment_ids"])
-    nll, tokens = cross_entropy(logits, batch)
+    nll, _ = model.cross_entropy(batch["inputs"], batch["targets"], batch["segment_ids"])
+    real = batch["segment_ids"] > 0
     if masses:
-        real = (batch["segment_ids"] > 0)[:, :, None, None]
         for block, (indices, gates) in model.route(batch["inputs"], batch["segment_ids"]).items():
-            masses = masses | {block: masses[block].at[indices].add(jnp.where(real, gates, 0.0), mode="drop")}
-    return jax.tree.map(constrain, (nll, tokens, masses))
+            gates = jnp.where(real[:, :, None, None], gates, 0.0)
+            masses = masses | {block: masses[block].at[indices].add(gates, mode="drop")}
+    return jax.tree.map(constrain, (nll, jnp.sum(real), masses))
 
 
 def _exp(x: float) -> float:

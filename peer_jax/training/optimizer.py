@@ -68,7 +68,8 @@ class AdamW:
 
     The tables are ``down`` and ``up`` of PEER and ``values`` of PKM; all other parameters are the backbone. The
     backbone and each kind of table are clipped by their own global norm. Rates grow linearly during warm-up and then
-    fall along a cosine. Vectors (norm scales and biases) have no weight decay.
+    fall along a cosine. Vectors (norm scales and biases) have no weight decay. Moments and updates are float32; a
+    parameter of a smaller type is rounded to the nearest value after each update.
 
     Args:
         learning_rate: peak rate of the backbone.
@@ -152,7 +153,7 @@ class AdamW:
 
     def init(self, labels: nnx.State, params: nnx.State) -> optax.ScaleByAdamState:
         """The moments of the gradients before the first step."""
-        state = optax.scale_by_adam().init(params)
+        state = optax.scale_by_adam().init(jax.tree.map(in_float32, params))
         if self.table_second_moment == "element":
             return state
         by_row = jax.tree.map(lambda label, nu: nu if label == BACKBONE else nu[:, :1], labels, state.nu)
@@ -181,9 +182,10 @@ class AdamW:
             def part(p: Array, mu: Array, nu: Array, g: Array, clip: Array, rate: Array, count: Array):
                 def step(p: Array, mu: Array, nu: Array, g: Array):
                     moments = optax.ScaleByAdamState(count, mu, nu)
-                    direction, after = self._direction(g * clip.astype(g.dtype), moments, spec)
-                    u = (-rate * (direction + decay * p)).astype(p.dtype)
-                    return (p + u, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(p + u)])
+                    direction, after = self._direction(in_float32(g) * clip, moments, spec)
+                    u = -rate * (direction + decay * in_float32(p))
+                    new = (in_float32(p) + u).astype(p.dtype)
+                    return (new, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
 
                 new, sums = update_by_rows(step, (p, mu, nu), g)
                 return new, sum_over(spec, sums)
@@ -216,8 +218,12 @@ class AdamW:
         return self.clip_norm if label == BACKBONE else self.table_clip_norm
 
 
+def in_float32(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
 def _sum_of_squares(x: Array) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+    return jnp.sum(jnp.square(in_float32(x)))
 
 
 def _clip(largest: float | None, sum_of_squares: Float[Array, ""]) -> Float[Array, ""]:

@@ -2,13 +2,14 @@
 
 ``peer_jax.planning`` has the whole count. Here is only what every step holds, whatever its feed-forward layers: the
 parameters and the optimiser's moments, the residual streams and attention's probabilities that are kept for the
-backward pass, and the logits.
+backward pass, and a chunk of logits.
 """
 
 import jax.numpy as jnp
 
 from peer_jax import memory
 from peer_jax.models import Transformer
+from peer_jax.ops.cross_entropy import tokens_at_once
 from peer_jax.sharding import current, part_bytes
 from peer_jax.training.step import TrainState
 
@@ -58,4 +59,5 @@ def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
 
 
 def _logits(model: Transformer, tokens: int) -> int:
-    return FLOAT * tokens * model.vocab_size
+    """Of a chunk of tokens."""
+    return FLOAT * tokens_at_once(tokens, model.vocab_size) * model.vocab_size

@@ -1,7 +1,4 @@
-"""One training step: loss, gradients (accumulated), update; and the state it carries.
-
-b  batch     s  sequence     V  vocabulary
-"""
+"""One training step: loss, gradients (accumulated), update; and the state it carries."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
@@ -18,7 +14,7 @@ from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.sharding import constrain, current
-from peer_jax.training.optimizer import NORMS, Optimizer, label_params
+from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -34,13 +30,6 @@ class TrainState(NamedTuple):
     params: nnx.State
     others: nnx.State
     optimizer: Any
-
-
-def cross_entropy(logits: Float[Array, "b s V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-likelihood of the targets, in nats, and the number of targets, both without padding."""
-    weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return jnp.sum(loss * weights), jnp.sum(weights)
 
 
 class Trainer:
@@ -126,22 +115,25 @@ class Trainer:
     def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """A micro-batch's share of the batch's loss."""
         model = nnx.merge(self.graph, params, others, copy=True)
-        logits, aux = model(batch["inputs"], batch["segment_ids"])
-        loss = cross_entropy(logits, batch)[0] / total
+        summed, aux = model.cross_entropy(batch["inputs"], batch["targets"], batch["segment_ids"])
+        loss = summed / total
         aux_loss = aux.loss / self.accumulation
         others = nnx.split(model, nnx.Param, ...)[2]
         share = {name: value / self.accumulation for name, value in aux.metrics.items()}
         return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
-        """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows."""
+        """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows.
+
+        Gradients add up in float32.
+        """
         split = jax.tree.map(lambda a: constrain(a.reshape(self.accumulation, -1, *a.shape[1:]), None, "batch"), batch)
 
         def add(carry, micro_batch):
             grads, others = carry
             (_, (metrics, others)), new = gradient(state.params, others, micro_batch)
-            return (jax.tree.map(jnp.add, grads, new), others), metrics
+            return (jax.tree.map(lambda total, g: total + in_float32(g), grads, new), others), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = jax.tree.map(lambda p: in_float32(jnp.zeros_like(p)), state.params)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others
