@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +117,7 @@ def compile_here(program: Program) -> dict[str, int]:
     from jax.sharding import SingleDeviceSharding
 
     from peer_jax.ops import expert_mix, mosaic_gpu, value_bag
+    from peer_jax.sharding import compiled_for
 
     def bag(values, gates, indices):
         if program.implementation == "mosaic_gpu":
@@ -145,8 +145,7 @@ def compile_here(program: Program) -> dict[str, int]:
     op, tables = (mix, (x, table, table)) if program.op == "expert_mix" else (bag, (table,))
     function, arguments = (op, ()) if program.direction == "forward" else (both, (x,))
     jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-    # The ops choose chunks for the default backend, which is replaced by that of the target.
-    with mock.patch("jax.default_backend", return_value="gpu"):
+    with compiled_for(topology.devices[0]):
         compiled = jitted.lower(*tables, gates, indices, *arguments).compile()
     memory = compiled.memory_analysis()
     return {

@@ -17,7 +17,7 @@ from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_sizes
 from peer_jax.layers.interface import by_position
 from peer_jax.layers.linear import Linear
-from peer_jax.sharding import automatic, split_of
+from peer_jax.sharding import automatic, split_of, target
 
 
 @by_position
@@ -150,9 +150,10 @@ def why_not_cudnn(query: Float[Array, "b s h c"] | jax.ShapeDtypeStruct) -> str 
         return f"bfloat16 or float16, not {query.dtype}"
     if c % 8 or c > WIDEST_HEAD or s % 2:
         return f"heads of a multiple of 8 up to {WIDEST_HEAD} wide and sequences of even length, not {c} and {s}"
-    if jax.default_backend() != "gpu":
-        return f"an NVIDIA GPU, not {jax.default_backend()!r}"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    device = target()
+    if device.platform != "gpu":
+        return f"an NVIDIA GPU, not {device.platform!r}"
+    capability = getattr(device, "compute_capability", None)
     try:
         newer = float(capability) >= OLDEST_GPU
     except (TypeError, ValueError):  # AMD: "gfx942"
