@@ -198,9 +198,7 @@ def test_memory_holds_no_rows_of_all_tokens():
 def test_why_not(monkeypatch):
     def why_not(t=4, d=64, N=9, r=2, dtype=jnp.float32, table_dtype=jnp.float32, platform="gpu"):
         with compiled_for(Device(platform)):
-            return mosaic_gpu.why_not(
-                jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((N, d), table_dtype), r
-            )
+            return mosaic_gpu.why_not(jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((N, d), table_dtype), r)
 
     assert "'tpu'" in why_not(platform="tpu")
     assert "'cpu'" in mosaic_gpu.why_not(jnp.zeros((1, 64)), jnp.zeros((1, 64)), 1)

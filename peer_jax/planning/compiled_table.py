@@ -1,0 +1,52 @@
+"""Prints what ``peer_jax.planning.compiled`` has found."""
+
+from rich.console import Console
+
+from peer_jax.planning.capacity_table import GIB, print_table
+from peer_jax.planning.compiled import Compiled
+from peer_jax.planning.topology import Topology
+
+
+def show(compiled: Compiled, topology: Topology) -> None:
+    """Prints memory, work, time, exchanges and loops of a program, each in a table, and whether it fits."""
+    console = Console(highlight=False, soft_wrap=True)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in compiled.mesh.items())
+    console.print(
+        f"{compiled.program} on {topology.name}: {mesh}; tables by {compiled.tables}; {compiled.tokens:,} tokens"
+    )
+    memory, account = compiled.memory, compiled.account
+    sizes = {**memory._asdict(), "total": memory.total}
+    print_table(console, "memory per device", "GiB", {what: f"{size / GIB:.2f}" for what, size in sizes.items()})
+    share = memory.total / topology.kind.memory
+    console.print(
+        f"{'DOES NOT FIT' if share > 1 else 'Fits'}: {share:.0%} of {topology.kind.memory / GIB:.1f} GiB per device."
+    )
+
+    work = {
+        "FLOPs": f"{compiled.flops:.3g}",
+        "FLOPs at peak, ms": f"{1e3 * compiled.flops / topology.kind.flops:.2f}",
+        "bytes": f"{compiled.bytes:.3g}",
+        "bytes at peak, ms": f"{1e3 * compiled.bytes / topology.kind.bandwidth:.2f}",
+    }
+    if compiled.seconds is not None:
+        work["compiler's estimate, ms"] = f"{1e3 * compiled.seconds:.2f}"
+    print_table(console, "work per device", "", work)
+    if account.cycles:
+        total = sum(account.cycles.values())
+        rows = {part: f"{cycles / total:.1%}" for part, cycles in account.cycles.items()}
+        print_table(console, "estimated cycles by part", f"of {total:.3g}", rows)
+    if account.unestimated:
+        rows = {what: str(number) for what, number in account.unestimated.items()}
+        print_table(console, "without an estimate", "number", rows)
+    rows = {f"{of.number} {of.kind}": f"{of.size / GIB:.3f}" for of in account.collectives}
+    print_table(console, "exchanged per device", "GiB", rows or {"nothing": ""})
+    if account.loops:
+        rows = {
+            f"{index}: {loop.part}, {'unknown' if loop.turns is None else loop.turns} turns": f"{loop.cycles:.3g}"
+            for index, loop in enumerate(account.loops, 1)
+        }
+        print_table(console, "loops", "estimated cycles per turn", rows)
+        console.print(
+            "FLOPs, bytes and the compiler's estimate count each loop for one turn. Cycles by part and exchanges count "
+            "its turns, where their number is known."
+        )
