@@ -19,7 +19,7 @@ SPLIT = ["Sharding.expert=8"]
 ROWS = [
     (f"{chips} {name}", topology, layer, bindings)
     for chips, topology, batch in (
-        (8, "v5p:2x2x2", []),
+        (8, "v5p:2x2x2", ["Run.batch_size=64"]),
         (64, "v5p:4x4x4", []),
         (256, "v5p:4x8x8", ["Run.batch_size=256"]),
     )

@@ -45,8 +45,8 @@ class Compiled(NamedTuple):
         tables: whether expert tables are split by "rows" or "columns".
         tokens: how many tokens the program reads.
         memory: bytes per device.
-        flops, bytes: per device, as the compiler counts them, with each loop counted for one turn.
-        seconds: the compiler's estimate, with each loop counted for one turn; None if it makes none.
+        flops, bytes, seconds: per device, as the compiler counts and estimates them, with each loop counted for one
+            turn; None if it doesn't, as for GPUs that this machine lacks.
         account: what the program's text says.
         text: the program's text.
     """
@@ -56,8 +56,8 @@ class Compiled(NamedTuple):
     tables: str
     tokens: int
     memory: Memory
-    flops: float
-    bytes: float
+    flops: float | None
+    bytes: float | None
     seconds: float | None
     account: hlo.Account
     text: str
@@ -81,17 +81,16 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
     with use(placement), compiled_for(topology.devices[0]):
         lowered, tokens = _LOWERED[program](run)
         compiled = lowered.compile(compiler_options=_OPTIONS.get(topology.devices[0].platform))
-    cost, text = compiled.cost_analysis(), compiled.as_text()
-    seconds = cost.get("optimal_seconds", 0.0)
+    cost, text = compiled.cost_analysis() or {}, compiled.as_text()
     return Compiled(
         program=program,
         mesh=dict.fromkeys(AXES, 1) if placement is None else dict(placement.mesh.shape),
         tables=run.sharding.tables,
         tokens=tokens,
         memory=_memory(compiled.memory_analysis()),
-        flops=cost.get("flops", math.nan),
-        bytes=cost.get("bytes accessed", math.nan),
-        seconds=seconds if seconds > 0 else None,
+        flops=cost.get("flops"),
+        bytes=cost.get("bytes accessed"),
+        seconds=cost.get("optimal_seconds") or None,
         account=hlo.read(text),
         text=text,
     )

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from peer_jax.memory import shown
 from peer_jax.planning.capacity_table import GIB, print_table
 from peer_jax.planning.compiled import Compiled
 from peer_jax.planning.topology import Topology
@@ -22,15 +23,16 @@ def show(compiled: Compiled, topology: Topology) -> None:
         f"{'DOES NOT FIT' if share > 1 else 'Fits'}: {share:.0%} of {topology.kind.memory / GIB:.1f} GiB per device."
     )
 
-    work = {
-        "FLOPs": f"{compiled.flops:.3g}",
-        "FLOPs at peak, ms": f"{1e3 * compiled.flops / topology.kind.flops:.2f}",
-        "bytes": f"{compiled.bytes:.3g}",
-        "bytes at peak, ms": f"{1e3 * compiled.bytes / topology.kind.bandwidth:.2f}",
-    }
+    work = {}
+    for what, amount, peak in (
+        ("FLOPs", compiled.flops, topology.kind.flops),
+        ("bytes", compiled.bytes, topology.kind.bandwidth),
+    ):
+        if amount is not None:
+            work |= {what: f"{amount:.3g}", f"{what} at peak, ms": f"{1e3 * amount / peak:.2f}"}
     if compiled.seconds is not None:
         work["compiler's estimate, ms"] = f"{1e3 * compiled.seconds:.2f}"
-    print_table(console, "work per device", "", work)
+    print_table(console, "work per device", "", work or {"not told by this compiler": ""})
     if account.cycles:
         total = sum(account.cycles.values())
         rows = {part: f"{cycles / total:.1%}" for part, cycles in account.cycles.items()}
@@ -38,8 +40,8 @@ def show(compiled: Compiled, topology: Topology) -> None:
     if account.unestimated:
         rows = {what: str(number) for what, number in account.unestimated.items()}
         print_table(console, "without an estimate", "number", rows)
-    rows = {f"{of.number} {of.kind}": f"{of.size / GIB:.3f}" for of in account.collectives}
-    print_table(console, "exchanged per device", "GiB", rows or {"nothing": ""})
+    rows = {f"{of.number} {of.kind}": shown(of.size) for of in account.collectives}
+    print_table(console, "results of exchanges, per device", "size", rows or {"none": ""})
     if account.loops:
         rows = {
             f"{index}: {loop.part}, {'unknown' if loop.turns is None else loop.turns} turns": f"{loop.cycles:.3g}"

@@ -53,9 +53,15 @@ def _tpus(generation: str, shape: str) -> list[jax.Device]:
             f"{generation}:{shape} needs libtpu to compile, which is not installed: pip install 'peer-jax[compile]'",
             argument="topology",
         )
-    # So that libtpu asks no metadata server, for whose answers it would wait, which host of which slice this is.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for variable, value in quiet.items():
+    # libtpu would ask a metadata server which host of which slice this is, and wait for it; and it takes a machine's
+    # TPUs for one process, although none of them is needed to compile.
+    apart = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for variable, value in apart.items():
         os.environ.setdefault(variable, value)
     options = {"chip_config_name": "megacore"} if generation == "v4" else {}  # or each core would be a device
     try:
@@ -83,7 +89,7 @@ def _gpus(kind: str, number: int) -> list[jax.Device]:
     nodes = -(-number // GPUS_PER_NODE)
     shape = f"{nodes}x{number // nodes}x1"
     try:
-        return topologies.get_topology_desc(shape, "cuda", target_config=gpus.target(kind)).devices
+        return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=gpus.target(kind)).devices
     except (JaxRuntimeError, RuntimeError) as error:
         raise InputError(f"{kind}:{number} can't be compiled for ({_first_line(error)})", argument="topology") from None
 
