@@ -184,7 +184,7 @@ def test_a_step_for_four_tpus(run_cli, tmp_path):
     status, out, _ = run_cli("compile", *CONFIG, *flags, "--topology=v5p:2x2x1", f"--hlo={file}")
     assert status == 0
     assert out.startswith("step on v5p:2x2x1: data=4, fsdp=1, expert=1; tables by rows; 512 tokens\n")
-    assert "Fits: 0% of 95.0 GiB per device." in out
+    assert "Fits: 0% of the 95 GiB of a device." in out
     text = file.read_text()
     assert sum(of.number for of in hlo.read(text).collectives) == len(collectives(text)) > 0
     # Attention is that of TPUs, which holds no scores of a row.

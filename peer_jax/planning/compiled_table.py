@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from peer_jax.memory import shown
-from peer_jax.planning.capacity_table import GIB, print_table
+from peer_jax.planning.capacity_table import print_table
 from peer_jax.planning.compiled import Compiled
 from peer_jax.planning.topology import Topology
 
@@ -17,11 +17,10 @@ def show(compiled: Compiled, topology: Topology) -> None:
     )
     memory, account = compiled.memory, compiled.account
     sizes = {**memory._asdict(), "total": memory.total}
-    print_table(console, "memory per device", "GiB", {what: f"{size / GIB:.2f}" for what, size in sizes.items()})
+    print_table(console, "memory per device", "size", {what: shown(size) for what, size in sizes.items()})
     share = memory.total / topology.kind.memory
-    console.print(
-        f"{'DOES NOT FIT' if share > 1 else 'Fits'}: {share:.0%} of {topology.kind.memory / GIB:.1f} GiB per device."
-    )
+    verdict = "DOES NOT FIT" if share > 1 else "Fits"
+    console.print(f"{verdict}: {share:.0%} of the {shown(topology.kind.memory)} of a device.")
 
     work = {}
     for what, amount, peak in (
