@@ -219,6 +219,25 @@ def current() -> Placement | None:
     return _current.value
 
 
+_compiled_for = jax.make_user_context(None)
+
+
+def compiled_for(device: Any) -> contextlib.AbstractContextManager[None]:
+    """A context in which what is traced is for ``device``, which this machine needn't have.
+
+    With a placement, the context is not needed: the devices of the mesh are what a program is for.
+    """
+    return _compiled_for(device)
+
+
+def target() -> Any:
+    """The device that what is traced is for, or one of these devices: choices follow its ``platform``."""
+    placement = current()
+    if placement is not None and isinstance(placement.mesh, Mesh):
+        return placement.mesh.devices.flat[0]
+    return jax.devices()[0] if _compiled_for.value is None else _compiled_for.value
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays ``x`` out by its logical axes if a placement is in use; axes that are not named are replicated."""
     placement = current()

@@ -10,41 +10,21 @@ missing. The script shows that the kernels compile for sm_90a at full size, but 
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peer_jax.planning import gpus
 
 MAX_REGISTERS = 128  # per thread: these sizes take 48 to 126; above 255, ptxas spills
 MAX_SHARED = 227 * 2**10  # bytes per block, on sm_90
 MAX_TEMPORARY = 0.10  # as a fraction of inputs and outputs
-
-# The fields of XLA's GpuTargetConfigProto that the compiler reads, with NVIDIA's figures for the H200 SXM.
-H200 = """
-gpu_device_info {
-  name: "NVIDIA H200"  device_vendor: "NVIDIA Corporation"
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  threads_per_warp: 32
-  threads_per_block_limit: 1024  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-  l2_cache_size: 52428800  memory_bandwidth: 4800000000000  device_memory_size: 151397597184
-  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,31 +73,20 @@ def missing() -> str | None:
         if found != version:
             has = f"version {found} of it is installed" if found else "it is not installed"
             return f"Compiling for CUDA needs {package}, but {has}: pip install {package}=={version}"
-    if ptxas_directory() is None:
+    if gpus.ptxas_folder() is None:
         return "Compiling for CUDA needs ptxas: install the CUDA 13 toolkit, or pip install nvidia-cuda-nvcc"
     return None
 
 
-def ptxas_directory() -> str | None:
-    if (found := shutil.which("ptxas")) is not None:
-        return os.path.dirname(found)
-    try:  # where pip's wheels put it
-        spec = importlib.util.find_spec("nvidia.cu13")
-    except ModuleNotFoundError:
-        return None
-    folders = [Path(folder) / "bin" for folder in (spec.submodule_search_locations or [])] if spec else []
-    return next((str(folder) for folder in folders if (folder / "ptxas").exists()), None)
-
-
 def compile_here(program: Program) -> dict[str, int]:
     """Compiles the program in this process and returns its bytes of memory. The compiler prints facts about kernels."""
-    sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from peer_jax.ops import expert_mix, mosaic_gpu, value_bag
+    from peer_jax.sharding import compiled_for
 
     def bag(values, gates, indices):
         if program.implementation == "mosaic_gpu":
@@ -140,13 +109,12 @@ def compile_here(program: Program) -> dict[str, int]:
     table = jax.ShapeDtypeStruct((program.N, program.d), program.rows)
     gates = jax.ShapeDtypeStruct((program.t, program.r), program.dtype)
     indices = jax.ShapeDtypeStruct(gates.shape, jnp.int32)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=gpus.target("h200"), topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
     op, tables = (mix, (x, table, table)) if program.op == "expert_mix" else (bag, (table,))
     function, arguments = (op, ()) if program.direction == "forward" else (both, (x,))
     jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-    # The ops choose chunks for the default backend, which is replaced by that of the target.
-    with mock.patch("jax.default_backend", return_value="gpu"):
+    with compiled_for(topology.devices[0]):
         compiled = jitted.lower(*tables, gates, indices, *arguments).compile()
     memory = compiled.memory_analysis()
     return {
@@ -193,7 +161,7 @@ def compile_apart(program: Program) -> dict:
         "JAX_TRACEBACK_FILTERING": "off",  # so that the last line of a traceback is the error
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_RESOURCES": "1",
-        "PATH": os.pathsep.join([ptxas_directory() or "", os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([gpus.ptxas_folder() or "", os.environ.get("PATH", "")]),
     }
     command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(program))]
     try:

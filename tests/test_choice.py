@@ -1,18 +1,18 @@
 """Which implementation is used in each case that docs/performance.md lists."""
 
 import logging
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import Device
 from jax.sharding import AbstractMesh
 
 from peer_jax.errors import InputError
 from peer_jax.ops import choice, expert_mix, mosaic_gpu, sharded
 from peer_jax.ops.choice import choose
-from peer_jax.sharding import AXES, Placement, use
+from peer_jax.sharding import AXES, Placement, compiled_for, use
 
 
 def arrays(t=64, d=256, n=1024, dtype=jnp.float32):
@@ -38,7 +38,8 @@ needs_kernels = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX,
     ],
 )
 def test_none(platform, size, r, expected):
-    assert choose(None, *arrays(**size), r, platform) == expected
+    with compiled_for(Device(platform)):
+        assert choose(None, *arrays(**size), r) == expected
 
 
 @needs_kernels
@@ -58,7 +59,8 @@ def test_none(platform, size, r, expected):
     ],
 )
 def test_kernels_where_they_can_run(platform, size, r, expected):
-    assert choose("mosaic_gpu", *arrays(**size), r, platform) == expected
+    with compiled_for(Device(platform)):
+        assert choose("mosaic_gpu", *arrays(**size), r) == expected
 
 
 @needs_kernels
@@ -72,10 +74,9 @@ def test_kernels_where_they_can_run(platform, size, r, expected):
         ("gfx942", {}, "xla"),
     ],
 )
-def test_none_is_the_kernels_on_hopper(monkeypatch, capability, size, expected):
-    gpu = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda platform=None: [gpu])
-    assert choose(None, *arrays(**size), 128, "gpu") == expected
+def test_none_is_the_kernels_on_hopper(capability, size, expected):
+    with compiled_for(Device("gpu", capability)):
+        assert choose(None, *arrays(**size), 128) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,8 @@ def test_kernels_are_judged_by_the_part_of_a_device(mesh, tables, tokens, table)
 
 @pytest.mark.parametrize("asked_for", ["reference", "xla"])
 def test_what_is_asked_for(asked_for):
-    assert choose(asked_for, *arrays(), 128, "gpu") == asked_for
+    with compiled_for(Device("gpu", "9.0")):
+        assert choose(asked_for, *arrays(), 128) == asked_for
 
 
 def test_unknown_implementation_is_named():

@@ -43,8 +43,8 @@ def layer_flops(build, width):
 def attention_flops(width):
     attention = abstract(functools.partial(Attention, width, 2))
     x = jax.ShapeDtypeStruct((B, S, width), jnp.float32)
-    positions, mask = jax.ShapeDtypeStruct((B, S), jnp.int32), jax.ShapeDtypeStruct((B, S, S), bool)
-    counted = xla_flops(attention, lambda attention, *inputs: attention(*inputs)[0], x, positions, mask)
+    ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
+    counted = xla_flops(attention, lambda attention, *inputs: attention(*inputs)[0], x, ids, ids)
     return counted, attention.flops_per_token(S) * B * S
 
 

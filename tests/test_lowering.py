@@ -11,16 +11,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
+from devices import Device
 
 import peer_jax
 from peer_jax.layers import PEER, Dense
 from peer_jax.models import Transformer
 from peer_jax.ops import expert_mix, product_key_top_k, value_bag
+from peer_jax.sharding import compiled_for
 from peer_jax.training.optimizer import AdamW
 from peer_jax.training.step import Trainer
 
@@ -30,9 +31,8 @@ PLATFORMS = ["tpu", "cuda"]
 
 
 def lower(platform, function, *arguments):
-    """The program's text. The ops ask for the backend when they are traced, so ``jax.default_backend`` is replaced."""
-    backend = {"cuda": "gpu"}.get(platform, platform)
-    with mock.patch("jax.default_backend", return_value=backend):
+    """The program's text, with the choices of the platform."""
+    with compiled_for(Device({"cuda": "gpu"}.get(platform, platform))):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from devices import Device
 from eight_devices import measured
 from reference import relative_error
 
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.mosaic_gpu import tables
-from peer_jax.sharding import Sharding, use
+from peer_jax.sharding import Sharding, compiled_for, use
 
 # As in test_expert_mix: float32 sums of some hundred terms, and three roundings to bfloat16.
 FP32 = 1e-5
@@ -195,10 +196,9 @@ def test_memory_holds_no_rows_of_all_tokens():
 
 
 def test_why_not(monkeypatch):
-    def why_not(t=4, d=64, N=9, r=2, dtype=jnp.float32, table_dtype=jnp.float32, platform="cuda"):
-        return mosaic_gpu.why_not(
-            jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((N, d), table_dtype), r, platform
-        )
+    def why_not(t=4, d=64, N=9, r=2, dtype=jnp.float32, table_dtype=jnp.float32, platform="gpu"):
+        with compiled_for(Device(platform)):
+            return mosaic_gpu.why_not(jax.ShapeDtypeStruct((t, d), dtype), jax.ShapeDtypeStruct((N, d), table_dtype), r)
 
     assert "'tpu'" in why_not(platform="tpu")
     assert "'cpu'" in mosaic_gpu.why_not(jnp.zeros((1, 64)), jnp.zeros((1, 64)), 1)

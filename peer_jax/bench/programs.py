@@ -67,7 +67,7 @@ def _check_is_taken(case: Case) -> None:
         raise InputError("product_key_top_k has no kernel of that kind")
     x = jax.ShapeDtypeStruct((case.tokens, case.d_model), case.dtype)
     table = jax.ShapeDtypeStruct((case.num_experts, case.d_model), case.table_dtype)
-    if reason := mosaic_gpu.why_not(x, table, case.heads * case.top_k, jax.default_backend()):
+    if reason := mosaic_gpu.why_not(x, table, case.heads * case.top_k):
         raise InputError(reason)
 
 

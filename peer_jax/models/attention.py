@@ -17,7 +17,8 @@ from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_sizes
 from peer_jax.layers.interface import by_position
 from peer_jax.layers.linear import Linear
-from peer_jax.sharding import automatic, split_of
+from peer_jax.models import splash
+from peer_jax.sharding import automatic, split_of, target
 
 
 @by_position
@@ -39,7 +40,7 @@ def rotate(x: Float[Array, "b s h c"], positions: Int[Array, "b s"], theta: floa
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 WIDEST_HEAD, OLDEST_GPU = 128, 8.0  # for cuDNN; 8.0 is Ampere
 
 
@@ -51,8 +52,9 @@ class Attention(nnx.Module):
         num_heads: h; each has a width of d / h, which must be even.
         rope_theta: base of the rotary frequencies.
         implementation: ``"xla"`` holds the scores of all heads, [b, h, s, S]; ``"cudnn"`` never holds them, and needs
-            an NVIDIA GPU from Ampere on, bfloat16 or float16, and heads at most 128 wide. None takes "cudnn" where it
-            can run, which was measured to be faster (docs/performance.md), except with a cache.
+            an NVIDIA GPU from Ampere on, bfloat16 or float16, and heads at most 128 wide; ``"splash"`` never holds
+            them, and needs a TPU and sequences of a multiple of 128 tokens. None takes one of the latter two where it
+            can run (docs/performance.md), except with a cache.
         dtype: type of the computation.
         param_dtype: type of the parameters.
         kernel_init: initialiser of the projections.
@@ -89,58 +91,75 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b s d"],
         positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s S"],
+        segment_ids: Int[Array, "b s"] | None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "b s d"], KVCache | None]:
-        """Attends where ``mask`` is True.
+        """Attends to the token itself and to the earlier ones with the same segment id, or all earlier ones if None.
 
-        Without a cache, tokens attend to the keys of x, and S = s. With a cache, x continues the cached tokens, S is
-        the size of the cache, and the cache is returned with x in it.
+        With a cache, x continues the cached tokens, which must be of the same segment, and the cache is returned with
+        x in it.
         """
         split = split_of(x, x.ndim - 1)
-        attend = automatic(self._attend, split and (split, split_of(x, 0)))
-        y, cache = attend(self.query_key_value(x), positions, mask, cache)
+        attend = functools.partial(self._attend, is_split=split is not None)
+        attend = automatic(attend, split and (split, split_of(x, 0)))
+        y, cache = attend(self.query_key_value(x), positions, segment_ids, cache)
         return self.out(y), cache
 
     def _attend(
         self,
         query_key_value: Float[Array, "b s width"],
         positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s S"],
+        segment_ids: Int[Array, "b s"] | None,
         cache: KVCache | None,
+        *,
+        is_split: bool,
     ) -> tuple[Float[Array, "b s d"], KVCache | None]:
         """The weighted values of all heads, and the cache with keys and values in it."""
         b, s, width = query_key_value.shape
         qkv = query_key_value.reshape(b, s, 3, self.num_heads, width // (3 * self.num_heads))
         query = rotate(qkv[:, :, 0], positions, self.rope_theta)
         key, value = rotate(qkv[:, :, 1], positions, self.rope_theta), qkv[:, :, 2]
+        first = 0
         if cache is not None:
-            start = (0, cache.length, 0, 0)
+            first = cache.length
+            start = (0, first, 0, 0)
             key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
             value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
-            cache = KVCache(key, value, cache.length + s)
+            cache = KVCache(key, value, first + s)
             key, value = key.astype(query.dtype), value.astype(query.dtype)
-        chosen = "xla" if cache is not None else self._choose(query)
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=chosen)
+        chosen = "xla" if cache is not None else self._choose(query, is_split)
+        if chosen == "splash":
+            y = splash.attend(query, key, value, segment_ids)
+        else:
+            mask = jnp.broadcast_to(_mask(first, s, key.shape[1], segment_ids), (b, s, key.shape[1]))
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=chosen)
         return y.reshape(b, s, width // 3), cache
 
-    def _choose(self, query: Float[Array, "b s h c"]) -> str:
-        """The implementation without a cache.
+    def _choose(self, query: Float[Array, "b s h c"], is_split: bool) -> str:
+        """The implementation without a cache; with ``is_split``, explicit axes of a mesh split the tokens.
 
         Raises:
-            InputError: if cuDNN was asked for and can't run.
+            InputError: if one was asked for that can't run.
         """
-        if self.implementation == "xla":
-            return "xla"
-        reason = why_not_cudnn(query)
-        if reason and self.implementation == "cudnn":
-            raise InputError(f"attention with implementation='cudnn' needs {reason}: None takes what can run")
-        return "xla" if reason else "cudnn"
+        reasons = {"cudnn": why_not_cudnn(query), "splash": splash.why_not(query)}
+        if is_split and reasons["splash"] is None:
+            reasons["splash"] = "a mesh whose axes are not explicit"  # XLA can't partition a kernel
+        if reason := reasons.get(self.implementation):
+            raise InputError(
+                f"attention with implementation={self.implementation!r} needs {reason}: None takes what can run"
+            )
+        return self.implementation or next((name for name, reason in reasons.items() if reason is None), "xla")
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token: projections, and scores and weighted values of all ``seq_len`` keys."""
         d = self.out.in_features
         return 2 * 4 * d * d + 4 * seq_len * d
+
+
+def _mask(first: Int[Array, ""] | int, s: int, S: int, segment_ids: Int[Array, "b s"] | None) -> Bool[Array, "#b s S"]:
+    """Which keys each of s queries attends to, the first of which is at position ``first`` of S."""
+    causal = (jnp.arange(S)[None] <= first + jnp.arange(s)[:, None])[None]
+    return causal if segment_ids is None else causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 def why_not_cudnn(query: Float[Array, "b s h c"] | jax.ShapeDtypeStruct) -> str | None:
@@ -150,9 +169,10 @@ def why_not_cudnn(query: Float[Array, "b s h c"] | jax.ShapeDtypeStruct) -> str 
         return f"bfloat16 or float16, not {query.dtype}"
     if c % 8 or c > WIDEST_HEAD or s % 2:
         return f"heads of a multiple of 8 up to {WIDEST_HEAD} wide and sequences of even length, not {c} and {s}"
-    if jax.default_backend() != "gpu":
-        return f"an NVIDIA GPU, not {jax.default_backend()!r}"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    device = target()
+    if device.platform != "gpu":
+        return f"an NVIDIA GPU, not {device.platform!r}"
+    capability = getattr(device, "compute_capability", None)
     try:
         newer = float(capability) >= OLDEST_GPU
     except (TypeError, ValueError):  # AMD: "gfx942"

@@ -80,6 +80,17 @@ def generate(
     return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
 
 
+def lower(model: Transformer, size: int, prefill: int) -> jax.stages.Lowered:
+    """The program by which ``generate`` continues one prompt of ``prefill`` tokens to ``size``, of a model without
+    values; with a cache, if the model can have one.
+    """
+    arguments = np.zeros((1, size), np.int32), np.array([prefill]), jax.eval_shape(lambda: jax.random.key(0))
+    how = np.float32(0), np.float32(1)
+    if model.mixes_tokens:
+        return _by_recomputation.lower(*nnx.split(model), *arguments, *how)
+    return _with_cache.lower(*nnx.split(model), *arguments, *how, prefill=prefill)
+
+
 def _check_memory(model: Transformer, rows: int, size: int, at_once: int, *, use_cache: bool) -> None:
     """An InputError if no device can hold the cache, and the attention scores of the longest pass over tokens."""
     element = jnp.dtype(model.dtype).itemsize

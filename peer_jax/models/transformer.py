@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Gives, Placed
@@ -94,22 +94,21 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b s d"],
         positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s S"],
-        real: Bool[Array, "b s"] | None,
+        segment_ids: Int[Array, "b s"] | None,
         cache: KVCache | None = None,
         route: bool = False,
     ) -> tuple[Float[Array, "b s d"], BlockOutput]:
         """The residual stream after the block; with ``route`` also the routing, if the feed-forward layer routes."""
-        y, cache = self.attention(self.attention_norm(x), positions, mask, cache)
+        y, cache = self.attention(self.attention_norm(x), positions, segment_ids, cache)
         x = x + y
-        normed = self.ffw_norm(x)
+        normed, real = self.ffw_norm(x), None if segment_ids is None else segment_ids > 0
         routing = self.ffw.route(normed, real) if route and self.ffw.routes else None
         y, aux = self.ffw(normed, real)
         return x + y, BlockOutput(aux, cache, routing)
 
 
 MOST_BLOCKS = 10_000
-ROUTE = 6  # position of the argument ``route`` of ``Block.__call__``
+ROUTE = 5  # position of the argument ``route`` of ``Block.__call__``
 
 
 class Transformer(nnx.Module):
@@ -248,7 +247,7 @@ class Transformer(nnx.Module):
         """The residual stream after all blocks, and the auxiliary losses and metrics of the blocks."""
         _check_tokens(tokens, segment_ids)
         run = nnx.remat(Block.__call__, static_argnums=ROUTE) if self.remat else Block.__call__
-        x, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
+        x, outputs = self._through_blocks(self._embed(tokens), _positions(tokens, segment_ids), segment_ids, run=run)
         loss, metrics = jnp.zeros(()), {}
         for index, (aux, *_) in enumerate(outputs):
             loss += aux.loss
@@ -259,7 +258,7 @@ class Transformer(nnx.Module):
         """The routing of every block whose layer routes, by the block's index; call it in evaluation mode."""
         _check_tokens(tokens, segment_ids)
         run = functools.partial(Block.__call__, route=True)
-        _, outputs = self._through_blocks(self._embed(tokens), *_layout(tokens, segment_ids), run=run)
+        _, outputs = self._through_blocks(self._embed(tokens), _positions(tokens, segment_ids), segment_ids, run=run)
         return {index: output.routing for index, output in enumerate(outputs) if output.routing is not None}
 
     def init_cache(self, batch: int, max_len: int) -> list[KVCache]:
@@ -273,17 +272,14 @@ class Transformer(nnx.Module):
         _check_tokens(tokens, None)
         b, s = tokens.shape
         positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
-        size = cache[0].key.shape[1]
-        mask = jnp.broadcast_to(jnp.arange(size)[None, None] <= positions[..., None], (b, s, size))
-        x, outputs = self._through_blocks(self.embed(tokens), positions, mask, None, cache)
+        x, outputs = self._through_blocks(self.embed(tokens), positions, None, cache)
         return self._logits(x), [output.cache for output in outputs]
 
     def _through_blocks(
         self,
         x: Float[Array, "b s d"],
         positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s S"],
-        real: Bool[Array, "b s"] | None,
+        segment_ids: Int[Array, "b s"] | None,
         caches: Sequence[KVCache] | None = None,
         *,
         run: Callable[..., tuple[Array, BlockOutput]] = Block.__call__,
@@ -292,10 +288,10 @@ class Transformer(nnx.Module):
         outputs = []
         for index, block in enumerate(self.blocks):
             if caches is None:
-                x, output = run(block, x, positions, mask, real)
+                x, output = run(block, x, positions, segment_ids)
                 x = constrain(x, "batch")
             else:
-                x, output = run(block, x, positions, mask, real, caches[index])
+                x, output = run(block, x, positions, segment_ids, caches[index])
             outputs.append(output)
         return x, outputs
 
@@ -351,16 +347,10 @@ def _check_tokens(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | No
             raise InputError(f"{name} must have the shape [batch, seq]{of_tokens}, not {list(array.shape)}")
 
 
-def _layout(
-    tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None
-) -> tuple[Int[Array, "b s"], Bool[Array, "b s S"], Bool[Array, "b s"] | None]:
-    """Positions within each document, which tokens attend to which, and which tokens are real."""
-    b, s = tokens.shape
-    index = jnp.broadcast_to(jnp.arange(s), (b, s))
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((s, s), bool)), (b, s, s))
+def _positions(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None) -> Int[Array, "b s"]:
+    """Positions within each document."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
-        return index, causal, None
+        return index
     start = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    positions = index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
-    mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return positions, mask, segment_ids > 0
+    return index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)

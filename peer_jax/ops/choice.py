@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.parts import Xla
+from peer_jax.sharding import target
 
 # Bytes of the table, and of the gathered rows, up to which a CPU is fastest if it holds all of these rows at once
 # (docs/performance.md).
@@ -35,7 +36,6 @@ def choose(
     x: Float[Array, "t d"] | jax.ShapeDtypeStruct,
     table: Float[Array, "N d"] | jax.ShapeDtypeStruct,
     r: int,
-    platform: str | None = None,
 ) -> str:
     """The implementation of ``expert_mix`` or ``value_bag`` for t tokens that retrieve r rows each.
 
@@ -49,7 +49,6 @@ def choose(
         x: the tokens' vectors, or for ``value_bag`` something with the shape and type of its output.
         table: ``down`` and ``up``, which are alike, or ``values``.
         r: rows per token.
-        platform: where the op will run, as ``jax.default_backend()`` names it; None takes that.
 
     Raises:
         InputError: if the implementation is unknown.
@@ -57,21 +56,15 @@ def choose(
     check_implementation(implementation)
     if implementation not in (None, "mosaic_gpu"):
         return implementation
-    platform = platform or jax.default_backend()
-    if implementation is None and platform == "cpu":
+    device = target()
+    if implementation is None and device.platform == "cpu":
         small = 4 * x.shape[1] * max(x.shape[0] * r, table.shape[0]) <= HELD and table.dtype == jnp.float32
         return "reference" if small and not sharded.splits_experts() else "xla"
-    reason = mosaic_gpu.why_not(*sharded.part_shapes(x, table), r, platform)
+    reason = mosaic_gpu.why_not(*sharded.part_shapes(x, table), r)
     if reason and implementation:
         _say_once(reason)
-    return "xla" if reason or (implementation is None and not _is_hopper(platform)) else "mosaic_gpu"
-
-
-def _is_hopper(platform: str) -> bool:
-    try:
-        return getattr(jax.devices(platform)[0], "compute_capability", None) == HOPPER
-    except RuntimeError:  # no GPU on this machine: the program is compiled for another one
-        return False
+    is_hopper = getattr(device, "compute_capability", None) == HOPPER
+    return "xla" if reason or (implementation is None and not is_hopper) else "mosaic_gpu"
 
 
 @functools.cache

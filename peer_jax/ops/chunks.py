@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peer_jax.sharding import target
+
 # Gathered bytes that a chunk may hold. On a CPU they should stay in a core's cache: 16 tokens of 128 float32 rows of
 # width 256 measured fastest there. Elsewhere a chunk is a kernel launch, so it should be large, but small compared with
 # the device's memory.
@@ -15,8 +17,8 @@ ACCELERATOR_BUDGET = 256 * 2**20
 
 
 def chunk_size(num_tokens: int, bytes_per_token: int) -> int:
-    """Tokens per chunk: all of them where they fit the backend's budget, else a power of two."""
-    budget = CPU_BUDGET if jax.default_backend() == "cpu" else ACCELERATOR_BUDGET
+    """Tokens per chunk: all of them where they fit the device's budget, else a power of two."""
+    budget = CPU_BUDGET if target().platform == "cpu" else ACCELERATOR_BUDGET
     fitting = max(1, budget // max(1, bytes_per_token))
     return num_tokens if num_tokens <= fitting else 2 ** int(math.log2(fitting))
 

@@ -37,7 +37,9 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
         "working arrays": memory.fullest.working + memory.other,
         "total": memory.total,
     }
-    _print(console, "memory per device", "GiB", unknown | {part: f"{size / GIB:.2f}" for part, size in parts.items()})
+    print_table(
+        console, "memory per device", "GiB", unknown | {part: f"{size / GIB:.2f}" for part, size in parts.items()}
+    )
     share = memory.total / device.memory
     verdict = "DOES NOT FIT" if share > 1 else "May fit" if unknown else "Fits"
     least = "at least " if unknown else ""
@@ -51,11 +53,11 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
     step = plan.step
     for what, by_cause in (("received per step", step.interconnect), ("to and from memory", step.memory)):
         sizes = {cause: size for cause, size in by_cause.items() if size} | {"total": sum(by_cause.values())}
-        _print(console, what, "GiB", unknown | {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()})
+        print_table(console, what, "GiB", unknown | {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()})
 
     seconds = step.seconds(device, plan.mesh)
     limit = max(seconds, key=seconds.__getitem__)
-    _print(console, "least time of a step", "ms", {what: f"{1e3 * time:.2f}" for what, time in seconds.items()})
+    print_table(console, "least time of a step", "ms", {what: f"{1e3 * time:.2f}" for what, time in seconds.items()})
     console.print(
         f"A step takes {1e3 * seconds[limit]:.3g} ms at least, limited by {limit}: "
         f"{step_tokens / seconds[limit]:,.0f} tokens/s at most."
@@ -67,7 +69,8 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
         )
 
 
-def _print(console: Console, what: str, unit: str, rows: dict[str, str]) -> None:
+def print_table(console: Console, what: str, unit: str, rows: dict[str, str]) -> None:
+    """Prints two columns with the heads ``what`` and ``unit``."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column(what, no_wrap=True)
     table.add_column(unit, justify="right", no_wrap=True)

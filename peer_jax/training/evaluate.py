@@ -5,6 +5,7 @@ b  batch     s  sequence     N  experts
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def evaluate(
     batches = eval_batches(
         source, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    masses = _no_mass(model) if routing else {}
+    masses = jax.tree.map(_zeros, _masses(model)) if routing else {}
     nll = tokens = 0.0
     with ProgressBar("evaluate", len(batches), enabled=progress) as bar:
         for done, batch in enumerate(batches, start=1):
@@ -70,11 +71,23 @@ def usage(mass: Float[np.ndarray, " N"]) -> dict[str, float]:
     return {"usage": p.size / mass.size, "unevenness": float(np.sum(p * np.log(p * mass.size)))}
 
 
-def _no_mass(model: Transformer) -> dict[int, Float[Array, " N"]]:
-    """A zero for each expert of each block that routes."""
+def lower(model: Transformer, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+    """The program that ``evaluate`` runs for each batch, of a model and a batch without values."""
+    return _evaluate_batch.lower(*nnx.split(model), batch, _masses(model))
+
+
+def _masses(model: Transformer) -> dict[int, jax.ShapeDtypeStruct]:
+    """A float for each expert of each block that routes, [N]."""
     sparse = {index: block.ffw for index, block in enumerate(model.blocks) if block.ffw.routes}
     replicated = None if current() is None else current().sharding()
-    return {index: jnp.zeros(layer.num_experts, jnp.float32, device=replicated) for index, layer in sparse.items()}
+    return {
+        index: jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32, sharding=replicated)
+        for index, layer in sparse.items()
+    }
+
+
+def _zeros(a: jax.ShapeDtypeStruct) -> Array:
+    return jnp.zeros(a.shape, a.dtype, device=a.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

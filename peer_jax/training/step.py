@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
-from peer_jax.sharding import constrain, current
+from peer_jax.sharding import constrain, current, target
 from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
 
 Metrics = dict[str, Float[Array, ""]]
@@ -75,7 +75,7 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Shapes and types of the arrays of the state, with their shardings in the placement in use."""
-        shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), self._shapes)
+        shardings = self.shardings() or jax.tree.map(lambda _: SingleDeviceSharding(target()), self._shapes)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self._shapes, shardings)
 
     def shardings(self) -> TrainState | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from peer_jax.ops.cpu import KEEPS_BARRIERS
+from peer_jax.sharding import target
 
 # Bytes of a table's rows that are updated at a time: few enough for one pass to find in the cache what another wrote.
 ROWS_BUDGET = 2**20
@@ -25,7 +26,7 @@ def update_by_rows(
     """
     n = other.shape[0] if other.ndim else 1
     rows = ROWS_BUDGET * n // max(1, other.nbytes)
-    if jax.default_backend() != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
+    if target().platform != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
         return update(*tables, other)
 
     def at(start: int | jax.Array, size: int, tables: tuple[jax.Array, ...]):

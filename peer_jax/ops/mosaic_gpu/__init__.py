@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.ops.mosaic_gpu.parts import KernelParts
 from peer_jax.ops.mosaic_gpu.tables import sum_pairs
 from peer_jax.ops.mosaic_gpu.tokens import mix_tokens
+from peer_jax.sharding import target
 
 __all__ = ["KernelParts", "expert_mix", "value_bag", "why_not"]
 
@@ -33,25 +34,21 @@ def why_not(
     x: Float[Array, "t d"] | Sized,
     table: Float[Array, "N d"] | Sized,
     r: int,
-    platform: str | None = None,
 ) -> str | None:
-    """One sentence that says why the kernels can't run with these sizes and types, here; None if they can.
+    """One sentence that says why the kernels can't run with these sizes and types on the device that what is traced is
+    for; None if they can.
 
     Args:
         x: the tokens' vectors; for ``value_bag``, something with the shape and type of its output.
         table: ``down`` and ``up``, which must be alike, or ``values``.
         r: rows per token, heads times top-k.
-        platform: where the kernels will run, as ``jax.default_backend()`` names it; None takes that.
     """
-    platform = jax.default_backend() if platform is None else platform
-    if platform not in ("cuda", "gpu"):
-        return f"Mosaic GPU kernels run on NVIDIA GPUs, not on {platform!r}."
+    device = target()
+    if device.platform != "gpu":
+        return f"Mosaic GPU kernels run on NVIDIA GPUs, not on {device.platform!r}."
     if (reason := _why_not_sizes(x, table, r)) is not None:
         return reason
-    try:
-        capability = getattr(jax.devices(platform)[0], "compute_capability", None)
-    except RuntimeError:  # no GPU on this machine: the program is compiled for another one
-        return None
+    capability = getattr(device, "compute_capability", None)
     try:
         too_old = capability is not None and float(capability) < 9.0
     except ValueError:  # AMD: "gfx942"
