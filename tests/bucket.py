@@ -94,8 +94,8 @@ FAULTS = {0: 429, 2: 503}  # by the number of the request among those of its kin
 class Busy(http.server.ThreadingHTTPServer):
     """A store that is too busy for some requests, and passes the others on to the emulator.
 
-    The first request of each kind is refused with 429. The third is carried out, but its answer is 503: the one who
-    asked can't know that. A kind is a library, a method and what is asked for. ``faults`` counts both by kind.
+    The first request of each kind is refused with 429. The third is carried out, but answered with 503, as if the
+    answer had been lost. A kind is a library, a method and what is asked for. ``faults`` has the answers by kind.
     """
 
     daemon_threads = True
@@ -135,6 +135,7 @@ class _Passing(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = self._kind()
         fault = self.server.fault(kind)
+        # The emulator forgets a resumable upload that is complete, and would not know it when it is sent again.
         if fault is None or (fault == 503 and "resumable" not in kind):
             status, headers, content = self._answer(body)
         if fault is not None:
@@ -151,16 +152,10 @@ class _Passing(http.server.BaseHTTPRequestHandler):
     def _kind(self):
         path, _, query = self.path.partition("?")
         asked = urllib.parse.parse_qs(query)
-        of_an_object = "/o/" in path
         library = self.headers.get("User-Agent", "").split("/")[0]
-        return (
-            library,
-            self.command,
-            path.split("/b/")[0],
-            of_an_object,
-            *asked.get("alt", ()),
-            *asked.get("uploadType", ()),
-        )
+        of_an_object = "/o/" in path
+        how = (*asked.get("alt", ()), *asked.get("uploadType", ()))
+        return library, self.command, path.split("/b/")[0], of_an_object, *how
 
     def _answer(self, body):
         """The emulator's answer, whose links lead here."""
