@@ -43,14 +43,17 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
             there, where the other machines find them.
 
     Raises:
-        InputError: if the environment has a setting that JAX or XLA can't start with.
+        InputError: if the environment has a setting that JAX or XLA can't start with; or if the programs are to be kept
+            in a bucket that can't be used.
     """
+    from peer_jax.storage import is_in_bucket, place  # imported here, so that `--help` doesn't wait for it
+
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     _silence_threads()
     if not accelerators():
         keep_freed_memory()
-    if keep_programs and workdir is not None and workdir.startswith("gs://") and accelerators():
+    if keep_programs and workdir is not None and is_in_bucket(workdir) and accelerators():
         # Programs for a CPU are for one of its kind, so they stay on their machine. JAX can't limit a bucket's size.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{workdir.rstrip('/')}/{PROGRAMS}")
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
@@ -60,6 +63,8 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
         if os.environ["JAX_COMPILATION_CACHE_DIR"] == programs:
             _remove_half_programs(Path(programs))
+    if is_in_bucket(programs := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
+        place(programs)  # prepares the libraries for buckets before JAX's first compilation, which uses them
     if "jax" not in sys.modules:
         _check_xla_flags()
         try:

@@ -353,11 +353,39 @@ def check_room(folder: str | os.PathLike, size: int = 2**16) -> None:
         probe.unlink(missing_ok=True)
 
 
+class Growing:
+    """An object in a bucket that grows: ``flush`` and ``close`` write it anew, with all that it has by then.
+
+    Args:
+        path: of the object.
+        content: what it already has.
+    """
+
+    def __init__(self, path: str | os.PathLike, content: bytes = b"") -> None:
+        self._path, self._content, self._written = epath.Path(path), bytearray(content), len(content)
+
+    def write(self, content: bytes) -> None:
+        """Adds to what the next ``flush`` writes."""
+        self._content += content
+
+    def flush(self) -> None:
+        """Has readers find all of it.
+
+        Raises:
+            OSError: if it can't be written.
+        """
+        if self._written < len(self._content):
+            _write(self._path, bytes(self._content))
+            self._written = len(self._content)
+
+    close = flush
+
+
 class Lines:
     """A file of lines that grows.
 
-    In a folder, a reader finds each line as soon as ``append`` has returned. An object in a bucket is written anew with
-    all its lines by ``flush``, which the caller calls before it relies on them and when ``is_due`` says so.
+    In a folder, a reader finds each line as soon as ``append`` has returned. In a bucket, a reader finds what was there
+    at the last ``flush``, which the caller calls before it relies on the lines and when ``is_due`` says so.
 
     Args:
         path: of the file. Lines that it already has stay if ``keep`` accepts them and if they have a line end, which
@@ -369,40 +397,31 @@ class Lines:
     """
 
     def __init__(self, path: epath.Path, keep: Callable[[str], bool]) -> None:
-        self._path, self._file = path, None
-        self._lines = [line + "\n" for line in whole_lines(path) if keep(line)]
-        self._written = len(self._lines)
+        kept = "".join(line + "\n" for line in whole_lines(path) if keep(line)).encode()
+        _write(path, kept)
+        self._in_bucket = is_in_bucket(path)
+        self._file = Growing(path, kept) if self._in_bucket else open(path, "ab")  # noqa: SIM115, close() closes it
         self._last = time.monotonic()
-        _write(path, "".join(self._lines).encode())
-        if not is_in_bucket(path):
-            self._lines.clear()
-            self._file = Path(path).open("a")  # noqa: SIM115, it stays open until close()
 
     def append(self, line: str) -> None:
         """Adds a line."""
-        if self._file is None:
-            self._lines.append(line + "\n")
-        else:
-            self._file.write(line + "\n")
+        self._file.write(line.encode() + b"\n")
+        if not self._in_bucket:
             self._file.flush()
 
     @property
     def is_due(self) -> bool:
         """Whether it is time to ``flush``."""
-        return self._file is not None or time.monotonic() - self._last >= FLUSH_SECONDS
+        return not self._in_bucket or time.monotonic() - self._last >= FLUSH_SECONDS
 
     def flush(self) -> None:
         """Has readers find all lines."""
-        if self._written < len(self._lines):
-            _write(self._path, "".join(self._lines).encode())
-            self._written = len(self._lines)
+        self._file.flush()
         self._last = time.monotonic()
 
     def close(self) -> None:
         """Closes the file."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def whole_lines(path: epath.Path) -> list[str]:

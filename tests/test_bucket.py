@@ -1,16 +1,18 @@
 """Runs and sweeps in a bucket: as in a folder, killed and damaged ones too. The bucket is an emulator's."""
 
 import http.server
+import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
-import types
+from types import SimpleNamespace
 
 import pytest
+from bucket import Busy, reached_at
 from small_runs import (
-    KEEPS_NO_PROGRAMS,
     assert_same,
     environment,
     leaves,
@@ -23,7 +25,7 @@ from small_runs import (
 )
 from tensorboardX.proto.event_pb2 import Event
 
-from peer_jax import lease, storage
+from peer_jax import lease, startup, storage
 from peer_jax.data import cache, pipeline
 from peer_jax.errors import InputError, InUse
 from peer_jax.run_directory import RunDirectory, find_runs
@@ -101,27 +103,8 @@ def test_it_is_evaluated_continued_and_reported(finished, run_cli, tmp_path):
     assert (status, storage.read(finished.path / "results.csv")) == (0, (tmp_path / "results.csv").read_bytes())
 
 
-def test_a_killed_run_goes_on(bucket, local, tiny):
-    """At once, on the same machine; no line of its metrics is lost, and none is there twice."""
-    directory = RunDirectory(f"{bucket}/killed")
-    command = [sys.executable, "-m", "peer_jax", "train", "--quiet", f"--workdir={directory}", *flags(tiny, *SHORT)]
-    slow = f"import time, sys; from peer_jax.training import step\n{SLOW}\nfrom peer_jax import cli; cli.main()"
-    process = subprocess.Popen([sys.executable, "-c", slow, *command[3:]], env=environment(**KEEPS_NO_PROGRAMS))
-    checkpoints = directory.checkpoints
-    while not (checkpoints / "4" / "commit_success.txt").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    assert directory.holder().process == process.pid
-    process.kill()
-    process.wait()
-    assert max(Checkpoints(checkpoints, read_only=True).steps()) < 12
-    before = time.monotonic()
-    train(tiny, directory, *SHORT)
-    assert time.monotonic() - before < 50  # a lease of another machine takes 60 s to be stale
-    assert_as(directory, local, tiny)
-
-
 SLOW = """
+import time
 from peer_jax.training import loop
 make = loop._step_function
 def slow(*arguments):
@@ -132,6 +115,92 @@ def slow(*arguments):
     return one
 loop._step_function = slow
 """
+
+# Waits less before a request is sent again, since half a minute of a test would be such waiting; and tells what it did.
+IMPATIENT = """
+import asyncio, atexit, collections, json, sys
+import jax
+from google.cloud.storage.retry import DEFAULT_RETRY
+sleep, events = asyncio.sleep, collections.Counter()
+asyncio.sleep = lambda seconds, *more: sleep(min(seconds, 0.05), *more)
+DEFAULT_RETRY._initial = 0.05
+jax.monitoring.register_event_listener(lambda event, **more: events.update([event.split("/")[-1]]))
+atexit.register(lambda: print(json.dumps({"tensorflow": "tensorflow" in sys.modules, **events})))
+"""
+
+
+def start(tiny, directory, before, **variables):
+    """Starts the run in a process of its own that executes a program first; what it compiles is kept in the bucket."""
+    arguments = ["train", "--quiet", "--no-table", f"--workdir={directory}", *flags(tiny, *SHORT)]
+    command = [sys.executable, "-c", f"{before}\nfrom peer_jax import cli\ncli.main()", *arguments]
+    variables |= {"JAX_COMPILATION_CACHE_DIR": f"{directory.path.parent}/programs"}
+    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def killed(bucket, tiny):
+    """A run that was killed after a checkpoint."""
+    directory = RunDirectory(f"{bucket}/killed")
+    process = start(tiny, directory, SLOW)
+    while not (directory.checkpoints / "4" / "commit_success.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    assert directory.holder().process == process.pid
+    process.kill()
+    process.communicate()
+    assert max(Checkpoints(directory.checkpoints, read_only=True).steps()) < 12
+    return directory
+
+
+@pytest.fixture(scope="module")
+def continued(bucket, killed, tiny):
+    """How another process has finished that run, at a store that is too busy for some requests."""
+    programs, began = storage.place(f"{bucket}/programs"), time.monotonic()
+    before = {path.name for path in storage.listed(programs)}
+    with Busy() as busy:
+        process = start(tiny, killed, IMPATIENT, **reached_at(busy.url))
+        printed, _ = process.communicate()
+    assert process.returncode == 0
+    return SimpleNamespace(
+        directory=killed,
+        seconds=time.monotonic() - began,
+        faults=busy.faults,
+        told=json.loads(printed),
+        programs=(before, {path.name for path in storage.listed(programs)}),
+    )
+
+
+def test_a_killed_run_goes_on(continued, local, tiny):
+    """At once, on the same machine; no line of its metrics is lost, and none is there twice."""
+    assert continued.seconds < 50  # a lease of another machine takes 60 s to be stale
+    assert_as(continued.directory, local, tiny)
+
+
+def test_a_busy_store_is_asked_again(continued):
+    """By each of the libraries, for all that it asks: the run above has not noticed."""
+    libraries = ("gcloud-python", "python-gcsfs", "tensorstore")
+    answered = {(library, status) for (library, *_), faults in continued.faults.items() for status in faults}
+    assert answered == {(library, status) for library in libraries for status in (429, 503)}
+    assert {method for _, method, *_ in continued.faults} == {"GET", "POST", "DELETE"}
+
+
+def test_compiled_programs_are_found_in_the_bucket(continued):
+    """The next process doesn't compile the step again that the killed one has; JAX finds it without TensorFlow."""
+    before, after = continued.programs
+    assert len([name for name in before if name.startswith("jit_step-")]) == 1
+    assert not any(name.startswith("jit_step-") for name in after - before)
+    assert continued.told["cache_hits"] >= 2
+    assert continued.told["cache_misses"] == len(after - before)
+    assert not continued.told["tensorflow"]
+
+
+def test_where_programs_are_kept(bucket, monkeypatch):
+    """Beside what is trained in a bucket, if there are accelerators."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(startup, "accelerators", lambda: ["tpu"])
+    startup.prepare(workdir=f"{bucket}/sweep")
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == f"{bucket}/sweep/.programs"
 
 
 def test_what_is_older_than_a_checkpoint_is_written(bucket, tiny, monkeypatch):
@@ -327,8 +396,8 @@ def test_a_bucket_in_another_region_is_said(bucket, monkeypatch, zone, is_far):
     ],
 )
 def test_buckets_of_several_regions(monkeypatch, location, data_locations, region, is_far):
-    bucket = types.SimpleNamespace(location=location, data_locations=data_locations)
-    monkeypatch.setattr(storage, "client", lambda: types.SimpleNamespace(get_bucket=lambda name: bucket))
+    bucket = SimpleNamespace(location=location, data_locations=data_locations)
+    monkeypatch.setattr(storage, "client", lambda: SimpleNamespace(get_bucket=lambda name: bucket))
     monkeypatch.setattr(storage, "_region", lambda: region)
     assert bool(storage.far_away("gs://some/run")) == is_far
 
@@ -409,14 +478,3 @@ def test_what_can_not_be_used_is_said_in_one_sentence(bucket, tiny, run_cli, mon
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_is_installed", lambda name: name != "gcsfs")
         refused(run_cli(*asked, "--workdir=gs://without/run"), "gcsfs is not installed: pip install 'peer-jax[gcs]'")
-
-
-def test_training_in_a_bucket_imports_no_tensorflow(bucket, finished):
-    program = (
-        "import sys; from peer_jax import startup; startup.prepare(); from peer_jax import storage, lease\n"
-        "from peer_jax.training.checkpoint import Checkpoints\n"
-        "print(Checkpoints(sys.argv[1], read_only=True).best_step(), 'tensorflow' in sys.modules)"
-    )
-    command = [sys.executable, "-c", program, str(finished.checkpoints)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["12", "False"]

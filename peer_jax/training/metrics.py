@@ -12,13 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import scalar
 
 from peer_jax.errors import InputError
 from peer_jax.processes import gather, together
 from peer_jax.run_directory import RunDirectory
-from peer_jax.storage import as_os_errors, reason
+from peer_jax.storage import Growing, as_os_errors, reason
+
+
+class _Bucket:
+    """Opens event files in a bucket for tensorboardX, whose own writer fails if the answer to a writing is lost."""
+
+    open = Growing
+
+
+register_writer_factory("gs", _Bucket)
 
 
 class MetricsLog:

@@ -66,8 +66,12 @@ class Trainer:
         self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, state)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step. Each device makes its own part of it and never holds more than that."""
-        return jax.jit(self._init, out_shardings=self.shardings())(jax.random.key(seed))
+        """The state before the first step. Each device makes its own part of it and never holds more than that.
+
+        It is bound to its devices as a restored state is: for any other, JAX would compile the step a second time.
+        """
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        return jax.jit(self._init, out_shardings=shardings)(jax.random.key(seed))
 
     def _init(self, key: Array) -> TrainState:
         _, params, others = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)

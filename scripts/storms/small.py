@@ -22,7 +22,7 @@ from small_runs import PROGRAM, losses, stack, start_process, tiny_config, witho
 Storm = Callable[[Path, random.Random, int], collections.Counter]
 
 
-def main(storm: Storm, text: str, good: set[str], count: int) -> None:
+def main(storm: Storm, text: str, good: set[str], count: int, in_bucket: Storm | None = None) -> None:
     """Runs a storm from the command line and prints how its trials ended; exit status 1 if one did not end well.
 
     Args:
@@ -30,11 +30,15 @@ def main(storm: Storm, text: str, good: set[str], count: int) -> None:
         text: what ``--help`` says.
         good: the ends that are as they should be.
         count: the number of trials by default.
+        in_bucket: the same storm in a bucket, which ``--bucket`` chooses.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of what is random (default: 0)")
     parser.add_argument("--count", type=int, default=count, help=f"number of trials (default: {count})")
+    if in_bucket is not None:
+        parser.add_argument("--bucket", action="store_true", help="use a bucket (of an emulator) instead of a folder")
     given = parser.parse_args()
+    storm = in_bucket if in_bucket is not None and given.bucket else storm
     with tempfile.TemporaryDirectory(prefix="storm-") as folder:
         ends = storm(Path(folder), random.Random(given.seed), given.count)
     for end, times in sorted(ends.items()):
