@@ -177,20 +177,20 @@ def test_what_does_not_fit_the_devices(run_cli, monkeypatch, arguments, words):
 @needs_libtpu
 @pytest.mark.filterwarnings("default")  # what libtpu itself warns of
 def test_a_step_for_four_tpus(run_cli, tmp_path):
-    """One dense block of width 32 on four rows of 128 tokens: one row per device."""
+    """One dense block with 2 heads on four rows of 256 tokens: one row per device."""
     file = tmp_path / "step.txt"
-    sizes = ("Transformer.num_blocks=1", "Run.batch_size=4", "TextTask.seq_len=128")
+    sizes = ("Transformer.num_blocks=1", "Run.batch_size=4", "TextTask.seq_len=256")
     flags = [f"--set={size}" for size in sizes]
-    status, out, _ = run_cli("compile", *CONFIG, *flags, "--topology=v5p:2x2x1", f"--hlo={file}")
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+        status, out, _ = run_cli("compile", *CONFIG, *flags, "--topology=v5p:2x2x1", f"--hlo={file}")
     assert status == 0
-    assert out.startswith("step on v5p:2x2x1: data=4, fsdp=1, expert=1; tables by rows; 512 tokens\n")
+    assert out.startswith("step on v5p:2x2x1: data=4, fsdp=1, expert=1; tables by rows; 1,024 tokens\n")
     assert "Fits: 0% of the 95 GiB of a device." in out
     text = file.read_text()
     assert sum(of.number for of in hlo.read(text).collectives) == len(collectives(text)) > 0
-    # Attention is that of TPUs, which holds no scores of a row.
-    assert "models/attention.py" in out
-    assert "tpu_custom_call" in text
-    assert not [shape for shape in hlo._ARRAY.findall(text) if shape[2].endswith("128,128") and "2,128,128" in shape[2]]
+    # Attention is that of TPUs, forward and backward: no array has the scores of a row.
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert "256,256]" not in text
 
 
 @needs_libtpu
