@@ -73,13 +73,21 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
             runs on one device: a row as long as those in training, of which a half is given.
 
     Raises:
-        InputError: if the mesh or the batch doesn't fit the devices, or there is no such program.
+        InputError: if the mesh or the batch doesn't fit the devices, there is no such program, or cuDNN is missing.
     """
     if program not in PROGRAMS:
         raise InputError(f"{program} is not one of {', '.join(PROGRAMS)}", argument="program")
     placement = None if program == "generation" else _place(run, topology)
     with use(placement), compiled_for(topology.devices[0]):
-        lowered, tokens = _LOWERED[program](run)
+        try:
+            lowered, tokens = _LOWERED[program](run)
+        except RuntimeError as error:  # JAX asks cuDNN itself for its version
+            if "cuDNN" not in str(error):
+                raise
+            raise InputError(
+                f"attention on {topology.name} is cuDNN's, which is not installed here: set "
+                "Transformer.attention_implementation='xla' to compile without it"
+            ) from error
         compiled = lowered.compile(compiler_options=_OPTIONS.get(topology.devices[0].platform))
     cost, text = compiled.cost_analysis() or {}, compiled.as_text()
     return Compiled(

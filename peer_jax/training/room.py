@@ -1,8 +1,8 @@
 """The least memory that a step and an evaluation take, so that what can't fit is refused before it is tried.
 
 ``peer_jax.planning`` has the whole count. Here is only what every step holds, whatever its feed-forward layers: the
-parameters and the optimiser's moments, the residual streams and attention's probabilities that are kept for the
-backward pass, and a chunk of logits.
+parameters and the optimiser's moments, the residual streams and, on CPU, attention's probabilities that are kept for
+the backward pass, and a chunk of logits.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from peer_jax import memory
 from peer_jax.models import Transformer
 from peer_jax.ops.cross_entropy import tokens_at_once
-from peer_jax.sharding import current, part_bytes
+from peer_jax.sharding import current, part_bytes, target
 from peer_jax.training.step import TrainState
 
 FLOAT = 4  # bytes
@@ -55,6 +55,9 @@ def _devices() -> int:
 
 
 def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
+    """Those of attention on a CPU; on other devices its kernels may hold none of them."""
+    if target().platform != "cpu":
+        return 0
     return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize
 
 
