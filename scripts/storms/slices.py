@@ -12,7 +12,6 @@ import collections
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -141,12 +140,8 @@ class Takeovers(threading.Thread):
 
 def a_round(
     folder: Path, workdir: storage.AnyPath, undisturbed: Path, kills: int, draw: random.Random
-) -> tuple[collections.Counter, list[float]]:
-    """A sweep by two slices, with so many kills at most.
-
-    Returns:
-        How each kill and the sweep have ended; and after how many seconds killed runs were taken over.
-    """
+) -> collections.Counter:
+    """A sweep by two slices, with so many kills at most; how each kill and the sweep have ended."""
     ends: collections.Counter = collections.Counter()
     slices = [Slice(folder, workdir) for _ in range(SLICES)]
     first_written: dict[str, int] = {}
@@ -185,7 +180,9 @@ def a_round(
         note("OTHER NUMBERS")
     else:
         note(ROUND)
-    return ends, takeovers.seconds()
+    seconds = " ".join(f"{seconds:.1f}" for seconds in takeovers.seconds())
+    small.say(sum(ends.values()), f"seconds from a kill until somebody else had the run: {seconds}")
+    return ends
 
 
 def storm(folder: Path, draw: random.Random, count: int, place: storage.AnyPath | None = None) -> collections.Counter:
@@ -194,14 +191,9 @@ def storm(folder: Path, draw: random.Random, count: int, place: storage.AnyPath 
     statuses, said = Slice(folder, folder / "undisturbed").ends(1200)
     assert statuses == [0, 0], said
     ends: collections.Counter = collections.Counter()
-    seconds: list[float] = []
     while (left := count - ends[ONE] - ends[WHOLE]) > 0 and not ends.keys() - GOOD:
         workdir = place / f"round-{ends[ROUND]}"
-        more = a_round(folder, workdir, folder / "undisturbed", min(left, KILLS_IN_A_ROUND), draw)
-        ends, seconds = ends + more[0], seconds + more[1]
-    if seconds:
-        median, most = statistics.median(seconds), max(seconds)
-        print(f"{len(seconds)} killed runs were taken over, after {median:.1f} s at the median and {most:.1f} at most")
+        ends += a_round(folder, workdir, folder / "undisturbed", min(left, KILLS_IN_A_ROUND), draw)
     return ends
 
 
