@@ -9,7 +9,8 @@ otherwise:
 
 - the residual stream before attention and before the feed-forward layer, both normalised, queries, keys, values, and
   the output of attention: 8 d;
-- attention's probabilities: heads * seq_len, once in float32 and once in the computation's type.
+- attention's probabilities where they are held: heads * seq_len, once in float32 and once in the computation's type.
+  Accelerators are taken to run the kernels that hold none, unless the run asks for implementation "xla".
 
 Results of elementwise functions are taken to be computed again. With remat only the residual stream between blocks is
 kept (d), and the rest of one block at a time. The mask takes seq_len bytes per token.
@@ -307,13 +308,17 @@ class _Counting:
 
     def _kept(self) -> list[float]:
         """Bytes that the forward pass of each block leaves for the backward pass."""
-        model = self.model
-        attention = 8 * model.d_model * self.a + model.num_heads * self.seq_len * (FLOAT + self.a)
+        attention = 8 * self.model.d_model * self.a + self._scores() * (FLOAT + self.a)
         return [self.t * attention + layer.kept for layer in self.layers]
+
+    def _scores(self) -> int:
+        """Scores of attention per token and block that are held."""
+        held = self.on_cpu or self.model.blocks[0].attention.implementation == "xla"
+        return self.model.num_heads * self.seq_len if held else 0
 
     def _working(self, index: int) -> float:
         """Bytes that the backward pass of a block holds beside what is kept."""
-        attention = 2 * FLOAT * self.t * self.model.num_heads * self.seq_len
+        attention = 2 * FLOAT * self.t * self._scores()
         others = self.placement.size(FSDP) - 1
         kernels = others * sum(part_bytes(leaf) for _, leaf, is_table in self._params(index) if not is_table)
         return max(attention, self.layers[index].working) + 2 * kernels
