@@ -59,11 +59,11 @@ class Place:
         """HOST:PORT of process 0."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def refusal(self, argument: str, sentence: str) -> InputError:
+    def refusal(self, argument: str, sentence: str, kind: type[InputError] = InputError) -> InputError:
         """The error for an argument of ``find``, which starts with its value, or for the variable that gave it."""
         if argument in self.variables:
-            return InputError(f"{self.variables[argument]} {sentence}")
-        return InputError(sentence, argument=argument)
+            return kind(f"{self.variables[argument]} {sentence}")
+        return kind(sentence, argument=argument)
 
 
 def find(

@@ -65,7 +65,11 @@ def of_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, str]:
 
 
 def changed(folder: epath.PathLike, digests: Mapping[str, str]) -> list[str]:
-    """The files of `digests` that are missing in the folder, can't be read, or have another digest, in their order."""
+    """The files of `digests` that are missing in the folder, can't be read, or have another digest, in their order.
+
+    Raises:
+        OSError: if the folder is in a bucket that doesn't answer.
+    """
     folder = epath.Path(folder)
     known = _known(folder) if storage.is_in_bucket(folder) else {}
 
@@ -74,6 +78,8 @@ def changed(folder: epath.PathLike, digests: Mapping[str, str]) -> list[str]:
         try:
             if found is None or algorithm != OF_BUCKETS:  # a copy, for instance, of what was elsewhere before
                 found = of_file(folder / name, algorithm)
+        except storage.BucketError:  # which says nothing of the file
+            raise
         except OSError:
             return True
         return found != digests[name]

@@ -26,7 +26,7 @@ class InputError(ValueError):
         return [type(self).__name__, str(self), self.argument]
 
     @staticmethod
-    def heard(told: Sequence[str]) -> "InputError":
+    def heard(told: Sequence[str | None]) -> "InputError":
         """The error that another process has ``told`` of."""
         kind, message, argument = told
         return {one.__name__: one for one in (InUse, TryAgain)}.get(kind, InputError)(message, argument=argument)
@@ -39,7 +39,7 @@ class InUse(InputError):  # noqa: N818, it names what is so
 class TryAgain(InputError):  # noqa: N818, it names the way out
     """Another process or a service has not answered, or has died: the same command may work the next time."""
 
-    status = os.EX_TEMPFAIL  # 75, by which launchers tell it from what another start would only repeat
+    status = os.EX_TEMPFAIL  # 75: launchers start a command again after it, but not after 1 or 2
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818, it names what happened

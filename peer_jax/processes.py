@@ -40,7 +40,8 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
         timeouts: how long the processes wait for one another.
 
     Raises:
-        TryAgain: if the processes don't find one another in time, or JAX finds no cluster.
+        InputError: if JAX finds no cluster; TryAgain if the processes don't find one another in time, or if the port
+            is taken.
     """
     if place is None and not from_cluster:
         return
@@ -80,9 +81,10 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
             if failures
             else f"waited {timeouts.start} s"
         )
-        raise TryAgain(
-            f"{who} did not start together ({reason}): start all, and check that they reach the first"
-        ) from (failures[0] if failures else None)
+        kind = InputError if failures and isinstance(failures[0], ValueError) else TryAgain  # the arguments can't be
+        raise kind(f"{who} did not start together ({reason}): start all, and check that they reach the first") from (
+            failures[0] if failures else None
+        )
 
 
 def _check_port(place: Place) -> None:
@@ -93,7 +95,7 @@ def _check_port(place: Place) -> None:
             trial.bind(("", place.port))
         except OSError as error:
             taken = f"{place.coordinator}: port {place.port} can't be had ({error.strerror})"
-            raise place.refusal("coordinator", taken) from error
+            raise place.refusal("coordinator", taken, TryAgain) from error
 
 
 def leave(status: int) -> None:

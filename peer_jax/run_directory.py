@@ -23,7 +23,7 @@ import filelock
 from etils import epath
 
 from peer_jax import lease, records, storage
-from peer_jax.errors import InputError, InUse
+from peer_jax.errors import InputError, InUse, TryAgain
 from peer_jax.storage import is_in_bucket, make_folder, place, set_aside, whole_lines, write_whole
 
 CONFIG = "config.gin"
@@ -52,7 +52,7 @@ def _read(path: epath.Path, record: type[records.Record]) -> dict[str, Any] | No
         content = storage.read(path)
         return None if content is None else records.parse(content.decode(), record, path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read ({error}): mend it, or remove it") from error
+        raise storage.refusal(error, f"{path} can't be read ({error}): mend it, or remove it") from error
 
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
@@ -130,10 +130,8 @@ class RunDirectory(_Directory):
                     argument="workdir",
                 ) from None
             except OSError as error:
-                raise InputError(
-                    f"{self} can't be written to ({storage.reason(error)}): choose another directory",
-                    argument="workdir",
-                ) from error
+                sentence = f"{self} can't be written to ({storage.reason(error)}): choose another directory"
+                raise storage.refusal(error, sentence, "workdir") from error
             return held.then(undo.pop_all().close)
 
     def holder(self) -> lease.Holder | None:
@@ -181,9 +179,8 @@ class RunDirectory(_Directory):
             content = storage.read(self.config)
             return None if content is None else content.decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{self.config} can't be read ({error}): mend it, or choose another directory", argument="workdir"
-            ) from error
+            sentence = f"{self.config} can't be read ({error}): mend it, or choose another directory"
+            raise storage.refusal(error, sentence, "workdir") from error
 
     def write_config(self, text: str) -> None:
         """Writes ``config.gin``."""
@@ -221,9 +218,15 @@ class RunDirectory(_Directory):
         return _read(self.path / RESULT, records.Result)
 
     def whole_result(self) -> dict[str, Any] | None:
-        """The result; None if there is none that can be read, so that the run has to write it again."""
+        """The result; None if there is none that can be read, so that the run has to write it again.
+
+        Raises:
+            TryAgain: if the bucket does not answer.
+        """
         try:
             return self.read_result()
+        except TryAgain:
+            raise
         except InputError:
             return None
 
@@ -236,7 +239,8 @@ class RunDirectory(_Directory):
     @property
     def has_result(self) -> bool:
         """Whether there is a ``result.json``, whole or not."""
-        return (self.path / RESULT).exists()
+        with storage.as_os_errors(self.path):
+            return (self.path / RESULT).exists()
 
     # Metrics.
 
@@ -362,7 +366,9 @@ def find_runs(directory: str | os.PathLike) -> list[RunDirectory]:
 
 
 def _find(path: epath.Path) -> Iterator[RunDirectory]:
-    if any((path / name).exists() for name in (CONFIG, RESULT, FAILURE)):
+    with storage.as_os_errors(path):
+        is_run = any((path / name).exists() for name in (CONFIG, RESULT, FAILURE))
+    if is_run:
         yield RunDirectory(path)
         return
     kept = [kept["runs"] for kept in SweepDirectory(path).sweeps()]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peer_jax.errors import InputError
@@ -105,7 +106,13 @@ class Sharding:
         if used == 1:
             return None
         types = (AxisType.Auto,) * len(AXES)
-        return Placement(jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:used]), self.tables)
+        shape, devices = tuple(sizes.values()), devices[:used]
+        try:
+            mesh = jax.make_mesh(shape, AXES, types, devices=devices)
+        except NotImplementedError:  # an axis of the mesh is no product of axes of the TPUs' torus
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            mesh = Mesh(grid, AXES, axis_types=types)
+        return Placement(mesh, self.tables)
 
 
 def mesh_axes(spec: Iterable[str | Sequence[str] | None]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from peer_jax import versions
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, TryAgain
 
 if TYPE_CHECKING:
     from etils import epath
@@ -63,7 +63,7 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
         if os.environ["JAX_COMPILATION_CACHE_DIR"] == programs:
             _remove_half_programs(Path(programs))
-    if is_in_bucket(programs := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
+    if keep_programs and is_in_bucket(programs := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
         place(programs)  # prepares the libraries for buckets before JAX's first compilation, which uses them
     if "jax" not in sys.modules:
         _check_xla_flags()
@@ -73,11 +73,14 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
             raise _refused_environment(error) from error
 
 
-def fault_of_a_bucket(error: Exception) -> str | None:
-    """What an exception says, if a library for buckets has raised it."""
+def refusal_of_a_bucket(error: Exception) -> InputError | None:
+    """The error to show for what a library for buckets has raised; None for other exceptions."""
     from peer_jax import storage  # imported here, so that `--help` doesn't wait for it
 
-    return storage.fault(error)
+    if (reason := storage.fault(error)) is None:
+        return None
+    sentence = f"a bucket can't be used any more ({reason}): check the connection and your rights"
+    return storage.refusal(error, sentence)
 
 
 def check_devices() -> None:
@@ -110,7 +113,7 @@ def _tpu_in_use(reason: str) -> InputError | None:
     if not re.search(r"TPU is already in use|libtpu\S* (is )?already in use|libtpu multi-process lockfile", reason):
         return None
     process = re.search(r"process with pid (\d+)", reason)
-    return InputError(
+    return TryAgain(
         f"the TPU of this host is in use by another {process[0] if process else 'process'}: wait for it, or end it; if "
         "there is none, remove /tmp/libtpu_lockfile"
     )
@@ -149,9 +152,16 @@ def _check_xla_flags() -> None:
         raise _refused_environment((said.split("] ", 1)[-1].splitlines() or ["XLA ended"])[0])
 
 
+def _has_address(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except socket.gaierror:
+        return False
+
+
 def _refused_environment(reason: object) -> InputError:
     """Why JAX can't start, with the variables that may be the cause."""
-    if "gloo/transport" in str(reason):
+    if "gloo/transport" in str(reason) and not _has_address(socket.gethostname()):
         name = f"this machine's name {socket.gethostname()!r} has no address, which several processes on CPUs need"
         return InputError(f"JAX can't start: {name}: add it to /etc/hosts")
     own = ("JAX_COMPILATION_CACHE_DIR", f"JAX_COMPILATION_CACHE_MAX_SIZE={PROGRAMS_BYTES}")  # set by ``prepare``

@@ -27,8 +27,18 @@ PROBE = ".probe"
 FLUSH_SECONDS = 30  # between two writings of an object that grows
 REACH_SECONDS = 30  # for a first answer of a bucket
 
+# The regions of Google's own pairs, which a bucket does not tell: cloud.google.com/storage/docs/locations.
+DUAL_REGIONS = {
+    "nam4": ("us-central1", "us-east1"),
+    "eur4": ("europe-north1", "europe-west4"),
+    "eur5": ("europe-west1", "europe-west2"),
+    "eur7": ("europe-west2", "europe-west3"),
+    "eur8": ("europe-west3", "europe-west6"),
+    "asia1": ("asia-northeast1", "asia-northeast2"),
+}
+
 # Top packages whose exceptions say that a bucket can't be used. gcsfs raises OSErrors besides.
-LIBRARIES = {"google", "gcsfs", "aiohttp", "requests", "urllib3"}
+LIBRARIES = {"google", "gcsfs", "fsspec", "aiohttp", "requests", "urllib3"}
 
 
 # Paths
@@ -115,8 +125,7 @@ def _check_bucket(bucket: str, argument: str | None) -> None:
     except Exception as error:
         if (reason := fault(error)) is None:
             raise
-        kind, way_out = _way_out(error)
-        raise kind(f"{address} can't be used ({reason}): {way_out}", argument=argument) from error
+        raise refusal(error, f"{address} can't be used ({reason}): {_way_out(error)}", argument) from error
 
 
 def _is_installed(name: str) -> bool:
@@ -126,15 +135,35 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def _way_out(error: Exception) -> tuple[type[InputError], str]:
+def _way_out(error: Exception) -> str:
     name = type(error).__name__
     if name == "NotFound":
-        return InputError, "make the bucket, or mend its name"
+        return "make the bucket, or mend its name"
     if name in ("Forbidden", "Unauthorized"):
-        return InputError, "ask for the rights to read and write objects in it, or log in as somebody who has them"
+        return "ask for the rights to read and write objects in it, or log in as somebody who has them"
     if "Credentials" in name:
-        return InputError, "log in with `gcloud auth application-default login`"
-    return TryAgain, "check the connection, and that its name is right"
+        return "log in with `gcloud auth application-default login`"
+    return "check the connection, and that its name is right"
+
+
+def refusal(error: Exception, sentence: str, argument: str | None = None) -> InputError:
+    """The error with this sentence for what the system or a library has raised: TryAgain if it may pass by itself."""
+    return (TryAgain if _may_pass(error) else InputError)(sentence, argument=argument)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a bucket did not answer, or said that it can't now; a missing right or a wrong name stay as they are."""
+    if isinstance(error, BucketError) and error.__cause__ is not None:
+        error = error.__cause__
+        if type(error) is OSError:  # gcsfs names what the bucket has answered
+            return not str(error).startswith(("Forbidden", "Unauthorized", "Not Found", "Bad Request"))
+    if error is None or fault(error) is None or "Credentials" in type(error).__name__:
+        return False
+    code = getattr(error, "code", None)
+    try:
+        return not 400 <= int(code) < 500 or int(code) in (408, 429)
+    except (TypeError, ValueError):  # no answer of the bucket's at all
+        return True
 
 
 @functools.cache
@@ -165,7 +194,8 @@ def far_away(path: str | os.PathLike) -> str | None:
         if fault(error) is None:
             raise
         return None
-    where = [place.lower() for place in bucket.data_locations or [bucket.location]]
+    where = bucket.data_locations or DUAL_REGIONS.get(bucket.location.lower()) or [bucket.location]
+    where = [place.lower() for place in where]
     continent = {"us": "us-", "eu": "europe-", "asia": "asia-"}
     if any(region == place or region.startswith(continent.get(place, region + ".")) for place in where):
         return None
@@ -176,7 +206,10 @@ def far_away(path: str | os.PathLike) -> str | None:
 
 
 def _region() -> str | None:
-    """The region of this machine of Google Cloud, as its metadata say, which google-auth finds by the same variable."""
+    """The region of this machine of Google Cloud, as its metadata server says; None for other machines.
+
+    GCE_METADATA_HOST names another metadata server, as it does for google-auth.
+    """
     import urllib.request  # which takes longer to import than the rest of this module
 
     server = os.environ.get("GCE_METADATA_HOST")
@@ -253,7 +286,8 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     try:
         _write(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise InputError(f"{path} can't be written ({reason(error)}): free space, or choose another place") from error
+        sentence = f"{path} can't be written ({reason(error)}): free space, or choose another place"
+        raise refusal(error, sentence) from error
 
 
 def _write(path: epath.Path, content: bytes) -> None:

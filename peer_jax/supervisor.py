@@ -101,10 +101,8 @@ class End:
         return 0 if self.was_killed else 1 if self.is_said else 3 if self.status == -signal.SIGABRT else 2
 
     def status_of_others(self) -> int:
-        """The exit status of processes that end because of it: its own, unless it did not end by itself."""
-        if self.is_said:
-            return self.status
-        return TryAgain.status if self.was_killed or self.status == -signal.SIGABRT else 1
+        """The exit status of processes that end because of it: its own, or that of TryAgain if it did not exit."""
+        return TryAgain.status if self.status is None or self.status < 0 else self.status
 
     def sentence(self) -> str:
         """What the other processes say of it."""
@@ -163,7 +161,7 @@ def _gather(place: Place, seconds: float) -> list[_Link]:
         if error.errno == errno.EADDRINUSE:
             return _find(place, seconds)  # another process may have number 0, too, and tells all of them
         taken = f"{place.coordinator}: port {place.port} can't be had ({error.strerror})"
-        raise place.refusal("coordinator", taken) from error
+        raise place.refusal("coordinator", taken, TryAgain) from error
     with server:
         while len(links) < place.num_processes - 1:
             server.settimeout(max(0.01, min(say_at, deadline) - time.monotonic()))
@@ -218,6 +216,7 @@ def _find(place: Place, seconds: float) -> list[_Link]:
             "coordinator",
             f"{place.coordinator} is where another program or a run that has begun listens, not process 0 of a run "
             f"that waits for process {place.process_id}: check the numbers of the processes, or choose another port",
+            TryAgain,
         )
     if "refused" in answer:
         raise InputError.heard(answer["refused"])
@@ -290,7 +289,7 @@ class _Parent:
     def run(self) -> NoReturn:
         """Waits until the child has ended, or has to because another process has, and exits as it did."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: os.kill(self._child, number))
+            signal.signal(number, self._pass_on)
         while True:
             self._listen(0.1)
             self._show(time.monotonic() - HOLD)
@@ -299,6 +298,11 @@ class _Parent:
                 self._ended(End(self._id, os.waitstatus_to_exitcode(status), self._last_line()))
             if any(time.monotonic() > came + _patience(end) for came, end in self._news):
                 self._give_up(min((end for _, end in self._news), key=End.rank))
+
+    def _pass_on(self, number: int, _: object) -> None:
+        """Gives a signal to the child, unless it has ended already."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child, number)
 
     def _ended(self, end: End) -> NoReturn:
         """Exits as the child has."""

@@ -3,7 +3,7 @@
 Usage: python scripts/compile_table.py [WORD ...]
 
 It compiles the rows whose names contain all of the words, by `peer_jax.planning.compiled`, each for minutes of a core.
-The extra `compile` must be installed. docs/performance.md has the table and says what the estimates leave out.
+The extra `compile` must be installed. docs/performance.md says what the estimates leave out.
 """
 
 import argparse

@@ -96,6 +96,7 @@ def test_every_field_that_tpu_slices_need():
         assert spec["failurePolicy"]["maxRestarts"] == 100
         (rule,) = spec["failurePolicy"]["rules"]
         assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])  # which the schema does not say
         assert spec["coordinator"] == {"replicatedJob": "slice", "jobIndex": 0, "podIndex": 0}
         assert spec["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
         (replicated,) = spec["replicatedJobs"]  # a slice that fails restarts no other
@@ -200,18 +201,27 @@ ARGUMENTS = """#!/usr/bin/env bash
 printf "%s\\n" "${0##*/}" "$@" >>"$CALLS"
 echo ---- >>"$CALLS"
 [ "${4:-}" != describe ] || echo "$STATE"
+[ "${0##*/} $1" = "$FAILS" ] || exit 0
+read -r status rest <"$CALLS.statuses"
+echo "$rest" >"$CALLS.statuses"
+exit "$status"
 """
 
 
-def calls(script, folder, programs, *arguments, state=""):
-    """What a script gives to each call of some programs, which only print the state of queued resources."""
+def calls(script, folder, programs, *arguments, state="", fails="", statuses="", ends=0):
+    """What a script, which ends with a status, gives to each call of some programs.
+
+    They only print the state of queued resources; one of them ends with one status after another.
+    """
     folder.mkdir(exist_ok=True)
+    (folder / "calls.statuses").write_text(statuses)
     for program in programs:
         (folder / program).write_text(ARGUMENTS)
         (folder / program).chmod(0o755)
     variables = {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_JOB_ID": "7", "STATE": state}
+    variables["FAILS"] = fails
     done = subprocess.run(["bash", str(script), *arguments], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ends, done.stderr
     return [call.strip("\n").split("\n") for call in (folder / "calls").read_text().split("----\n") if call]
 
 
@@ -243,6 +253,34 @@ def test_a_tpu_vm_that_has_done_its_work_deletes_itself(tmp_path):
     given = calls(tmp_path / files.STARTUP, tmp_path / "bin", ["docker", "gcloud", "curl", "mkdir"])
     assert given[-1][:5] == ["gcloud", "compute", "tpus", "queued-resources", "delete"]
     assert [call[:2] for call in given].count(["docker", "run"]) == 1
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 134, 137, 143])
+def test_slurm_starts_again_what_another_start_may_mend(status, tmp_path):
+    files.write(files.emit(job("slurm")), tmp_path)
+    programs = ["srun", "scontrol", "sleep"]
+    again = status not in (0, 1, 2)
+    said = {"fails": "srun --kill-on-bad-exit=0", "statuses": f"{status}\n", "ends": 0 if again else status}
+    given = calls(tmp_path / files.SLURM, tmp_path / "bin", programs, **said)
+    assert [call for call in given if call[0] == "scontrol"] == [["scontrol", "requeue", "7"]] * again
+
+
+@pytest.mark.parametrize(("statuses", "runs"), [("75 137 0", 3), ("75 2", 2), ("1", 1)])
+def test_a_tpu_vm_starts_again_what_another_start_may_mend(statuses, runs, tmp_path):
+    """And then the slice is deleted; after a failed run and bad input by any host, as the others would only wait."""
+    files.write(files.emit(job("tpu-vm")), tmp_path)
+    programs = ["docker", "gcloud", "curl", "mkdir", "sleep"]
+    given = calls(tmp_path / files.STARTUP, tmp_path / "bin", programs, fails="docker run", statuses=f"{statuses}\n")
+    assert [call[:2] for call in given].count(["docker", "run"]) == runs
+    assert given[-1][:5] == ["gcloud", "compute", "tpus", "queued-resources", "delete"]
+
+
+@pytest.mark.parametrize(("status", "ends"), [(0, 0), (1, 1), (2, 2), (75, 75), (125, 75), (137, 75)])
+def test_skypilot_hears_what_another_start_may_mend(status, ends, tmp_path):
+    (tmp_path / "run.sh").write_text(shell_of("skypilot-gpu"))
+    script = tmp_path / "docker.sh"
+    script.write_text((tmp_path / "run.sh").read_text().replace("sudo docker", "docker"))
+    calls(script, tmp_path / "bin", ["sudo", "docker"], fails="docker run", statuses=f"{status}\n", ends=ends)
 
 
 def test_slurm_gets_its_options():
@@ -303,7 +341,7 @@ def test_skypilot_has_a_managed_job_per_slice():
     assert task["resources"]["infra"] == "gcp/us-east5/us-east5-a"
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 0
-    assert {75, 137, 143} < set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     gpus = yaml.safe_load(files.emit(job("skypilot-gpus")).files[files.SKYPILOT])
     assert (gpus["num_nodes"], gpus["resources"]["accelerators"]) == (2, "H100:8")
 

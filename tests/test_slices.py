@@ -193,7 +193,7 @@ def test_a_slice_leaves_when_one_of_its_processes_hangs(hosts, config, tmp_path)
     os.kill(child, signal.SIGSTOP)
     for process in started:
         status, errors = ended(process, timeout=60)
-        assert status > 0
+        assert status in (os.EX_TEMPFAIL, 128 + signal.SIGABRT)  # after which launchers start it again
         assert errors.splitlines()[-1].startswith("peer-jax: process ")
     wait_for(lambda: gone(child), seconds=10)
 

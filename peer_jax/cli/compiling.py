@@ -43,15 +43,18 @@ def compile(
     configs/sizes/paper.gin --config configs/data/c4.gin --topology v5p:2x2x2 --set
     Sharding.expert=8 --set Transformer.remat=True
     """
-    startup.prepare(keep_programs=False)  # a program that is read back doesn't tell its memory
+    startup.prepare(keep_programs=False)
     keep_off_accelerators()
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # a program that is read back doesn't tell its memory
     from peer_jax import config as configs
     from peer_jax.planning.compiled import compile_run
     from peer_jax.planning.compiled_table import show
     from peer_jax.planning.topology import topology as topology_of
 
     devices = topology_of(topology)
-    if hlo is not None and not os.access(hlo.parent, os.W_OK):
+    if hlo is not None and (hlo.is_dir() or not os.access(hlo if hlo.exists() else hlo.parent, os.W_OK)):
         raise InputError(f"{hlo} can't be written: name a file in a folder that can be", argument="hlo")
     compiled = compile_run(configs.load(config, set_, import_), devices, program)
     show(compiled, devices)

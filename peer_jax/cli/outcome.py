@@ -9,7 +9,7 @@ import typer
 
 from peer_jax import startup, supervisor
 from peer_jax.cli.app import NAME, app
-from peer_jax.errors import InputError, Interrupted, TrainingFailed, TryAgain
+from peer_jax.errors import InputError, Interrupted, TrainingFailed
 
 
 def main() -> None:
@@ -28,13 +28,12 @@ def main() -> None:
     except Interrupted as stopped:
         _exit(stopped, 128 + stopped.signal_number)
     except Exception as error:
-        if (reason := startup.fault_of_a_bucket(error)) is not None:
-            passing = f"a bucket can't be used any more ({reason}): check the connection and your rights"
-            _exit(TryAgain(passing), TryAgain.status)
-        if not supervisor.is_supervised():
-            raise
+        if (refused := startup.refusal_of_a_bucket(error)) is not None:
+            _exit(refused, refused.status)
         traceback.print_exc()
-        os._exit(1)  # its parent knows whether the cause is another process, and shows the traceback if it is not
+        if supervisor.is_supervised():  # its parent knows whether the cause is another process, and shows it if not
+            os._exit(os.EX_SOFTWARE)
+        sys.exit(os.EX_SOFTWARE)  # 70: a fault of a device or of the code, after which launchers try again
 
 
 # Typer has or brings Click, where these are the base classes of the one error that Typer names.

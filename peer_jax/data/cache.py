@@ -181,7 +181,8 @@ def bring(path: Path, shared: AnyPath) -> bool:
     except FileNotFoundError as error:
         raise Damaged(f"{shared} is damaged", shared) from error
     except OSError as error:
-        raise InputError(f"{shared} can't be copied to {path} ({storage.reason(error)}): free space") from error
+        sentence = f"{shared} can't be copied to {path} ({storage.reason(error)}): free space"
+        raise storage.refusal(error, sentence) from error
     return True
 
 
@@ -218,7 +219,8 @@ def publish(path: Path, shared: AnyPath) -> None:
             _copy(_files(manifest), path, shared)
             _copy([MANIFEST], path, shared)
     except OSError as error:
-        raise InputError(f"{shared} can't be written to ({storage.reason(error)}): choose another cache") from error
+        sentence = f"{shared} can't be written to ({storage.reason(error)}): choose another cache"
+        raise storage.refusal(error, sentence) from error
 
 
 def withdraw(shared: AnyPath) -> None:
@@ -293,7 +295,8 @@ def read_manifest(path: AnyPath) -> dict[str, Any]:
             manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
         what = "is not a prepared cache (it has no readable manifest.json)" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}; run `peer-jax prepare`, or delete it if nothing else needs it.") from error
+        sentence = f"{path} {what}; run `peer-jax prepare`, or delete it if nothing else needs it."
+        raise storage.refusal(error, sentence) from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path / MANIFEST} is damaged", path) from error
     if not isinstance(manifest, dict) or (manifest.get("kind") != KIND and "digest" not in manifest):

@@ -173,7 +173,7 @@ def _prepare(task: TextTask, progress: bool) -> None:
         )
         result = json.loads(answer.read_text()) if answer.exists() else {}
     if "error" in result:
-        raise InputError(result["error"])
+        raise InputError.heard(result["error"])
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         raise InputError(f"preparing {name} was ended by {name}; if memory ran out, set a lower max_train_tokens.")

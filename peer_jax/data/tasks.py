@@ -328,7 +328,7 @@ def main(request: str, answer: str) -> int:
         task, progress = pickle.loads(Path(request).read_bytes())
         result, status = {"path": str(prepare(task, progress=progress))}, 0
     except InputError as error:
-        result, status = {"error": str(error)}, 2
+        result, status = {"error": error.told()}, error.status
     except Exception:
         traceback.print_exc()
         return 1

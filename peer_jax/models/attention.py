@@ -18,7 +18,7 @@ from peer_jax.layers.checks import check_sizes
 from peer_jax.layers.interface import by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models import splash
-from peer_jax.sharding import automatic, split_of, target
+from peer_jax.sharding import automatic, current, split_of, target
 
 
 @by_position
@@ -54,7 +54,8 @@ class Attention(nnx.Module):
         implementation: ``"xla"`` holds the scores of all heads, [b, h, s, S]; ``"cudnn"`` never holds them, and needs
             an NVIDIA GPU from Ampere on, bfloat16 or float16, and heads at most 128 wide; ``"splash"`` never holds
             them, and needs a TPU and sequences of a multiple of 128 tokens. None takes one of the latter two where it
-            can run (docs/performance.md), except with a cache.
+            can run (docs/performance.md), except with a cache. Under ``jax.jit`` with arrays that are split over TPUs
+            without ``peer_jax.sharding``, give "xla".
         dtype: type of the computation.
         param_dtype: type of the parameters.
         kernel_init: initialiser of the projections.
@@ -142,8 +143,9 @@ class Attention(nnx.Module):
             InputError: if one was asked for that can't run.
         """
         reasons = {"cudnn": why_not_cudnn(query), "splash": splash.why_not(query)}
-        if is_split and reasons["splash"] is None:
-            reasons["splash"] = "a mesh whose axes are not explicit"  # XLA can't partition a kernel
+        is_foreign = current() is None and not jax.sharding.get_abstract_mesh().empty
+        if reasons["splash"] is None and (is_split or is_foreign):
+            reasons["splash"] = "no mesh, or one of peer_jax.sharding"  # XLA can't partition a kernel
         if reason := reasons.get(self.implementation):
             raise InputError(
                 f"attention with implementation={self.implementation!r} needs {reason}: None takes what can run"

@@ -61,12 +61,12 @@ def linear_cross_entropy(
         tokens = x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1)
         return jnp.sum(sharded.by_tokens(_of_device, (kernel,), tokens))
 
-    return automatic(of_all_tokens, split_of(x, 0))(x, kernel, targets, weights)
+    return automatic(of_all_tokens, split_of(x, 0))(x, kernel, targets, weights.astype(jnp.float32))
 
 
 def tokens_at_once(t: int, vocabulary: int) -> int:
-    """Tokens of a chunk: all of them where their logits fit the budget, else as many in each chunk."""
-    chunks = -(-t // max(1, LOGITS_BUDGET // (4 * vocabulary)))
+    """Tokens of a chunk: all of them where their logits fit the budget, else they are spread evenly over the chunks."""
+    chunks = max(1, -(-t // max(1, LOGITS_BUDGET // (4 * vocabulary))))
     return -(-t // chunks)
 
 

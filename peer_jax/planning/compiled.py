@@ -1,6 +1,7 @@
 """Compiles the programs of a run for devices that this machine lacks, and says what they take there.
 
-The programs are those that the commands run, with the run's own mesh and shardings: nothing is modelled here.
+The programs are those that the commands run, with the run's own mesh and shardings, without the checks of
+``Run.checked``: nothing is modelled here.
 """
 
 import math
@@ -8,17 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from peer_jax.errors import InputError
 from peer_jax.models.generate import lower as lower_generation
 from peer_jax.planning import hlo
-from peer_jax.planning.topology import Topology
+from peer_jax.planning.topology import Topology, first_line
 from peer_jax.sharding import AXES, Placement, compiled_for, current, target, use
 from peer_jax.training.evaluate import lower as lower_evaluation
 from peer_jax.training.run import Run
-
-PROGRAMS = ("step", "evaluation", "generation")
 
 
 class Memory(NamedTuple):
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
     """A program of a run, compiled.
 
     Attributes:
-        program: one of ``PROGRAMS``.
+        program: "step", "evaluation" or "generation".
         mesh: sizes of the axes.
         tables: whether expert tables are split by "rows" or "columns".
         tokens: how many tokens the program reads.
@@ -73,11 +73,12 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
             runs on one device: a row as long as those in training, of which a half is given.
 
     Raises:
-        InputError: if the mesh or the batch doesn't fit the devices, there is no such program, or cuDNN is missing.
+        InputError: if the mesh, the batch or the memory that the program takes doesn't fit the devices, there is no
+            such program, or cuDNN is missing.
     """
-    if program not in PROGRAMS:
-        raise InputError(f"{program} is not one of {', '.join(PROGRAMS)}", argument="program")
-    placement = None if program == "generation" else _place(run, topology)
+    if program not in _LOWERED:
+        raise InputError(f"{program} is not one of {', '.join(_LOWERED)}", argument="program")
+    placement = None if program == "generation" else _place(run, topology, program)
     with use(placement), compiled_for(topology.devices[0]):
         try:
             lowered, tokens = _LOWERED[program](run)
@@ -88,7 +89,16 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
                 f"attention on {topology.name} is cuDNN's, which is not installed here: set "
                 "Transformer.attention_implementation='xla' to compile without it"
             ) from error
-        compiled = lowered.compile(compiler_options=_OPTIONS.get(topology.devices[0].platform))
+        try:
+            compiled = lowered.compile(compiler_options=_OPTIONS.get(topology.devices[0].platform))
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"{topology.name} can't hold the {program} ({first_line(error)[:200]}): set Transformer.remat=True, a "
+                "larger Sharding.expert or a smaller Run.batch_size, or take more devices",
+                argument="topology",
+            ) from None
     cost, text = compiled.cost_analysis() or {}, compiled.as_text()
     return Compiled(
         program=program,
@@ -108,7 +118,7 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
 _OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}
 
 
-def _place(run: Run, topology: Topology) -> Placement | None:
+def _place(run: Run, topology: Topology, program: str) -> Placement | None:
     """The placement of a run that has all of the devices."""
     sizes = run.sharding.sizes(len(topology.devices))
     if (used := math.prod(sizes.values())) < len(topology.devices):
@@ -118,7 +128,7 @@ def _place(run: Run, topology: Topology) -> Placement | None:
             argument="topology",
         )
     placement = run.sharding.place(topology.devices)
-    if placement is not None:
+    if placement is not None and program == "step":
         placement.check_rows("Run.batch_size / Run.accumulation", run.batch_size // run.accumulation)
     return placement
 
@@ -157,7 +167,7 @@ def _evaluation(run: Run) -> tuple[jax.stages.Lowered, int]:
 
 
 def _generation(run: Run) -> tuple[jax.stages.Lowered, int]:
-    trainer, size = run.trainer(), run.task.seq_len
+    trainer, size = run.trainer(), max(2, run.task.seq_len)
     return lower_generation(trainer.model(trainer.abstract_state()), size, size // 2), size
 
 

@@ -23,20 +23,22 @@ def show(compiled: Compiled, topology: Topology) -> None:
     console.print(f"{verdict}: {share:.0%} of the {shown(topology.kind.memory)} of a device.")
 
     work = {}
-    for what, amount, peak in (
-        ("FLOPs", compiled.flops, topology.kind.flops),
-        ("bytes", compiled.bytes, topology.kind.bandwidth),
+    for what, of, amount, peak in (
+        ("FLOPs", "bfloat16", compiled.flops, topology.kind.flops),
+        ("bytes", "memory's", compiled.bytes, topology.kind.bandwidth),
     ):
         if amount is not None:
-            work |= {what: f"{amount:.3g}", f"{what} at peak, ms": f"{1e3 * amount / peak:.2f}"}
+            work |= {what: f"{amount:.3g}", f"{what} at the {of} peak, ms": f"{1e3 * amount / peak:.2f}"}
     if compiled.seconds is not None:
-        work["compiler's estimate, ms"] = f"{1e3 * compiled.seconds:.2f}"
+        work["compiler's estimate without exchanges, ms"] = f"{1e3 * compiled.seconds:.2f}"
+    if account.collectives:
+        received = sum(of.size * (2 if of.kind == "all-reduce" else 1) for of in account.collectives)
+        work["exchanges at the links' peak, ms"] = f"{1e3 * received / topology.kind.links:.2f}"
     print_table(console, "work per device", "", work or {"not told by this compiler": ""})
-    if account.cycles:
-        total = sum(account.cycles.values())
+    if total := sum(account.cycles.values()):
         rows = {part: f"{cycles / total:.1%}" for part, cycles in account.cycles.items()}
         print_table(console, "estimated cycles by part", f"of {total:.3g}", rows)
-    if account.unestimated:
+    if account.cycles and account.unestimated:
         rows = {what: str(number) for what, number in account.unestimated.items()}
         print_table(console, "without an estimate", "number", rows)
     rows = {f"{of.number} {of.kind}": shown(of.size) for of in account.collectives}

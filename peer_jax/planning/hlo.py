@@ -150,7 +150,9 @@ class _Reader:
                     yield from self._reached(inner, turns, in_loop, scheduled and not apart)
 
     def _turns(self, loop: _Instruction) -> int | None:
-        """How often a loop turns: as the compiler says, or as its condition ``counter < constant`` does."""
+        """How often a loop turns: as the compiler says, or as its condition ``counter < constant`` does, for a counter
+        that starts at 0 and goes up by 1, as those of JAX do.
+        """
         if known := _TURNS.search(loop.rest):
             return int(known[1])
         condition = {instruction.name: instruction for instruction in self._computations[loop.called["condition"][0]]}
@@ -172,6 +174,8 @@ def _is_on_sparse_core(instruction: _Instruction) -> bool:
 
 
 def _kind_without_estimate(instruction: _Instruction) -> str | None:
+    if (kind := instruction.opcode.removesuffix("-done")) in COLLECTIVES:
+        return kind
     if instruction.opcode == "sort":
         return f"sort of {_ARRAY.search(instruction.result)[0]}"
     if instruction.opcode.endswith("-start") and _is_on_sparse_core(instruction):
@@ -220,4 +224,5 @@ def _name(file: str) -> str | None:
     _, package, within = file.rpartition(f"{os.sep}peer_jax{os.sep}")
     if package:
         return within
-    return None if "-packages" in file or "/lib/python" in file else os.path.basename(file)
+    is_library = re.search(r"/(site|dist)-packages/|/lib/python", file)
+    return None if is_library else os.path.basename(file)

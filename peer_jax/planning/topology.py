@@ -68,7 +68,7 @@ def _tpus(generation: str, shape: str) -> list[jax.Device]:
         return topologies.get_topology_desc(f"{generation}:{shape}", "tpu", **options).devices
     except JaxRuntimeError as error:
         raise InputError(
-            f"{generation}:{shape} is no slice of TPUs ({_first_line(error)})", argument="topology"
+            f"{generation}:{shape} is no slice of TPUs ({first_line(error)})", argument="topology"
         ) from None
 
 
@@ -87,12 +87,13 @@ def _gpus(kind: str, number: int) -> list[jax.Device]:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ptxas])
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there may be no driver
     nodes = -(-number // GPUS_PER_NODE)
-    shape = f"{nodes}x{number // nodes}x1"
+    shape = f"1x{nodes}x{number // nodes}"  # partitions, nodes of each, GPUs of a node
     try:
         return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=gpus.target(kind)).devices
     except (JaxRuntimeError, RuntimeError) as error:
-        raise InputError(f"{kind}:{number} can't be compiled for ({_first_line(error)})", argument="topology") from None
+        raise InputError(f"{kind}:{number} can't be compiled for ({first_line(error)})", argument="topology") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

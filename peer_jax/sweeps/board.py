@@ -122,6 +122,11 @@ class Board:
             if self._enabled and not self._is_live:
                 print(self._note, file=sys.stderr, flush=True)
 
+    def put_off(self, run: Planned, reason: str) -> None:
+        """Notes that the run could not go on for now, and is tried again."""
+        self._running.pop(run.point.name, None)
+        self.say(f"{run.point.name} is tried again: {reason}")
+
     def say(self, note: str | None) -> None:
         """Shows a line below the table, or prints it where there is no table; None removes the line."""
         self._note = note

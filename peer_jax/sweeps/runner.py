@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from peer_jax.analysis import results
 from peer_jax.data.pipeline import ensure_prepared
-from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.errors import InputError, Interrupted, TrainingFailed, TryAgain
 from peer_jax.lease import STALE
 from peer_jax.run_directory import SweepDirectory, find_runs
 from peer_jax.sweeps.board import Board
@@ -25,6 +25,7 @@ from peer_jax.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
+PUT_OFFS = 20  # how often in a row runs may end because something does not answer for now
 RETRY_SECONDS = 15.0  # before a run that another process was training is tried again, at most
 
 
@@ -128,6 +129,7 @@ class _Runner:
         self._directory, self._trainers, self._board = directory, trainers, board
         self._rows, self._stale = rows, stale
         self._failed: dict[str, str] = {}
+        self._put_offs = 0
         self._failures_before = {run.point.name: self._failure(run) for run in todo}
         order = sorted(todo, key=lambda run: self._failures_before[run.point.name] is not None)
         self._queue: deque[tuple[float, Planned]] = deque((0.0, run) for run in order)
@@ -198,13 +200,24 @@ class _Runner:
             elif answer.state == "busy":
                 self._postpone(run)
                 self._board.elsewhere(run)
+            elif answer.state == "later":
+                self._postpone(run)
+                self._put_off(run, answer.reason)
             else:  # the sweep was asked to stop, or somebody else has stopped a worker
                 self._queue.append((0.0, run))
 
     def _postpone(self, run: Planned) -> None:
         self._queue.append((time.monotonic() + retry_seconds(self._stale), run))
 
+    def _put_off(self, run: Planned, reason: str) -> None:
+        """Notes that a run could not go on for now. If that goes on, the sweep ends, and a launcher starts it again."""
+        self._put_offs += 1
+        if self._put_offs > PUT_OFFS:
+            raise TryAgain(f"{run.point.name} could not go on {self._put_offs} times: {reason}")
+        self._board.put_off(run, reason)
+
     def _finish(self, run: Planned) -> None:
+        self._put_offs = 0
         folder = self._directory.run(run.point.name)
         row = self._rows[run.point.name] = results.row(folder, self._directory)
         folder.clear_failure()

@@ -16,16 +16,17 @@ from typing import Any
 import jax
 
 from peer_jax import memory
-from peer_jax.errors import InputError, Interrupted, TrainingFailed
+from peer_jax.errors import InputError, Interrupted, TrainingFailed, TryAgain
 from peer_jax.processes import WAIT, gather, leads, settle
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.tasks import Answer, Task, do
 from peer_jax.training.signals import StopOnSignal
 
 PATIENCE = 60  # seconds that a process whose run has failed waits for the others to fail, too
+STOPPED = ("failed", "later")  # states of a run that some processes may still be training
 
 
-class _OutOfStep(TrainingFailed):
+class _OutOfStep(TryAgain):
     """A run has failed in some processes only, so that the processes can't go on together."""
 
 
@@ -123,16 +124,17 @@ def _train(load: Any, task: Task, turn: int) -> Answer:
     """Does a task in all processes; the answer on which they agree.
 
     Raises:
-        TrainingFailed: if the run has failed in some of them only. The failure is kept in the directory of the run.
+        TryAgain: if the run has failed in some of them only. The failure is kept in the directory of the run.
     """
     own = do(task, load)
-    told, in_step = settle(f"turn-{turn}", json.dumps(vars(own)), PATIENCE if own.state == "failed" else WAIT)
+    told, in_step = settle(f"turn-{turn}", json.dumps(vars(own)), PATIENCE if own.state in STOPPED else WAIT)
     answers = [Answer(**json.loads(text)) for text in told]
-    answer = next((answer for answer in answers if answer.state == "failed"), answers[0])
+    answer = next((answer for answer in answers if answer.state in STOPPED), answers[0])
     if not in_step:
         run = RunDirectory(task.workdir)
-        if leads() or len(answers) == 1:
-            run.write_failure(answer.reason, answer.details)
+        if answer.state == "failed" and (leads() or len(answers) == 1):
+            with contextlib.suppress(InputError):  # of a bucket that does not answer either
+                run.write_failure(answer.reason, answer.details)
         raise _OutOfStep(
             f"{run.name} has failed in some processes only: {answer.reason}: start all processes again, and the sweep "
             "goes on with the other runs first"

@@ -5,7 +5,8 @@ import gc
 import traceback
 from typing import Any
 
-from peer_jax.errors import InputError, Interrupted, InUse, TrainingFailed
+from peer_jax import startup
+from peer_jax.errors import InputError, Interrupted, InUse, TrainingFailed, TryAgain
 from peer_jax.gin_syntax import Binding
 from peer_jax.lease import STALE
 
@@ -26,7 +27,9 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A task's outcome: "begun", "finished" (with seconds per step, if asked), "failed", "busy" or "interrupted"."""
+    """A task's outcome: "begun", "finished" (with seconds per step, if asked), "failed" or "interrupted"; "busy" if
+    another process trains the run, and "later" if something does not answer that may do so later.
+    """
 
     state: str
     reason: str = ""
@@ -56,9 +59,13 @@ def do(task: Task, load: Any) -> Answer:
         return Answer("interrupted", str(stopped))
     except InUse as error:
         return Answer("busy", str(error))
+    except TryAgain as error:
+        return Answer("later", str(error))
     except (InputError, TrainingFailed) as error:
         return Answer("failed", " ".join(str(error).split()))
     except Exception as error:
+        if refused := startup.refusal_of_a_bucket(error):
+            return Answer("later" if isinstance(refused, TryAgain) else "failed", str(refused))
         lines = str(error).splitlines()
         return Answer("failed", f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc())
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_jax import memory, startup
+from peer_jax.errors import TryAgain
 from peer_jax.startup import accelerators
 from peer_jax.sweeps.tasks import Answer, Task, do
 
@@ -183,7 +184,11 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
             os.dup2(file.fileno(), descriptor)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_AT_START)
-    startup.prepare()
+    refused = None
+    try:
+        startup.prepare()
+    except TryAgain as error:
+        refused = Answer("later", str(error))
     while True:
         try:
             task = connection.recv()
@@ -192,9 +197,9 @@ def _serve(connection: Connection, load: Any, share: tuple[int, int], log: Path)
         if task is None:
             return
         connection.send(Answer("begun"))
-        answer = do(task, load)
+        answer = refused or do(task, load)
         connection.send(answer)
-        if answer.state == "interrupted":
+        if refused or answer.state == "interrupted":
             return
 
 

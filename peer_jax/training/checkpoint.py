@@ -14,9 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from peer_jax.errors import InputError, InUse, TrainingFailed
+from peer_jax.errors import InputError, InUse, TrainingFailed, TryAgain
 from peer_jax.processes import gather, leads, together, wait_for_all
-from peer_jax.storage import check_room, is_in_bucket, make_folder, place, set_aside
+from peer_jax.storage import check_room, is_in_bucket, make_folder, place, refusal, set_aside
 from peer_jax.storage import fault as storage_fault
 from peer_jax.training import checkpoint_files as files
 from peer_jax.training.checkpoint_files import METRIC
@@ -314,12 +314,21 @@ def _verified(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_fault(action: Callable[[], None]) -> str:
-    """What has failed in the first process where ``action``, which all processes call, fails; empty if none fails."""
+    """What has failed in the first process where ``action``, which all processes call, fails; empty if none fails.
+
+    Raises:
+        TryAgain: in all processes, if a bucket did not answer, which says nothing of what is in it.
+    """
     fault = ""
-    try:
-        action()
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        fault = _reason(error)
+    with together():
+        try:
+            action()
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            fault = _reason(error)
+            if (said := storage_fault(error)) is not None:
+                refused = refusal(error, f"a checkpoint can't be read ({said}): check the connection")
+                if isinstance(refused, TryAgain):
+                    raise refused from error
     return next(filter(None, gather(fault)), "")
 
 

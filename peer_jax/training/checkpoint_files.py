@@ -1,6 +1,5 @@
 """The files of a checkpoint: whether it is finished, whether every byte is as it was written, its validation loss."""
 
-import contextlib
 import json
 import math
 
@@ -30,9 +29,13 @@ def unfinished_steps(directory: epath.Path) -> list[int]:
 
 
 def _is_finished(path: epath.Path) -> bool:
-    with contextlib.suppress(OSError):  # a run may be removing it
-        return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
-    return False
+    try:
+        with storage.as_os_errors(path):
+            return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+    except storage.BucketError:
+        raise
+    except OSError:  # a run may be removing it
+        return False
 
 
 def write_digests(directory: epath.Path, step: int) -> None:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_batches
-from peer_jax.errors import InputError, Interrupted
+from peer_jax.errors import InputError, Interrupted, TryAgain
 from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
 from peer_jax.processes import leads, together, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
+from peer_jax.storage import is_in_bucket
 from peer_jax.training import evaluators, ownership, result, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.flops import training_flops
@@ -128,7 +129,8 @@ def _train(
                     raise _interrupted(stop, step, checkpoints)
                 meter.resume()
             if not checkpoints.wait() or steps not in checkpoints.steps():
-                raise InputError(f"the last checkpoint could not be written to {directory}: free space and run again")
+                kind = TryAgain if is_in_bucket(directory.path) else InputError
+                raise kind(f"the last checkpoint could not be written to {directory}: free space and run again")
             if stop.signal_number is not None:  # it came after the last step
                 raise _interrupted(stop, steps, checkpoints)
 

@@ -15,19 +15,21 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import scalar
 
-from peer_jax.errors import InputError
 from peer_jax.processes import gather, together
 from peer_jax.run_directory import RunDirectory
-from peer_jax.storage import Growing, as_os_errors, reason
+from peer_jax.storage import BUCKETS, Growing, as_os_errors, is_in_bucket, reason, refusal
 
 
 class _Bucket:
     """Opens event files in a bucket for tensorboardX, whose own writer fails if the answer to a writing is lost."""
 
-    open = Growing
+    @staticmethod
+    def open(path: str) -> Growing:
+        return Growing(path.removeprefix(_OURS))
 
 
-register_writer_factory("gs", _Bucket)
+_OURS = "peer-jax-"  # before an address, so that tensorboardX opens others as it does
+register_writer_factory(_OURS + BUCKETS.partition(":")[0], _Bucket)
 
 
 class MetricsLog:
@@ -67,7 +69,8 @@ class MetricsLog:
             if enabled:
                 self._lines = directory.append_metrics(keep)
                 with as_os_errors(directory):
-                    self._events = RecordWriter(directory.event_file(socket.gethostname()))
+                    events = directory.event_file(socket.gethostname())
+                    self._events = RecordWriter(f"{_OURS}{events}" if is_in_bucket(events) else str(events))
                 self._add_event(file_version="brain.Event:2")
                 restart = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
                 self._add_event(step=resume_step + 1, session_log=restart)
@@ -114,9 +117,8 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise InputError(
-                f"metrics can't be written to {self._directory} ({reason(error)}): mend that and run again"
-            ) from error
+            sentence = f"metrics can't be written to {self._directory} ({reason(error)}): mend that and run again"
+            raise refusal(error, sentence) from error
 
 
 class ProgressBar:

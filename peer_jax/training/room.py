@@ -11,6 +11,7 @@ from peer_jax import memory
 from peer_jax.models import Transformer
 from peer_jax.ops.cross_entropy import tokens_at_once
 from peer_jax.sharding import current, part_bytes, target
+from peer_jax.startup import accelerators
 from peer_jax.training.step import TrainState
 
 FLOAT = 4  # bytes
@@ -55,12 +56,12 @@ def _devices() -> int:
 
 
 def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
-    """Those of attention on a CPU; on other devices its kernels may hold none of them."""
-    if target().platform != "cpu":
+    """Bytes of attention's probabilities on a CPU; 0 on other devices, whose kernels need not hold them."""
+    if target().platform != "cpu" or accelerators():  # JAX is kept on the CPU where a sweep is planned for its workers
         return 0
     return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize
 
 
 def _logits(model: Transformer, tokens: int) -> int:
-    """Of a chunk of tokens."""
+    """Bytes of the logits of a chunk of tokens."""
     return FLOAT * tokens_at_once(tokens, model.vocab_size) * model.vocab_size
