@@ -14,7 +14,7 @@ from peer_jax.ops.chunks import chunk_size
 from peer_jax.planning import compiled, hlo
 from peer_jax.planning import topology as topologies
 from peer_jax.planning.capacity import DEVICES
-from peer_jax.sharding import compiled_for, target
+from peer_jax.sharding import Sharding, compiled_for, target
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the extra `compile`, is not installed"
@@ -202,3 +202,12 @@ def test_one_device_and_the_devices_of_a_mesh():
     mesh = Mesh(four.devices, ("data",))
     with compiled.use(compiled.Placement(mesh, "rows")):
         assert target() == four.devices[0]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "sizes"), [("v5p:4x4x4", {"expert": 8}), ("v6e:8x8", {"expert": 4})])
+def test_a_mesh_whose_axes_are_no_products_of_those_of_the_torus(name, sizes):
+    devices = topologies.topology(name).devices
+    mesh = Sharding(**sizes).place(devices).mesh
+    assert mesh.shape["expert"] == sizes["expert"]
+    assert set(mesh.devices.flat) == set(devices)
