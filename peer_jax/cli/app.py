@@ -114,16 +114,24 @@ def join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Time
     if place is not None and place.num_processes > 1:
         supervisor.supervise(place, timeouts)  # goes on in a child, which may import JAX
     startup.prepare(workdir=workdir)
-    from peer_jax import processes, storage
+    from peer_jax import processes
 
     processes.start(place, from_cluster=from_cluster, timeouts=timeouts)
     startup.check_devices()
-    if processes.leads() and (warning := storage.far_away(workdir)):
+    if processes.leads():
+        warn_if_far(workdir)
+
+
+def warn_if_far(workdir: str) -> None:
+    """Says if a bucket is in another region than this machine."""
+    from peer_jax import storage
+
+    if warning := storage.far_away(workdir):
         typer.echo(warning, err=True)
 
 
 def keep_off_accelerators() -> None:
-    """This process plans a sweep and its workers have the devices, whose memory a second process would take."""
+    """Keeps JAX in this process on the CPU: it only plans or compiles, and others may need the devices' memory."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

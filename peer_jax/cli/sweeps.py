@@ -24,6 +24,7 @@ from peer_jax.cli.app import (
     begun_with,
     join,
     keep_off_accelerators,
+    warn_if_far,
 )
 from peer_jax.errors import InputError
 
@@ -113,6 +114,8 @@ def sweep(
         startup.prepare(workdir=workdir)
         startup.check_devices_of_workers()
         keep_off_accelerators()
+        if not dry_run:
+            warn_if_far(workdir)
     planned = functools.partial(_Planned, config, set_, import_, workdir, shard, run)
     if dry_run:
         _dry_run(planned(), workers, estimate=estimate)
