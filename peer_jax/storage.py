@@ -190,8 +190,8 @@ def far_away(path: str | os.PathLike) -> str | None:
     name = os.fspath(path).removeprefix(BUCKETS).split("/")[0]
     try:
         bucket = client().get_bucket(name)
-    except Exception as error:
-        if fault(error) is None:
+    except Exception as error:  # who works in the bucket later says what is wrong
+        if fault(error) is None and not isinstance(error, ImportError):
             raise
         return None
     where = bucket.data_locations or DUAL_REGIONS.get(bucket.location.lower()) or [bucket.location]
