@@ -85,6 +85,18 @@ def test_jobsets_fit_the_published_schema(name):
         assert all(word in said for word in ("'containers' is a required property", "'completion'", "failurePolicies"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="kubernetes-validate is missing")
+def test_jobs_are_what_kubernetes_takes():
+    import kubernetes_validate
+
+    for jobset in manifests():
+        (replicated,) = jobset["spec"]["replicatedJobs"]
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"]}
+        kubernetes_validate.validate(job | {"spec": replicated["template"]["spec"]}, "1.31", strict=True)
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(job | {"spec": {"template": {}, "backofLimit": 0}}, "1.31", strict=True)
+
+
 def test_every_field_that_tpu_slices_need():
     found = manifests()
     assert [jobset["metadata"]["name"] for jobset in found] == [f"peer-jax-paper-{number}" for number in range(3)]
