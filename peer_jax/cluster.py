@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, TryAgain
 
 _PORTS = 2**12  # A job gets one of the last ports, by its number. Systems don't give these ports to programs unasked.
 _TPU_PORT = 8482
@@ -53,6 +53,9 @@ class Place:
     process_id: int
     local_id: int | None = None
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.num_processes} processes at {self.coordinator}"
 
     @property
     def coordinator(self) -> str:
@@ -113,6 +116,11 @@ def find(
     if not host or not is_port:
         raise place.refusal("coordinator", f"{coordinator!r} is not HOST:PORT")
     return place
+
+
+def not_together(who: str, reason: str, kind: type[InputError] = TryAgain) -> InputError:
+    """The error of processes that have not all come."""
+    return kind(f"{who} did not start together ({reason}): start all, and check that they reach the first")
 
 
 # What a launcher says: the address of process 0, or None if it doesn't say that; how many processes there are; which of

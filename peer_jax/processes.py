@@ -15,7 +15,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from peer_jax import supervisor
-from peer_jax.cluster import Place, Timeouts
+from peer_jax.cluster import Place, Timeouts, not_together
 from peer_jax.errors import InputError, TryAgain
 
 # Seconds: LEAVE is how long a process that has failed waits for the others, WAIT is how long it waits for others that
@@ -75,16 +75,14 @@ def start(place: Place | None, *, from_cluster: bool = False, timeouts: Timeouts
     joining.start()
     joining.join(timeouts.start)
     if failures or joining.is_alive():
-        who = "the cluster's processes" if place is None else f"{place.num_processes} processes at {place.coordinator}"
+        who = "the cluster's processes" if place is None else str(place)
         reason = (
             (str(failures[0]) or type(failures[0]).__name__).splitlines()[0]
             if failures
             else f"waited {timeouts.start} s"
         )
         kind = InputError if failures and isinstance(failures[0], ValueError) else TryAgain  # the arguments can't be
-        raise kind(f"{who} did not start together ({reason}): start all, and check that they reach the first") from (
-            failures[0] if failures else None
-        )
+        raise not_together(who, reason, kind) from (failures[0] if failures else None)
 
 
 def _check_port(place: Place) -> None:

@@ -27,16 +27,6 @@ PROBE = ".probe"
 FLUSH_SECONDS = 30  # between two writings of an object that grows
 REACH_SECONDS = 30  # for a first answer of a bucket
 
-# The regions of Google's own pairs, which a bucket does not tell: cloud.google.com/storage/docs/locations.
-DUAL_REGIONS = {
-    "nam4": ("us-central1", "us-east1"),
-    "eur4": ("europe-north1", "europe-west4"),
-    "eur5": ("europe-west1", "europe-west2"),
-    "eur7": ("europe-west2", "europe-west3"),
-    "eur8": ("europe-west3", "europe-west6"),
-    "asia1": ("asia-northeast1", "asia-northeast2"),
-}
-
 # Top packages whose exceptions say that a bucket can't be used. gcsfs raises OSErrors besides.
 LIBRARIES = {"google", "gcsfs", "fsspec", "aiohttp", "requests", "urllib3"}
 
@@ -47,6 +37,12 @@ LIBRARIES = {"google", "gcsfs", "fsspec", "aiohttp", "requests", "urllib3"}
 def is_in_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is the address of something in a bucket."""
     return os.fspath(path).startswith(BUCKETS)
+
+
+def bucket_and_name(path: str | os.PathLike) -> tuple[str, str]:
+    """The bucket of an address, and the name of the object in it, which may also be that of a folder or empty."""
+    bucket, _, name = os.fspath(path).removeprefix(BUCKETS).partition("/")
+    return bucket, name
 
 
 def local(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
@@ -87,7 +83,7 @@ def place(path: str | os.PathLike, argument: str | None = None) -> epath.Path:
             f"address like {BUCKETS}bucket/folder",
             argument=argument,
         )
-    _check_bucket(text.removeprefix(BUCKETS).split("/")[0], argument)
+    _check_bucket(bucket_and_name(text)[0], argument)
     return epath.Path(text)
 
 
@@ -151,19 +147,16 @@ def refusal(error: Exception, sentence: str, argument: str | None = None) -> Inp
     return (TryAgain if _may_pass(error) else InputError)(sentence, argument=argument)
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether a bucket did not answer, or said that it can't now; a missing right or a wrong name stay as they are."""
-    if isinstance(error, BucketError) and error.__cause__ is not None:
-        error = error.__cause__
-        if type(error) is OSError:  # gcsfs names what the bucket has answered
-            return not str(error).startswith(("Forbidden", "Unauthorized", "Not Found", "Bad Request"))
-    if error is None or fault(error) is None or "Credentials" in type(error).__name__:
-        return False
-    code = getattr(error, "code", None)
+    cause = error.__cause__ if isinstance(error, BucketError) else error
+    if fault(cause) is None:  # an OSError: the system's own, or gcsfs's, which names what the bucket answered
+        return cause is not error and not str(cause).startswith(("Forbidden", "Unauthorized", "Bad Request"))
     try:
-        return not 400 <= int(code) < 500 or int(code) in (408, 429)
-    except (TypeError, ValueError):  # no answer of the bucket's at all
-        return True
+        code = int(getattr(cause, "code", None))
+    except (TypeError, ValueError):  # the bucket has not answered at all
+        return "Credentials" not in type(cause).__name__
+    return not 400 <= code < 500 or code in (408, 429)
 
 
 @functools.cache
@@ -176,53 +169,8 @@ def client() -> Any:
 
 def blob(path: epath.Path) -> Any:
     """The object of a path, for what only the library of Google Cloud Storage can do."""
-    bucket, _, name = os.fspath(path).removeprefix(BUCKETS).partition("/")
+    bucket, name = bucket_and_name(path)
     return client().bucket(bucket).blob(name)
-
-
-def far_away(path: str | os.PathLike) -> str | None:
-    """What to say if a bucket is in another region than this machine of Google Cloud.
-
-    None if it isn't, if this is no such machine, or if the bucket's region may not be asked for.
-    """
-    if not is_in_bucket(path) or (region := _region()) is None:
-        return None
-    name = os.fspath(path).removeprefix(BUCKETS).split("/")[0]
-    try:
-        bucket = client().get_bucket(name)
-    except Exception as error:  # who works in the bucket later says what is wrong
-        if fault(error) is None and not isinstance(error, ImportError):
-            raise
-        return None
-    where = bucket.data_locations or DUAL_REGIONS.get(bucket.location.lower()) or [bucket.location]
-    where = [place.lower() for place in where]
-    continent = {"us": "us-", "eu": "europe-", "asia": "asia-"}
-    if any(region == place or region.startswith(continent.get(place, region + ".")) for place in where):
-        return None
-    return (
-        f"{BUCKETS}{name} is in {bucket.location} and this machine in {region}: reading and saving are slow and their "
-        f"traffic costs, so take a bucket or machines in one region"
-    )
-
-
-def _region() -> str | None:
-    """The region of this machine of Google Cloud, as its metadata server says; None for other machines.
-
-    GCE_METADATA_HOST names another metadata server, as it does for google-auth.
-    """
-    import urllib.request  # which takes longer to import than the rest of this module
-
-    server = os.environ.get("GCE_METADATA_HOST")
-    product = Path("/sys/class/dmi/id/product_name")
-    with contextlib.suppress(OSError):
-        if server or product.read_text().startswith("Google"):
-            asked = urllib.request.Request(
-                f"http://{server or 'metadata.google.internal'}/computeMetadata/v1/instance/zone",
-                headers={"Metadata-Flavor": "Google"},
-            )
-            with urllib.request.urlopen(asked, timeout=2) as answer:
-                return answer.read().decode().rpartition("/")[2].rpartition("-")[0]
-    return None
 
 
 def checksums(folder: epath.Path) -> dict[str, str | None]:
@@ -234,7 +182,7 @@ def checksums(folder: epath.Path) -> dict[str, str | None]:
     Raises:
         OSError: if the bucket doesn't answer.
     """
-    bucket, _, prefix = os.fspath(folder).removeprefix(BUCKETS).partition("/")
+    bucket, prefix = bucket_and_name(folder)
     with as_os_errors(folder):
         found = client().list_blobs(bucket, prefix=f"{prefix}/", fields="items(name,md5Hash),nextPageToken")
         return {one.name.removeprefix(f"{prefix}/"): one.md5_hash for one in found}

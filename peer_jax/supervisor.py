@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from peer_jax import startup
-from peer_jax.cluster import Place, Timeouts
+from peer_jax.cluster import Place, Timeouts, not_together
 from peer_jax.errors import InputError, TryAgain
 
 # Seconds. A parent that is silent for SILENCE has died; it makes itself heard every PING. What a child writes is held
@@ -175,7 +175,7 @@ def _gather(place: Place, seconds: float) -> list[_Link]:
                     say_at = deadline
                     continue
                 came = f"{whom} has not come in {seconds} s"
-                _refuse(list(links.values()), _not_together(place, came))
+                _refuse(list(links.values()), not_together(str(place), came))
             hello = _message(link, time.monotonic() + PING)
             if not isinstance(hello, dict) or hello.get("hello") != _HELLO:
                 link.connection.close()
@@ -204,7 +204,7 @@ def _find(place: Place, seconds: float) -> list[_Link]:
         except OSError as error:
             if time.monotonic() > deadline:
                 came = f"process 0 has not come in {seconds} s, {error}"
-                raise _not_together(place, came) from error
+                raise not_together(str(place), came) from error
             if time.monotonic() > say_at:
                 _say_waiting(place, f"process 0 ({error})", deadline)
                 say_at = deadline
@@ -227,13 +227,6 @@ def _say_waiting(place: Place, whom: str, deadline: float) -> None:
     left = deadline - time.monotonic()
     waits = f"process {place.process_id} waits at {place.coordinator} for {whom}, {left:.0f} s more at most"
     print(f"{SAYS}{waits}", file=sys.stderr, flush=True)
-
-
-def _not_together(place: Place, reason: str) -> TryAgain:
-    return TryAgain(
-        f"{place.num_processes} processes at {place.coordinator} did not start together ({reason}): start all, and "
-        "check that they reach the first"
-    )
 
 
 def _listen(port: int) -> socket.socket:

@@ -36,8 +36,8 @@ HEADER = (
     "chips, layer",
     "state, GiB",
     "temporary, GiB",
-    "of 95 GiB",
-    "estimate, ms",
+    "of a chip",
+    "estimate without exchanges, ms",
     "FLOPs at peak, ms",
     "exchanged, GiB",
     "chip-ns per token",
@@ -84,16 +84,19 @@ def main() -> None:
     words = parser.parse_args().words
 
     from peer_jax import startup
+    from peer_jax.cli.app import keep_off_accelerators
+    from peer_jax.errors import InputError
 
     startup.prepare(keep_programs=False)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
+    keep_off_accelerators()
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
     for name, *of in ROWS:
         if all(word in name for word in words):
             start = time.perf_counter()
-            print(f"| {' | '.join(row(name, *of))} |", flush=True)
+            try:
+                print(f"| {' | '.join(row(name, *of))} |", flush=True)
+            except InputError as error:
+                print(f"| {name} | {error} |", flush=True)
             print(f"{name}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 

@@ -1,6 +1,5 @@
 """Runs and sweeps in a bucket: as in a folder, killed and damaged ones too. The bucket is an emulator's."""
 
-import http.server
 import json
 import os
 import re
@@ -10,13 +9,9 @@ import threading
 import time
 from types import SimpleNamespace
 
-import gcsfs
-import google.auth.exceptions
 import pytest
-import requests
 from bucket import Busy, reached_at
-from google.api_core import exceptions as api
-from hosts import free_port
+from google.api_core.exceptions import ServiceUnavailable
 from small_runs import (
     assert_same,
     environment,
@@ -32,9 +27,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from peer_jax import lease, startup, storage
 from peer_jax.data import cache, pipeline
-from peer_jax.errors import InputError, InUse
+from peer_jax.errors import InputError, InUse, TryAgain
 from peer_jax.run_directory import RunDirectory, find_runs
-from peer_jax.sweeps.tasks import Task, do
 from peer_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("trains")
@@ -359,107 +353,19 @@ def test_changed_objects_are_noticed(finished, tiny, caplog):
         assert checkpoints.restore(abstract)[0] == 12
 
 
-# What may pass
+def test_a_bucket_that_does_not_answer_is_no_damage(finished, tiny, monkeypatch):
+    """The checkpoint stays, and the same command may find it the next time."""
 
+    def busy(*_, **__):
+        raise ServiceUnavailable("come back later")
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (api.Forbidden("no"), 2),
-        (api.NotFound("no"), 2),
-        (api.BadRequest("no"), 2),
-        (api.TooManyRequests("no"), 75),
-        (api.ServiceUnavailable("no"), 75),
-        (api.RetryError("no", None), 75),
-        (google.auth.exceptions.DefaultCredentialsError("no"), 2),
-        (gcsfs.retry.HttpError({"code": 403, "message": "no"}), 2),
-        (gcsfs.retry.HttpError({"code": 503, "message": "no"}), 75),
-        (requests.ConnectionError("no"), 75),
-        (OSError("Forbidden: gs://bucket/name"), 2),
-        (OSError("no"), 75),
-    ],
-    ids=repr,
-)
-def test_what_may_pass_has_a_status_of_its_own(error, status):
-    with pytest.raises(storage.BucketError) as raised, storage.as_os_errors("gs://bucket/name"):
-        raise error
-    assert storage.refusal(raised.value, "a sentence").status == status
-
-
-def test_a_full_disk_does_not_pass():
-    assert storage.refusal(OSError(28, "No space left on device"), "a sentence").status == 2
-
-
-def test_a_run_whose_bucket_does_not_answer_has_not_failed(tiny, monkeypatch):
-    """Another slice, or the same one later, goes on with it."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(storage, "REACH_SECONDS", 1)
-    for cached in (storage.client, storage._check_bucket):
-        cached.cache_clear()
-    task = Task(tuple(map(str, stack(tiny))), (), (), "gs://elsewhere/run")
-    answer = do(task, lambda files, bindings, imports: load(tiny, *SHORT))
-    for cached in (storage.client, storage._check_bucket):
-        cached.cache_clear()
-    assert answer.state == "later"
-    assert "gs://elsewhere can't be used" in answer.reason
-
-
-# The region
-
-
-class Metadata(http.server.BaseHTTPRequestHandler):
-    """What a machine of Google Cloud answers about itself."""
-
-    def do_GET(self):
-        assert self.path == "/computeMetadata/v1/instance/zone"
-        assert self.headers["Metadata-Flavor"] == "Google"
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(f"projects/1/zones/{self.server.zone}".encode())
-
-    def log_message(self, *_):
-        """Says nothing."""
-
-
-@pytest.mark.parametrize(("zone", "is_far"), [("us-central1-b", False), ("us-east5-a", True), ("europe-west4-b", True)])
-def test_a_bucket_in_another_region_is_said(bucket, monkeypatch, zone, is_far):
-    """The emulator's bucket is in US-CENTRAL1."""
-    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        server.zone = zone
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        said = storage.far_away(f"{bucket}/run")
-        assert storage.far_away("/a/folder") is None
-        server.shutdown()
-    region = zone[:-2]
-    assert bool(said) == is_far
-    if is_far:
-        assert said.startswith(f"{bucket} is in US-CENTRAL1 and this machine in {region}: ")
-
-
-@pytest.mark.parametrize(
-    ("location", "data_locations", "region", "is_far"),
-    [
-        ("US", None, "us-east5", False),
-        ("US", None, "northamerica-northeast1", True),
-        ("EU", None, "europe-west4", False),
-        ("ASIA", None, "us-east5", True),
-        ("NAM4", None, "us-east1", False),
-        ("NAM4", None, "us-east5", True),
-        ("US", ["US-EAST1", "US-WEST1"], "us-west1", False),
-        ("US", ["US-EAST1", "US-WEST1"], "us-east5", True),
-        ("US-EAST1", None, "us-east10", True),
-    ],
-)
-def test_buckets_of_several_regions(monkeypatch, location, data_locations, region, is_far):
-    bucket = SimpleNamespace(location=location, data_locations=data_locations)
-    monkeypatch.setattr(storage, "client", lambda: SimpleNamespace(get_bucket=lambda name: bucket))
-    monkeypatch.setattr(storage, "_region", lambda: region)
-    assert bool(storage.far_away("gs://some/run")) == is_far
-
-
-def test_a_machine_elsewhere_has_no_region(bucket):
-    assert storage.far_away(f"{bucket}/run") is None
+    abstract = load(tiny, *SHORT).trainer().abstract_state()
+    monkeypatch.setattr(storage, "client", lambda: SimpleNamespace(list_blobs=busy))
+    with Checkpoints(finished.checkpoints) as checkpoints, pytest.raises(TryAgain, match="come back later"):
+        checkpoints.restore(abstract)
+    monkeypatch.undo()
+    assert finished.checkpoints.joinpath("12").exists()
+    assert not list(finished.checkpoints.glob("damaged-12*"))
 
 
 # Prepared text

@@ -384,3 +384,15 @@ def test_later_files_and_bindings_override_earlier_ones(tiny, tmp_path):
     file.write_text("Run.seed = 5\nRun.batch_size = 2\n")
     run = config.load([*stack(tiny), file], ["Run.steps=2", "Run.seed=6"])
     assert (run.seed, run.batch_size) == (6, 2)
+
+
+def test_a_traceback_has_a_status_of_its_own(run_cli, monkeypatch):
+    """70, since launchers take 1 for a run that has failed and don't start it again."""
+
+    def fault(*_, **__):
+        raise ZeroDivisionError("a fault of the code")
+
+    monkeypatch.setattr("peer_jax.config.load", fault)
+    status, _, errors = run_cli("train", "--config=configs/base.gin", "--workdir=nowhere")
+    assert status == os.EX_SOFTWARE == 70
+    assert errors.endswith("ZeroDivisionError: a fault of the code\n")

@@ -30,7 +30,13 @@ LEAVES = {
 MAY_IMPORT = {
     **{"errors": set(), "fields": set(), "startup": {"errors", "storage", "versions"}, "gin_syntax": {"errors"}},
     **{"records": {"errors"}, "run_directory": {"errors", "records", "lease", "storage"}},
-    **{"versions": set(), "memory": {"errors"}, "storage": {"errors"}, "lease": {"errors", "storage"}},
+    **{
+        "versions": set(),
+        "memory": {"errors"},
+        "storage": {"errors"},
+        "region": {"storage"},
+        "lease": {"errors", "storage"},
+    },
     **{"sharding": {"errors", "fields"}, "processes": {"errors", "cluster", "supervisor"}},
     **{"supervisor": {"errors", "cluster", "startup"}, "cluster": {"errors"}, "digests": {"storage"}},
     "ops": {"errors", "sharding"},
@@ -59,7 +65,7 @@ MAY_IMPORT = {
     "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},
     "config": LEAVES | {"layers", "data", "models", "training", "sweeps"},
     "launch": {"errors", "planning"},
-    "cli": LEAVES | {"launch"} | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
+    "cli": LEAVES | {"launch", "region"} | {"data", "training", "sweeps", "analysis", "planning", "bench", "config"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
 NAMES = set(families())

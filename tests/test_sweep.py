@@ -10,10 +10,12 @@ from small_runs import CONFIGS
 from peer_jax import config
 from peer_jax.config import load
 from peer_jax.data.pipeline import open_cache
-from peer_jax.errors import InputError
+from peer_jax.errors import InputError, TryAgain
 from peer_jax.gin_syntax import parse_binding
-from peer_jax.sweeps import plan, workers
+from peer_jax.run_directory import SweepDirectory
+from peer_jax.sweeps import plan, runner, workers
 from peer_jax.sweeps.sweep import Sweep, expand
+from peer_jax.sweeps.tasks import Answer
 from peer_jax.training.flops import short
 
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.gin"))
@@ -423,3 +425,46 @@ def test_the_baseline_is_a_method():
         else:
             with pytest.raises(InputError, match=r"Sweep\.baseline = 'pkm' .* dense, peer"):
                 Sweep(**fields, baseline=named)
+
+
+# What does not answer for now
+
+
+class Unanswered:
+    """Stands in for workers whose bucket does not answer: each run is put off."""
+
+    def __init__(self):
+        self.given, self.count, self.is_killed = [], 0, False
+
+    @property
+    def is_busy(self):
+        return bool(self.given)
+
+    @property
+    def is_free(self):
+        return not self.given
+
+    def give(self, task):
+        self.given.append(task)
+        self.count += 1
+
+    def answers(self):
+        answered = [(task, Answer("later", "the bucket does not answer")) for task in self.given]
+        self.given.clear()
+        return answered
+
+    def stop(self):
+        return []
+
+    def kill(self):
+        self.is_killed = True
+
+
+def test_a_sweep_whose_bucket_does_not_answer_ends_so_that_it_is_started_again(tiny, tmp_path):
+    """No run is marked as failed."""
+    trainers, runs = Unanswered(), planned(tiny, methods=("dense",), sizes={"d8": {"Transformer.d_model": 8}})
+    with pytest.raises(TryAgain, match=r"dense-d8-1e8-seed0 could not go on 21 times: the bucket does not answer"):
+        runner.run_sweep(sweep(tiny), runs, SweepDirectory(tmp_path), trainers, stale=0.01, progress=False)
+    assert trainers.count == 21
+    assert trainers.is_killed
+    assert not list(tmp_path.glob("*/failure.json"))

@@ -124,9 +124,9 @@ def join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Time
 
 def warn_if_far(workdir: str) -> None:
     """Says if a bucket is in another region than this machine."""
-    from peer_jax import storage
+    from peer_jax import region
 
-    if warning := storage.far_away(workdir):
+    if warning := region.far_away(workdir):
         typer.echo(warning, err=True)
 
 

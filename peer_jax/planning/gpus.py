@@ -4,13 +4,14 @@ import importlib.util
 import os
 import shutil
 
-# Bytes of memory and its bytes per second, by NVIDIA's data sheets of the SXM cards.
-MEMORY = {"h100": (85899345920, 3350000000000), "h200": (151397597184, 4800000000000)}
+from peer_jax.planning.capacity import DEVICES
+
+KINDS = tuple(kind for kind in DEVICES if not kind.startswith("tpu-"))
 
 
 def target(kind: str) -> str:
-    """The fields of XLA's GpuTargetConfigProto that the compiler reads, for a key of ``MEMORY``."""
-    size, bandwidth = MEMORY[kind]
+    """The fields of XLA's GpuTargetConfigProto that the compiler reads, for one of ``KINDS``."""
+    device = DEVICES[kind]
     name = f"NVIDIA {kind.upper()}"
     return f"""
 gpu_device_info {{
@@ -22,7 +23,7 @@ gpu_device_info {{
   shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-  l2_cache_size: 52428800  memory_bandwidth: {bandwidth}  device_memory_size: {size}
+  l2_cache_size: 52428800  memory_bandwidth: {device.bandwidth:.0f}  device_memory_size: {device.memory:.0f}
   driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
 }}
 platform_name: "CUDA"

@@ -14,7 +14,6 @@ from peer_jax.planning import gpus
 from peer_jax.planning.capacity import DEVICES, Device
 from peer_jax.planning.tpus import GENERATIONS
 
-GPUS_PER_NODE = 8
 EXAMPLES = "give one such as v5p:2x2x2, v6e:8x8 or h100:8"
 
 
@@ -41,9 +40,9 @@ def topology(name: str) -> Topology:
     kind, colon, shape = name.partition(":")
     if colon and kind in GENERATIONS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
         return Topology(name, _tpus(kind, shape), DEVICES[f"tpu-{kind}"])
-    if colon and kind in gpus.MEMORY and re.fullmatch(r"[1-9]\d*", shape):
+    if colon and kind in gpus.KINDS and re.fullmatch(r"[1-9]\d*", shape):
         return Topology(name, _gpus(kind, int(shape)), DEVICES[kind])
-    kinds = ", ".join([*GENERATIONS, *gpus.MEMORY])
+    kinds = ", ".join([*GENERATIONS, *gpus.KINDS])
     raise InputError(f"{name} names no devices of {kinds}: {EXAMPLES}", argument="topology")
 
 
@@ -80,13 +79,14 @@ def _gpus(kind: str, number: int) -> list[jax.Device]:
             f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cuda-nvcc",
             argument="topology",
         )
-    if number > GPUS_PER_NODE and number % GPUS_PER_NODE:
+    per_node = DEVICES[kind].domain
+    if number > per_node and number % per_node:
         raise InputError(
-            f"{kind}:{number} is no number of whole nodes of {GPUS_PER_NODE} GPUs: {EXAMPLES}", argument="topology"
+            f"{kind}:{number} is no number of whole nodes of {per_node} GPUs: {EXAMPLES}", argument="topology"
         )
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ptxas])
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there may be no driver
-    nodes = -(-number // GPUS_PER_NODE)
+    nodes = -(-number // per_node)
     shape = f"1x{nodes}x{number // nodes}"  # partitions, nodes of each, GPUs of a node
     try:
         return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=gpus.target(kind)).devices
