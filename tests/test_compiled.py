@@ -95,6 +95,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %p.2 = (s32[], f32[8]{0}) parameter(0)
   %known = (s32[], f32[8]{0}) while(%p.2), condition=%seven, body=%body, metadata={stack_frame_id=2}
   %unknown = (s32[], f32[8]{0}) while(%p.2), condition=%some, body=%within, metadata={stack_frame_id=5}
+  %guess = (s32[]) while(%p.2), condition=%some, body=%within, metadata={op_name="about_3_turns/while" stack_frame_id=5}
   %sort = (f32[4,1024]{1,0}, s32[4,1024]{1,0}) sort(%p.2, %p.2), to_apply=%add, metadata={stack_frame_id=4}
   %gather_start = (f32[8]{0}, u32[]) custom-call-start(%p.2), async_execution_thread="sparsecore", calls=%on_sparse_core
   %gather_done = f32[8]{0} custom-call-done(%gather_start)
@@ -106,16 +107,21 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_loops_collectives_and_cycles_of_a_text():
-    """Counted by hand: ``within`` runs 7 * 7 times in the loop of 7 turns, and once in that of unknown length."""
+    """Counted by hand: ``within`` runs 7 * 7 times in the loop of 7 turns, once in that of unknown length, 3 times
+    in that of which a scope says so."""
     found = hlo.read(TEXT)
-    assert found.loops == [hlo.Loop("models/attention.py", 7, 3 + 7 * 10), hlo.Loop("my_layers.py", None, 10)]
-    reduced = 7 * 7 + 1 + 1  # and in the fusion ``loss``
+    assert found.loops == [
+        hlo.Loop("models/attention.py", 7, 3 + 7 * 10),
+        hlo.Loop("my_layers.py", None, 10),
+        hlo.Loop("my_layers.py", 3, 10, about=True),
+    ]
+    reduced = 7 * 7 + 1 + 3 + 1  # and in the fusion ``loss``
     assert found.collectives == [
         hlo.Collective("all-gather", 1, 2 * 16),
         hlo.Collective("all-reduce", reduced, reduced * 4 * 8),
     ]
     # A linear layer counts for what calls it, and a library for the file that calls it.
-    assert found.cycles == {"models/attention.py": 50 * 10, "other": 7 * 3 + 2, "training/step.py": 5}
+    assert found.cycles == {"models/attention.py": 53 * 10, "other": 7 * 3 + 2, "training/step.py": 5}
     assert found.unestimated == {"sort of f32[4,1024]": 1, "gather on SparseCores": 1, "all-gather": 1}
 
 

@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_jax.ops.cpu.top_k import by_tournament
 from peer_jax.ops.top_k import by_groups, plain, top_k_columns
+from peer_jax.ops.tpu import columns as on_tpu
+from peer_jax.sharding import compiled_for
 
-WAYS = {"tournament": by_tournament, "groups": by_groups, "rows": plain}
+WAYS = {
+    "tournament": by_tournament,
+    "groups": by_groups,
+    "kernel": functools.partial(on_tpu.top_k_columns, interpret=True),
+    "rows": plain,
+}
 
 
 @functools.cache
@@ -54,7 +62,7 @@ def test_zeros_rank_by_their_sign(way):
 
 
 @pytest.mark.parametrize(("n", "k"), [(512, 16), (1000, 32), (128, 100), (300, 17), (2049, 1)])
-@pytest.mark.parametrize("way", ["tournament", "groups"])
+@pytest.mark.parametrize("way", ["tournament", "groups", "kernel"])
 @pytest.mark.parametrize("different", [2**32, 40])
 def test_large_columns(rng, way, n, k, different):
     x = rng.integers(0, different, (n, 65)).astype(np.float32)
@@ -64,10 +72,11 @@ def test_large_columns(rng, way, n, k, different):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("where", [0, 6, 12])
-def test_a_nan_is_not_lost(rng, where, sign):
+@pytest.mark.parametrize("way", ["tournament", "kernel"])
+def test_a_nan_is_not_lost(rng, way, where, sign):
     x = rng.normal(size=(13, 4)).astype(np.float32)
     x[where, 2] = np.copysign(np.nan, sign)
-    values, place = jitted("tournament", 3)(x)
+    values, place = jitted(way, 3)(x)
     assert np.isnan(values[:, 2]).all()
     assert ((place >= 0) & (place < 13)).all()
     others = [0, 1, 3]
@@ -83,10 +92,12 @@ def test_a_nan_is_not_lost(rng, where, sign):
         ("cpu", 129, 64, False),
         ("cuda", 8, 64, True),
         ("cuda", 33, 64, False),
-        ("tpu", 8, 64, False),
+        ("tpu", 8, 3, True),
+        ("tpu", 65, 64, False),
     ],
 )
 def test_jax_s_own_is_for_few_columns_or_many_values(platform, k, columns, ours):
     x = jax.ShapeDtypeStruct((256, columns), jnp.float32)
-    text = jax.jit(lambda x: top_k_columns(x, k)).trace(x).lower(lowering_platforms=(platform,)).as_text()
-    assert ("top_k" not in text) is ours
+    with compiled_for(Device(platform)):
+        text = jax.jit(lambda x: top_k_columns(x, k)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("chlo.top_k" not in text) is ours

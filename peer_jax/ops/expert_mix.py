@@ -18,7 +18,7 @@ from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_i
 from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.reverse_mode import explained, reverse_mode
-from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.rows import dot_rows, ready, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
 
@@ -131,10 +131,12 @@ def _chunk(indices: Int[Array, "t r"], d: int) -> int:
 
 
 def _xla_forward(x, down, up, indices, gates, activation):
+    u, v = (ready(table, x.dtype, indices.size) for table in (down, up))
+
     def body(_, chunk):
         x, indices, gates = chunk
-        s = dot_rows(x, down, indices)
-        y = sum_rows(gates.astype(jnp.float32) * activation(s), up, indices, x.dtype)
+        s = dot_rows(x, u, indices)
+        y = sum_rows(gates.astype(jnp.float32) * activation(s), v, indices, x.dtype)
         return None, (y.astype(x.dtype), s)
 
     _, (y, s) = scan_chunks(body, None, (x, indices, gates), x.shape[0], _chunk(indices, x.shape[1]))
@@ -144,14 +146,15 @@ def _xla_forward(x, down, up, indices, gates, activation):
 def _xla_backward(activation, residuals, dy):
     """With a = act(s) and r = dy . v:  dg = r a,  ds = r g act'(s),  dx = sum ds u,  du_i += ds x,  dv_i += g a dy."""
     x, down, up, indices, gates, s = residuals
+    u, v = (ready(table, x.dtype, indices.size) for table in (down, up))
 
     def body(_, chunk):
         indices, gates, s, dy = chunk
         g = gates.astype(jnp.float32)
         a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
-        r = dot_rows(dy, up, indices)
+        r = dot_rows(dy, v, indices)
         ds = r * g * slope
-        dx = sum_rows(ds, down, indices, dy.dtype)
+        dx = sum_rows(ds, u, indices, dy.dtype)
         return None, (dx.astype(dy.dtype), (r * a).astype(gates.dtype), ds, g * a)
 
     t, d = x.shape

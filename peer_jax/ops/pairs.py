@@ -30,9 +30,11 @@ def sort_pairs(indices: Int[Array, "t r"]) -> SortedPairs:
 def chosen_first(chosen: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array, ""]]:
     """The places of the chosen pairs in ascending order, padded with the last place; and how many are chosen."""
     p = chosen.size
-    to = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, p)
-    places = jnp.full(p, p - 1, jnp.int32).at[to].set(jnp.arange(p, dtype=jnp.int32), mode="drop")
-    return places, jnp.sum(chosen, dtype=jnp.int32)
+    place, before = jnp.arange(p, dtype=jnp.int32), jnp.cumsum(chosen, dtype=jnp.int32) - chosen
+    # A place that is not chosen adds 0 where the next chosen one goes, so that the indices ascend: TPUs sort others.
+    places = jnp.zeros(p, jnp.int32).at[before].add(jnp.where(chosen, place, 0), mode="drop", indices_are_sorted=True)
+    count = jnp.sum(chosen, dtype=jnp.int32)
+    return jnp.where(place < count, places, p - 1), count
 
 
 def with_zero_token(cotangents: Float[Array, "t d"]) -> Float[Array, "t+1 d"]:

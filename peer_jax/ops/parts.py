@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.pairs import Term, chosen_first
-from peer_jax.ops.rows import dot_rows, sum_rows
+from peer_jax.ops.rows import dot_rows, look_up, ready, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
+from peer_jax.sharding import EXPERT, current
 
 Activation = Callable[[Array], Array]
 
@@ -59,6 +60,8 @@ class Xla:
     gradients = staticmethod(table_gradients)
 
     def dots(self, x, table, indices):
+        table = ready(table, x.dtype, indices.size)
+
         def body(_: None, chunk: Any) -> tuple[None, Array]:
             x, indices = chunk
             return None, dot_rows(x, table, indices)
@@ -66,6 +69,8 @@ class Xla:
         return scan_chunks(body, None, (x, indices), *_chunks(x.shape[1], indices))[1]
 
     def sums(self, weights, table, indices, dtype):
+        table = ready(table, dtype, indices.size)
+
         def body(_: None, chunk: Any) -> tuple[None, Array]:
             weights, indices = chunk
             return None, sum_rows(weights, table, indices, dtype)
@@ -74,26 +79,29 @@ class Xla:
 
     def mix(self, x, down, up, indices, gates, activation):
         pairs = OwnPairs(indices, gates, down)
+        u, v = (ready(table, x.dtype, pairs.expected) for table in (down, up))
 
         def body(y, token, row, gate, live, place):
-            s = _dot(x[token], down[row].astype(x.dtype))
-            return y.at[token].add(_rows(gate * activation(s), up[row].astype(x.dtype), live), **_IN_ORDER)
+            s = _dot(x[token], look_up(u, row, x.dtype))
+            return y.at[token].add(_rows(gate * activation(s), look_up(v, row, x.dtype), live), **_IN_ORDER)
 
         return pairs.loop(body, jnp.zeros(x.shape, jnp.float32)), None
 
     def mix_backward(self, x, down, up, indices, gates, activation, kept, dy):
         dtype, pairs = x.dtype, OwnPairs(indices, gates, down)
+        down_ready, up_ready = (ready(table, dtype, pairs.expected) for table in (down, up))
 
         def body(carry, token, row, gate, live, place):
             dx, d_gates, d_down, d_up = carry
-            u, v, own_x, own_dy = down[row].astype(dtype), up[row].astype(dtype), x[token], dy[token]
+            u, v = look_up(down_ready, row, dtype), look_up(up_ready, row, dtype)
+            own_x, own_dy = x[token], dy[token]
             s = _dot(own_x, u)
             a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
             q = _dot(own_dy, v)
             ds = q * gate * slope
             return (
                 dx.at[token].add(_rows(ds, u, live), **_IN_ORDER),
-                d_gates.at[place].add(jnp.where(live, q * a, 0), mode="promise_in_bounds"),
+                d_gates.at[place].add(jnp.where(live, q * a, 0), **_IN_ORDER),
                 d_down.at[row].add(_rows(ds, own_x, live), mode="promise_in_bounds"),
                 d_up.at[row].add(_rows(gate * a, own_dy, live), mode="promise_in_bounds"),
             )
@@ -104,24 +112,28 @@ class Xla:
 
     def bag(self, values, indices, gates):
         pairs = OwnPairs(indices, gates, values)
+        v = ready(values, gates.dtype, pairs.expected)
 
         def body(y, token, row, gate, live, place):
-            return y.at[token].add(_rows(gate, values[row].astype(gates.dtype), live), **_IN_ORDER)
+            return y.at[token].add(_rows(gate, look_up(v, row, gates.dtype), live), **_IN_ORDER)
 
         return pairs.loop(body, jnp.zeros((indices.shape[0], values.shape[1]), jnp.float32))
 
     def bag_backward(self, values, indices, gates, dy):
+        pairs = OwnPairs(indices, gates, values)
+        v = ready(values, dy.dtype, pairs.expected)
+
         def body(carry, token, row, gate, live, place):
             d_gates, d_values = carry
             own_dy = dy[token]
-            dg = _dot(own_dy, values[row].astype(dy.dtype))
+            dg = _dot(own_dy, look_up(v, row, dy.dtype))
             return (
-                d_gates.at[place].add(jnp.where(live, dg, 0), mode="promise_in_bounds"),
+                d_gates.at[place].add(jnp.where(live, dg, 0), **_IN_ORDER),
                 d_values.at[row].add(_rows(gate, own_dy, live), mode="promise_in_bounds"),
             )
 
         zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in ((indices.size,), values.shape))
-        d_gates, d_values = OwnPairs(indices, gates, values).loop(body, zeros)
+        d_gates, d_values = pairs.loop(body, zeros)
         return d_values, d_gates.reshape(indices.shape)
 
 
@@ -152,6 +164,7 @@ class OwnPairs:
         self._num_rows, self._width = table.shape
         self._gates, self._row = gates.reshape(-1), indices.reshape(-1)
         self._pair, self._count = chosen_first((self._row >= 0) & (self._row < self._num_rows))
+        self.expected = indices.size // current().size(EXPERT)  # pairs, if the rows of all devices are as popular
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
         """``carry = body(carry, token, row, gate, live, place)`` over chunks of this device's pairs.
@@ -170,4 +183,6 @@ class OwnPairs:
             gate = jnp.where(live, self._gates[pair].astype(jnp.float32), 0)
             return body(carry, pair // self._r, row, gate, live, pair)
 
-        return jax.lax.fori_loop(0, (self._count + size - 1) // size, step, carry)
+        # The scope tells `peer_jax.planning.hlo` how often the loop is expected to turn, which the data decide.
+        with jax.named_scope(f"about_{-(-self.expected // size)}_turns"):
+            return jax.lax.fori_loop(0, (self._count + size - 1) // size, step, carry)

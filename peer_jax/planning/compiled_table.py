@@ -5,6 +5,7 @@ from rich.console import Console
 from peer_jax.memory import shown
 from peer_jax.planning.capacity_table import print_table
 from peer_jax.planning.compiled import Compiled
+from peer_jax.planning.hlo import Loop
 from peer_jax.planning.topology import Topology
 
 
@@ -45,11 +46,14 @@ def show(compiled: Compiled, topology: Topology) -> None:
     print_table(console, "results of exchanges, per device", "size", rows or {"none": ""})
     if account.loops:
         rows = {
-            f"{index}: {loop.part}, {'unknown' if loop.turns is None else loop.turns} turns": f"{loop.cycles:.3g}"
-            for index, loop in enumerate(account.loops, 1)
+            f"{index}: {loop.part}, {_turns(loop)}": f"{loop.cycles:.3g}" for index, loop in enumerate(account.loops, 1)
         }
         print_table(console, "loops", "estimated cycles per turn", rows)
         console.print(
             "FLOPs, bytes and the compiler's estimate count each loop for one turn. Cycles by part and exchanges count "
-            "its turns, where their number is known."
+            "its turns, where their number is known or expected."
         )
+
+
+def _turns(loop: Loop) -> str:
+    return "unknown turns" if loop.turns is None else f"{'about ' * loop.about}{loop.turns} turns"

@@ -27,6 +27,7 @@ _COMPUTATIONS = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ABOUT = re.compile(r'op_name="[^"]*\babout_(\d+)_turns/while"')
 
 # Files of the package that serve several parts of the model: what they do counts for their callers.
 _SHARED = ("layers/linear.py", "layers/checks.py", "sharding.py")
@@ -47,11 +48,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop that is not within another one; ``turns`` is None if the data decide, ``cycles`` are those of one turn."""
+    """A loop that is not within another one; ``cycles`` are those of one turn.
+
+    ``turns`` is None if the data decide, unless a scope named ``about_N_turns`` around the loop says what to expect;
+    ``about`` tells that it does.
+    """
 
     part: str
     turns: int | None
     cycles: int
+    about: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,8 @@ class _Reader:
                 continue
             part = self._frames.part(instruction.rest)
             if opcode == "while" and not in_loop:
-                loops.append(Loop(part, self._turns(instruction), self._cycles(instruction.called["body"][0])))
+                about = bool(_ABOUT.search(instruction.rest))
+                loops.append(Loop(part, self._turns(instruction), self._cycles(instruction.called["body"][0]), about))
             if (estimate := _estimate(instruction)) is not None:
                 cycles[part] += turns * estimate
             elif kind := _kind_without_estimate(instruction):
@@ -150,10 +157,10 @@ class _Reader:
                     yield from self._reached(inner, turns, in_loop, scheduled and not apart)
 
     def _turns(self, loop: _Instruction) -> int | None:
-        """How often a loop turns: as the compiler says, or as its condition ``counter < constant`` does, for a counter
-        that starts at 0 and goes up by 1, as those of JAX do.
+        """How often a loop turns: as the compiler or a scope says, or as its condition ``counter < constant`` does, for
+        a counter that starts at 0 and goes up by 1, as those of JAX do.
         """
-        if known := _TURNS.search(loop.rest):
+        if known := _TURNS.search(loop.rest) or _ABOUT.search(loop.rest):
             return int(known[1])
         condition = {instruction.name: instruction for instruction in self._computations[loop.called["condition"][0]]}
         root = next(instruction for instruction in condition.values() if instruction.root)

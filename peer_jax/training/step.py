@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
 from peer_jax.models import Transformer
+from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
 from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
 
@@ -91,7 +92,10 @@ class Trainer:
         """``step``, to be compiled at its first call. The state that it is given is used up."""
         shardings = self.shardings()
         return jax.jit(
-            self.step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, current().sharding())
+            self.step,
+            donate_argnums=0,
+            out_shardings=None if shardings is None else (shardings, current().sharding()),
+            compiler_options=COMPILER_OPTIONS if target().platform == "tpu" else None,
         )
 
     def model(self, state: TrainState) -> Transformer:

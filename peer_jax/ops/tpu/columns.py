@@ -1,0 +1,124 @@
+"""Pallas kernels for TPUs: top k of every column of a matrix, and its columns from a few of their elements.
+
+Without them, the compiler of TPUs sorts whole columns for ``jax.lax.top_k``, and all indices of a scatter.
+
+n  elements per column     m  columns
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Columns that a kernel holds at a time, the lanes of a TPU; rows that it compares at a time, and how often before its
+# loop turns; the longest column that fits its fast memory; and the highest k for which k passes are taken to be faster
+# than a sort.
+LANES, SLICE, UNROLLED, LONGEST, MOST = 128, 32, 32, 8192, 64
+_MAGNITUDE, _LOWEST = 2**31 - 1, -(2**31)
+
+
+def is_faster(n: int, k: int) -> bool:
+    """Whether the kernels can run, and are taken to be faster than a sort."""
+    return n <= LONGEST and k <= MOST
+
+
+def top_k_columns(
+    x: Float[Array, "n m"], k: int, *, interpret: bool = False
+) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
+    """Takes the highest element of all columns k times; ``interpret`` simulates the kernel on CPU.
+
+    NaN ranks first, and a column whose highest value is NaN has NaN alone; -0 ranks below 0; equal values rank by
+    lower place.
+    """
+    # Imported here, because Pallas takes a second to import and other devices need none of it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    n, m = x.shape
+    width, size = min(m, LANES), min(-(-n // 8) * 8, SLICE)
+    slices = pl.cdiv(n, size)
+
+    def kernel(x_ref, values_ref, places_ref, keys_ref):
+        row = jax.lax.broadcasted_iota(jnp.int32, (size, width), 0)
+        if slices * size > n:
+            keys_ref[pl.ds((slices - 1) * size, size), :] = jnp.full((size, width), _LOWEST)
+        keys_ref[:n, :] = _key(x_ref[...])
+
+        def take(rank, taken):
+            """Removes what was taken last, in row i of the slice ``taken[i]``, or nothing where that is -1; and takes
+            the highest of what is left.
+            """
+
+            def compare(number, best):
+                highest, slice_of = best
+                here = pl.ds(pl.multiple_of(number * size, size), size)
+                keys = jnp.where(taken == number, _LOWEST, keys_ref[here, :])
+                keys_ref[here, :] = keys
+                better = keys > highest
+                return jnp.where(better, keys, highest), jnp.where(better, number, slice_of)
+
+            start = jnp.full((size, width), _LOWEST), jnp.zeros((size, width), jnp.int32)
+            highest, slice_of = jax.lax.fori_loop(0, slices, compare, start, unroll=min(slices, UNROLLED))
+            key = jnp.max(highest, axis=0, keepdims=True)
+            places = slice_of * size + row
+            place = jnp.min(jnp.where(highest == key, places, n), axis=0, keepdims=True)
+            values_ref[pl.ds(rank, 1), :] = _value(key)
+            places_ref[pl.ds(rank, 1), :] = place
+            return jnp.where(places == place, slice_of, -1)
+
+        jax.lax.fori_loop(0, k, take, jnp.full((size, width), -1))
+
+    found = pl.BlockSpec((k, width), lambda column: (0, column))
+    values, places = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(m, width),),
+        in_specs=[pl.BlockSpec((n, width), lambda column: (0, column))],
+        out_specs=[found, found],
+        out_shape=[jax.ShapeDtypeStruct((k, m), jnp.float32), jax.ShapeDtypeStruct((k, m), jnp.int32)],
+        scratch_shapes=[pltpu.VMEM((slices * size, width), jnp.int32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(flops=6 * n * m * k, bytes_accessed=4 * m * (n + 2 * k), transcendentals=0),
+        interpret=interpret,
+        name="top_k_columns",
+    )(x)
+    return jnp.where(jnp.isnan(values[:1]), jnp.nan, values), places
+
+
+def _ordered(bits: Int[Array, "n m"]) -> Int[Array, "n m"]:
+    """The bits of floats, changed such that they rank as integers, or changed back."""
+    return bits ^ ((bits >> 31) & _MAGNITUDE)
+
+
+def _key(x: Float[Array, "n m"]) -> Int[Array, "n m"]:
+    return jnp.where(x != x, _MAGNITUDE, _ordered(jax.lax.bitcast_convert_type(x, jnp.int32)))
+
+
+def _value(key: Int[Array, "n m"]) -> Float[Array, "n m"]:
+    return jax.lax.bitcast_convert_type(_ordered(key), jnp.float32)
+
+
+def spread_columns(
+    x: Float[Array, "k m"], place: Int[Array, "k m"], n: int, *, interpret: bool = False
+) -> Float[Array, "{n} m"]:
+    """Adds ``x[i, j]`` at ``[place[i, j], j]``: every place is compared with all rows of its column."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(x_ref, place_ref, spread_ref):
+        row = jax.lax.broadcasted_iota(jnp.int32, spread_ref.shape, 0)
+        at = (slice(i, i + 1) for i in range(k))
+        spread_ref[...] = sum(jnp.where(place_ref[i, :] == row, x_ref[i, :], 0) for i in at)
+
+    k, m = x.shape
+    width = min(m, LANES)
+    given = pl.BlockSpec((k, width), lambda column: (0, column))
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(m, width),),
+        in_specs=[given, given],
+        out_specs=pl.BlockSpec((n, width), lambda column: (0, column)),
+        out_shape=jax.ShapeDtypeStruct((n, m), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(flops=3 * n * m * k, bytes_accessed=4 * m * (n + 2 * k), transcendentals=0),
+        interpret=interpret,
+        name="spread_columns",
+    )(x, place)
