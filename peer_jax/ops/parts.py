@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.pairs import Term, chosen_first
-from peer_jax.ops.rows import dot_rows, look_up, ready, sum_rows
+from peer_jax.ops.rows import dot_rows, ready, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import EXPERT, current
 
@@ -82,8 +82,8 @@ class Xla:
         u, v = (ready(table, x.dtype, pairs.expected) for table in (down, up))
 
         def body(y, token, row, gate, live, place):
-            s = _dot(x[token], look_up(u, row, x.dtype))
-            return y.at[token].add(_rows(gate * activation(s), look_up(v, row, x.dtype), live), **_IN_ORDER)
+            s = _dot(x[token], u[row].astype(x.dtype))
+            return y.at[token].add(_rows(gate * activation(s), v[row].astype(x.dtype), live), **_IN_ORDER)
 
         return pairs.loop(body, jnp.zeros(x.shape, jnp.float32)), None
 
@@ -93,7 +93,7 @@ class Xla:
 
         def body(carry, token, row, gate, live, place):
             dx, d_gates, d_down, d_up = carry
-            u, v = look_up(down_ready, row, dtype), look_up(up_ready, row, dtype)
+            u, v = down_ready[row].astype(dtype), up_ready[row].astype(dtype)
             own_x, own_dy = x[token], dy[token]
             s = _dot(own_x, u)
             a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
@@ -115,7 +115,7 @@ class Xla:
         v = ready(values, gates.dtype, pairs.expected)
 
         def body(y, token, row, gate, live, place):
-            return y.at[token].add(_rows(gate, look_up(v, row, gates.dtype), live), **_IN_ORDER)
+            return y.at[token].add(_rows(gate, v[row].astype(gates.dtype), live), **_IN_ORDER)
 
         return pairs.loop(body, jnp.zeros((indices.shape[0], values.shape[1]), jnp.float32))
 
@@ -126,7 +126,7 @@ class Xla:
         def body(carry, token, row, gate, live, place):
             d_gates, d_values = carry
             own_dy = dy[token]
-            dg = _dot(own_dy, look_up(v, row, dy.dtype))
+            dg = _dot(own_dy, v[row].astype(dy.dtype))
             return (
                 d_gates.at[place].add(jnp.where(live, dg, 0), **_IN_ORDER),
                 d_values.at[row].add(_rows(gate, own_dy, live), mode="promise_in_bounds"),

@@ -14,8 +14,9 @@ from peer_jax.ops.cpu import rows as on_cpu
 from peer_jax.ops.tpu import rows as on_tpu
 from peer_jax.sharding import target
 
-# Pairs per row of a table from which on a TPU casts the table at once, instead of each row after it is looked up.
-CAST_FROM = 4
+# Pairs per row of a table from which a TPU casts the table at once, instead of each row after it is looked up. The
+# matrix units then get rows as they are; and in a loop the compiler would cast the table anyway (docs/performance.md).
+CAST_FROM = 1
 
 
 def dot_rows(x: Float[Array, "t d"], table: Float[Array, "N d"], indices: Int[Array, "t r"]) -> Float[Array, "t r"]:
@@ -36,30 +37,25 @@ def sum_rows(
 
 
 def ready(table: Float[Array, "N d"], dtype: jnp.dtype, pairs: int) -> Float[Array, "N d"]:
-    """The table from which ``pairs`` rows are looked up: in ``dtype`` if a TPU should cast it whole, which its compiler
-    would do otherwise whatever it costs; else as it is.
-    """
+    """The table from which ``pairs`` rows are looked up: in ``dtype`` if a TPU should cast it whole; else as it is."""
     return table.astype(dtype) if _is_for_tpu() and pairs >= CAST_FROM * len(table) else table
-
-
-def look_up(table: Float[Array, "N d"], indices: Int[Array, "*pairs"], dtype: jnp.dtype) -> Float[Array, "*pairs d"]:
-    """Rows in ``dtype``; indices must be in range."""
-    rows = table.at[indices].get(mode="promise_in_bounds")
-    if _is_for_tpu() and rows.dtype != dtype:
-        rows = jax.lax.optimization_barrier(rows)  # see `ready`
-    return rows.astype(dtype)
 
 
 def _is_for_tpu() -> bool:
     return target().platform == "tpu"
 
 
+def _rows(table: Array, indices: Array, dtype: jnp.dtype) -> Array:
+    """[*indices, d] in float32, rounded to ``dtype`` first."""
+    return table.at[indices].get(mode="promise_in_bounds").astype(dtype).astype(jnp.float32)
+
+
 # Products and sums rather than `einsum`: XLA fuses them with the gather.
 
 
 def _dot(x: Array, table: Array, indices: Array) -> Array:
-    return jnp.sum(x[:, None].astype(jnp.float32) * look_up(table, indices, x.dtype).astype(jnp.float32), axis=-1)
+    return jnp.sum(x[:, None].astype(jnp.float32) * _rows(table, indices, x.dtype), axis=-1)
 
 
 def _sum(weights: Array, table: Array, indices: Array, dtype: jnp.dtype) -> Array:
-    return jnp.sum(weights[..., None] * look_up(table, indices, dtype).astype(jnp.float32), axis=1)
+    return jnp.sum(weights[..., None] * _rows(table, indices, dtype), axis=1)
