@@ -30,10 +30,11 @@ def sort_pairs(indices: Int[Array, "t r"]) -> SortedPairs:
 def chosen_first(chosen: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array, ""]]:
     """The places of the chosen pairs in ascending order, padded with the last place; and how many are chosen."""
     p = chosen.size
-    place, before = jnp.arange(p, dtype=jnp.int32), jnp.cumsum(chosen, dtype=jnp.int32) - chosen
+    one = chosen.astype(jnp.int32)
+    place, before = jnp.arange(p, dtype=jnp.int32), jnp.cumsum(one) - one
     # A place that is not chosen adds 0 where the next chosen one goes, so that the indices ascend: TPUs sort others.
     places = jnp.zeros(p, jnp.int32).at[before].add(jnp.where(chosen, place, 0), mode="drop", indices_are_sorted=True)
-    count = jnp.sum(chosen, dtype=jnp.int32)
+    count = jnp.sum(one)
     return jnp.where(place < count, places, p - 1), count
 
 
