@@ -29,6 +29,7 @@ from peer_jax.layers.interface import Aux, FeedForward, Routing, by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models.attention import Attention, KVCache
 from peer_jax.ops.cross_entropy import linear_cross_entropy
+from peer_jax.ops.kept import POLICY
 from peer_jax.sharding import automatic, constrain, split_of
 
 # The Transformer passes these arguments to the factory, so a config binds them at the Transformer.
@@ -246,7 +247,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Aux]:
         """The residual stream after all blocks, and the auxiliary losses and metrics of the blocks."""
         _check_tokens(tokens, segment_ids)
-        run = nnx.remat(Block.__call__, static_argnums=ROUTE) if self.remat else Block.__call__
+        run = nnx.remat(Block.__call__, static_argnums=ROUTE, policy=POLICY) if self.remat else Block.__call__
         x, outputs = self._through_blocks(self._embed(tokens), _positions(tokens, segment_ids), segment_ids, run=run)
         loss, metrics = jnp.zeros(()), {}
         for index, (aux, *_) in enumerate(outputs):
