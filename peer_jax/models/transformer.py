@@ -124,7 +124,8 @@ class Transformer(nnx.Module):
         sparse_ffw: makes the feed-forward layers of ``sparse_blocks`` instead; None for ``ffw`` in every block.
         sparse_blocks: "middle", "all", "every n" or a list of blocks.
         tie_embeddings: use the embedding table for the logits too.
-        remat: recompute blocks in the backward pass instead of keeping their activations.
+        remat: recompute blocks in the backward pass instead of keeping their activations, except what
+            ``peer_jax.ops.kept`` names.
         rope_theta: base of the rotary frequencies.
         attention_implementation: implementation of the attention, see ``peer_jax.models.attention.Attention``.
         dtype: type of the computation; logits are always float32.
