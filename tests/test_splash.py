@@ -45,9 +45,10 @@ def test_outputs_and_gradients(rng, packed):
         np.testing.assert_allclose(a, b, atol=256 * 2**-24 * np.abs(b).max())
 
 
-def lowered(platform, implementation=None, seq_len=S, remat=False):
-    options = {"ffw": Dense, "attention_implementation": implementation, "remat": remat, "dtype": jnp.bfloat16}
-    build = functools.partial(Transformer, 64, H * C, 1, H, **options)
+def lowered(platform, implementation=None, seq_len=S):
+    build = functools.partial(
+        Transformer, 64, H * C, 1, H, ffw=Dense, attention_implementation=implementation, dtype=jnp.bfloat16
+    )
     trainer = Trainer(build, AdamW(learning_rate=1e-3))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), jax.ShapeDtypeStruct((B, seq_len), jnp.int32))
     state, rates = trainer.abstract_state(), jax.tree.map(jnp.asarray, trainer.optimizer.rates(trainer.labels, 0, 10))
@@ -64,8 +65,3 @@ def test_none_is_splash_on_tpus(implementation, seq_len, takes_it):
     text = lowered("tpu", implementation, seq_len)
     assert ("splash" in text) == takes_it
     assert (f"{B}x{H}x{seq_len}x{seq_len}x" in text) != takes_it
-
-
-def test_remat_repeats_no_kernel():
-    """Forward, and two backward: the backward pass has the output that the forward pass kept."""
-    assert lowered("tpu", remat=True).count("custom_call @tpu_custom_call") == 3

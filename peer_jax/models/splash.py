@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from peer_jax.ops.kept import NAME
 from peer_jax.sharding import AXES, on_each_device, target
 
 # Queries and keys that a kernel holds at a time: at most so many, and a multiple of the lanes of a TPU.
@@ -59,7 +58,6 @@ def _attend(query, key, value, segment_ids=None, *, interpret):
             **{f"block_{name}": block for name in sizes},
             **{f"{name}_layout": splash.QKVLayout.SEQ_MINOR for name in "qkv"},
         ),
-        residual_checkpoint_name=NAME,
         interpret=interpret,
     )
     by_head = (a.swapaxes(1, 2) for a in (query * c**-0.5, key, value))

@@ -1,7 +1,7 @@
 """What is kept of a block that is otherwise computed again in the backward pass (``Transformer.remat``).
 
-Kept are arrays that are small and expensive to make: for each token its experts, their scores and their projections,
-and the output of attention where a kernel computes it.
+Kept are arrays that are small and expensive to make: for each token its experts, their scores and their projections.
+Attention's output is not: docs/performance.md says what it would cost.
 """
 
 from typing import Any
