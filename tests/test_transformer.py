@@ -325,16 +325,39 @@ def test_padding_s_contents_touch_nothing(rng, kind):
     assert all(relative_error(new, old) < UNCHANGED for old, new in pairs)
 
 
-def test_remat_changes_nothing(rng):
+@pytest.mark.parametrize("kind", ["expert choice", "dropless", "peer"])
+def test_remat_changes_nothing(rng, kind):
     """The recomputed block is the same one: its loss, gradients and batch-norm statistics, updated once."""
     tokens, segments = packed(rng)
     weights = np.where((segments > 0)[..., None], rng.normal(size=(B, S, V)), 0).astype(np.float32)
     results = []
     for remat in ({}, {"remat": True}):
-        _, params, rest, gradient = compiled("peer", training=True, **remat)
+        _, params, rest, gradient = compiled(kind, training=True, **remat)
         results.append(gradient(params, rest, tokens, segments, weights))
     for old, new in zip(*(jax.tree.leaves(result) for result in results), strict=True):
         assert relative_error(new, old) < UNCHANGED
+
+
+def calls(jaxpr, names):
+    """How often a program and those within it call the primitives of these names."""
+    inner = (getattr(leaf, "jaxpr", leaf) for equation in jaxpr.eqns for leaf in jax.tree.leaves(equation.params))
+    found = sum(equation.primitive.name in names for equation in jaxpr.eqns)
+    return found + sum(calls(leaf, names) for leaf in inner if hasattr(leaf, "eqns"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
+def test_remat_repeats_no_routing(rng, kind):
+    """Sorts, top-k and places in queues are those of a step without remat; but other products are repeated."""
+    tokens, segments = packed(rng)
+    weights = np.ones((B, S, V), np.float32)
+    counts = []
+    for remat in ({}, {"remat": True}):
+        _, params, rest, gradient = compiled(kind, training=True, **remat)
+        program = gradient.trace(params, rest, tokens, segments, weights).jaxpr.jaxpr
+        counts.append([calls(program, names) for names in (("top_k", "sort", "cumsum"), ("dot_general",))])
+    (routing, products), (routing_again, products_again) = counts
+    assert routing == routing_again > 0
+    assert products_again > products
 
 
 def test_remat_draws_router_noise_once(rng):

@@ -40,6 +40,8 @@ from peer_jax.layers.interface import (
 )
 from peer_jax.layers.linear import Linear
 from peer_jax.ops import sharded
+from peer_jax.ops.grouped import grouped_product
+from peer_jax.ops.kept import keep
 from peer_jax.ops.traffic import Collectives
 from peer_jax.sharding import EXPERT, automatic, constrain, on_each_device, split_of
 
@@ -58,10 +60,7 @@ class MoE(FeedForward):
     order of the tokens and later tokens are dropped, which keeps the layer causal. With ``capacity_factor=None`` no
     token is dropped.
 
-    The input may have any axes before that of the sequence. Token choice without a capacity computes ragged products,
-    which JAX can't batch: under a vmap of a function that is already compiled or differentiated, such as
-    ``jax.vmap(jax.jit(layer))`` and ``jax.jacrev``, give ``capacity_factor=num_experts / top_k``, which drops no token
-    either.
+    The input may have any axes before that of the sequence.
 
     The parameters are ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
 
@@ -222,12 +221,12 @@ class MoE(FeedForward):
         self, product: Callable[[Array, Array], Array], rows: Array, up: Array, down: Array, gate: Array | None = None
     ) -> Array:
         """Every expert's MLP on the rows that ``product`` gives it."""
-        hidden = product(rows, up.astype(rows.dtype))
+        hidden = product(rows, up)
         if gate is None:
             hidden = ACTIVATIONS[self.activation](hidden)
         else:
-            hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate.astype(rows.dtype))) * hidden
-        return product(hidden, down.astype(rows.dtype))
+            hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate)) * hidden
+        return product(hidden, down)
 
     def _by_capacity(self, rows: Float[Array, "b E C d"], kernels: list[Array]) -> Float[Array, "b E C d"]:
         """Applies every expert's MLP to its C rows of each sequence.
@@ -287,9 +286,9 @@ class MoE(FeedForward):
         # the second choices of earlier ones.
         queue = jnp.cumsum(chosen.reshape(b, s * k, e), axis=1).reshape(b, s, k, e)
         place = jnp.sum(chosen * queue, axis=-1) - 1
-        kept = (place >= 0) & (place < self._capacity(s))
-        gates = jnp.where(kept, gates, 0.0)
-        return Routing(experts[:, :, None], gates[:, :, None]), jnp.where(kept, place, -1)
+        place = keep(jnp.where(place < self._capacity(s), place, -1))
+        gates = jnp.where(place < 0, 0.0, gates)
+        return Routing(experts[:, :, None], gates[:, :, None]), place
 
     def _token_choice(
         self,
@@ -340,12 +339,10 @@ class MoE(FeedForward):
         place: Int[Array, "b s k"],
         kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
-        """Outputs of the chosen experts, by ragged products over the choices sorted by expert.
+        """Outputs of the chosen experts, by grouped products over the choices sorted by expert.
 
         If experts are split over devices, every device gathers the tokens of all these devices, computes the choices
         of its own experts, and sends the outputs back.
-
-        JAX has no vmap of ragged products yet: under vmap, every expert has a place for every token instead.
         """
 
         def of_device(kernels: list[Array], x: Array, experts: Array) -> Array:
@@ -356,17 +353,14 @@ class MoE(FeedForward):
             own = experts.reshape(-1) - (here * jax.lax.axis_index(EXPERT) if split else 0)
             own = jnp.where((own >= 0) & (own < here), own, here)  # choices of other devices' experts come last
             order = jnp.argsort(own, stable=True)
-            sizes = jnp.bincount(own, length=here)
+            order, back, sizes = keep((order, jnp.argsort(order), jnp.bincount(own, length=here)))
             rows = x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]
-            y = self._mlp(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes), rows, *kernels)
-            y = jnp.where((own < here)[:, None], y[jnp.argsort(order)], 0).reshape(*experts.shape, -1)
+            y = self._mlp(lambda rows, kernel: grouped_product(rows, kernel, sizes), rows, *kernels)
+            y = jnp.where((own < here)[:, None], y[back], 0).reshape(*experts.shape, -1)
             return sharded.scatter_sum(y) if split else y
 
         specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
-        try:
-            return on_each_device(of_device, specs, sharded.TOKENS)(kernels, x, experts)
-        except NotImplementedError:
-            return self._within_capacity(x, experts, place, kernels)
+        return on_each_device(of_device, specs, sharded.TOKENS)(kernels, x, experts)
 
     def options(self) -> dict[str, object]:
         _, d_model, d_ff = self.up.shape
@@ -416,7 +410,12 @@ def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}
 
     On a mesh every device selects among its own sequences; GSPMD would gather all sequences first.
     """
-    return sharded.by_tokens(lambda scores: tuple(jax.lax.top_k(scores, k)), (), (scores,))
+
+    def of_device(scores: Array) -> tuple[Array, Array]:
+        place = keep(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1])
+        return jnp.take_along_axis(scores, place, axis=-1), place
+
+    return sharded.by_tokens(of_device, (), (scores,))
 
 
 def _as_batch(num_axes: int, *arrays: Array) -> list[Array]:
@@ -430,4 +429,4 @@ def _mean(values: Float[Array, "b s"], mask: Bool[Array, "b s"]) -> Float[Array,
 
 
 def _capacity_product(rows: Float[Array, "b E C i"], kernels: Float[Array, "E i o"]) -> Float[Array, "b E C o"]:
-    return jnp.einsum("beci,eio->beco", rows, kernels)
+    return jnp.einsum("beci,eio->beco", rows, kernels.astype(rows.dtype))

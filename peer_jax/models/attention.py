@@ -36,7 +36,7 @@ def rotate(x: Float[Array, "b s h c"], positions: Int[Array, "b s"], theta: floa
     frequencies = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
     angles = (positions[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 

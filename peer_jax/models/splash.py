@@ -50,9 +50,14 @@ def _attend(query, key, value, segment_ids=None, *, interpret):
     s, h, c = query.shape[1:]
     block = math.gcd(s, BLOCK)
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    # The sequence is the minor axis, as in the products that queries, keys and values come from: with heads that are
+    # narrower than the lanes as the minor axis, the arrays would be padded, and copied to that layout.
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((s, s))] * h),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in sizes}),
+        block_sizes=splash.BlockSizes(
+            **{f"block_{name}": block for name in sizes},
+            **{f"{name}_layout": splash.QKVLayout.SEQ_MINOR for name in "qkv"},
+        ),
         interpret=interpret,
     )
     by_head = (a.swapaxes(1, 2) for a in (query * c**-0.5, key, value))

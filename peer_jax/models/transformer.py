@@ -29,6 +29,7 @@ from peer_jax.layers.interface import Aux, FeedForward, Routing, by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models.attention import Attention, KVCache
 from peer_jax.ops.cross_entropy import linear_cross_entropy
+from peer_jax.ops.kept import POLICY
 from peer_jax.sharding import automatic, constrain, split_of
 
 # The Transformer passes these arguments to the factory, so a config binds them at the Transformer.
@@ -123,7 +124,8 @@ class Transformer(nnx.Module):
         sparse_ffw: makes the feed-forward layers of ``sparse_blocks`` instead; None for ``ffw`` in every block.
         sparse_blocks: "middle", "all", "every n" or a list of blocks.
         tie_embeddings: use the embedding table for the logits too.
-        remat: recompute blocks in the backward pass instead of keeping their activations.
+        remat: recompute blocks in the backward pass instead of keeping their activations, except what
+            ``peer_jax.ops.kept`` names.
         rope_theta: base of the rotary frequencies.
         attention_implementation: implementation of the attention, see ``peer_jax.models.attention.Attention``.
         dtype: type of the computation; logits are always float32.
@@ -246,7 +248,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Aux]:
         """The residual stream after all blocks, and the auxiliary losses and metrics of the blocks."""
         _check_tokens(tokens, segment_ids)
-        run = nnx.remat(Block.__call__, static_argnums=ROUTE) if self.remat else Block.__call__
+        run = nnx.remat(Block.__call__, static_argnums=ROUTE, policy=POLICY) if self.remat else Block.__call__
         x, outputs = self._through_blocks(self._embed(tokens), _positions(tokens, segment_ids), segment_ids, run=run)
         loss, metrics = jnp.zeros(()), {}
         for index, (aux, *_) in enumerate(outputs):

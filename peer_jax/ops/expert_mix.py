@@ -17,6 +17,7 @@ from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_invalid
 from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
+from peer_jax.ops.kept import keep
 from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows, ready, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
@@ -140,7 +141,7 @@ def _xla_forward(x, down, up, indices, gates, activation):
         return None, (y.astype(x.dtype), s)
 
     _, (y, s) = scan_chunks(body, None, (x, indices, gates), x.shape[0], _chunk(indices, x.shape[1]))
-    return y, (x, down, up, indices, gates, s)
+    return y, (x, down, up, indices, gates, keep(s))
 
 
 def _xla_backward(activation, residuals, dy):

@@ -21,6 +21,7 @@ from peer_jax.ops.checks import check_arrays, check_not_nan
 from peer_jax.ops.choice import check_implementation
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.cpu.product_keys import backward_by_rows
+from peer_jax.ops.kept import keep
 from peer_jax.ops.reverse_mode import explained, reverse_mode
 from peer_jax.ops.rows import dot_rows
 from peer_jax.ops.top_k import spread_columns, take_columns, top_k_columns
@@ -201,7 +202,7 @@ def _xla(
 
 
 def _xla_forward(queries, sub_keys, k):
-    scores, indices = _retrieve(queries, sub_keys, k)
+    scores, indices = keep(_retrieve(queries, sub_keys, k))
     return (scores, indices), (queries, sub_keys, indices)
 
 

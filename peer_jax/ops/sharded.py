@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from peer_jax.ops.kept import keep
 from peer_jax.ops.parts import Activation, Parts
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, constrain, current, on_each_device
 
@@ -160,7 +161,7 @@ def _mix_columns(activation, parts, x, down, up, indices, gates):
     columns, indices, all_gates = _to_columns(x), gather(indices), gather(gates)
     s = _sum(parts.dots(columns, down, indices))
     y = parts.sums(all_gates.astype(jnp.float32) * activation(s), up, indices, x.dtype)
-    return _to_tokens(y), _own_tokens(s, x.shape[0])
+    return _to_tokens(y), keep(_own_tokens(s, x.shape[0]))
 
 
 def _mix_columns_backward(activation, parts, x, down, up, indices, gates, s, dy):

@@ -125,15 +125,13 @@ def expert_mix_step(
 ) -> Collectives:
     """Forward and backward pass in one program, where XLA exchanges x, indices and gates once for both.
 
-    With ``remat`` the passes don't share them, because the forward pass doesn't keep them; with tables by columns, the
-    products u . x are then summed once more. The output is not computed again: the backward pass does not need it.
+    With ``remat`` the passes don't share them, because the forward pass doesn't keep them. Neither the products u . x,
+    which are kept, nor the output, which the backward pass does not need, is computed again.
     """
     sizes = {"size": size, "gate_size": gate_size}
     both = expert_mix(t, r, d, E, tables, **sizes).plus(expert_mix_backward(t, r, d, N, E, D, tables, **sizes))
-    if E == 1:
+    if E == 1 or remat:
         return both
-    if remat:
-        return both.plus(Collectives(all_reduce=FLOAT * E * t * r)) if tables == "columns" else both
     gathered = (INDEX + gate_size) * E * t * r
     if tables == "rows":
         return both.plus(Collectives(all_gather=size * E * t * d + gathered), -1)
