@@ -16,6 +16,7 @@ from peer_jax.data.pipeline import TextTask
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
 from peer_jax.planning import capacity
+from peer_jax.planning.tpus import compile_command
 from peer_jax.sharding import AXES, Sharding, current, use
 from peer_jax.training import room
 from peer_jax.training.optimizer import AdamW
@@ -135,7 +136,7 @@ def test_the_slowest_of_the_three_sets_the_floor_and_nodes_share_their_ports():
     assert copies.seconds(device, {"data": 2, "fsdp": 1, "expert": 8})["interconnect"] == 4.0  # a port each
 
 
-def test_experts_and_remat_and_rows_of_moments_and_accumulation():
+def test_what_experts_and_rows_of_moments_and_remat_change():
     plain = run_of("peer", (2, 1, 4), "rows", 64, 64, False)
     runs = {
         "plain": plain,
@@ -152,6 +153,14 @@ def test_experts_and_remat_and_rows_of_moments_and_accumulation():
     assert of["plain"].memory.optimizer - of["by row"].memory.optimizer == tables - tables / 64
     assert of["remat"].step.flops == 4 / 3 * of["plain"].step.flops
     assert of["plain"].step.state == 2 * (of["plain"].memory.parameters + of["plain"].memory.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "flag"),
+    [("tpu-v5p", 64, " --topology v5p:4x4x4"), ("tpu-v6e", 3, ""), ("h200", 16, " --topology h200:16")],
+)
+def test_the_command_that_compiles_names_the_devices(device, devices, flag):
+    assert compile_command(device, devices) == f"peer-jax compile{flag}"
 
 
 @pytest.mark.parametrize(("implementation", "held"), [("xla", 1), (None, 0)])

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.planning.capacity import Device, Plan
-from peer_jax.planning.tpus import GENERATIONS, TpuSlice
+from peer_jax.planning.tpus import compile_command
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
             "an optimiser with a smaller state, such as AdamW with table_second_moment='row'."
         )
     else:
-        console.print(f"How much a step takes at its peak, its compiler says: peer-jax compile{_topology(name, used)}.")
+        console.print(f"How much a step takes at its peak, its compiler says: {compile_command(name, used)}.")
 
     step = plan.step
     sizes = {cause: size for cause, size in step.interconnect.items() if size}
@@ -65,14 +65,6 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
             f"What {' and '.join(plan.unknown)} exchanges with other devices is unknown and not counted: a layer can "
             "say it by a method exchanged(load), see peer_jax/layers/interface.py."
         )
-
-
-def _topology(name: str, devices: int) -> str:
-    """The flag that names so many devices to ``peer-jax compile``; nothing for TPUs if no slice has that number."""
-    kind = name.removeprefix("tpu-")
-    slices = (TpuSlice(kind, shape) for shape in GENERATIONS[kind].topologies) if kind in GENERATIONS else ()
-    shape = devices if kind == name else next((found.topology for found in slices if found.chips == devices), None)
-    return "" if shape is None else f" --topology {kind}:{shape}"
 
 
 def print_table(console: Console, what: str, unit: str, rows: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from peer_jax.errors import InputError
 from peer_jax.memory import shown
 from peer_jax.planning import capacity
 from peer_jax.planning.capacity import Plan
+from peer_jax.planning.tpus import compile_command
 from peer_jax.training.run import Run
 
 HOUR = 3600.0
@@ -67,7 +68,7 @@ class Cost(NamedTuple):
         runs = f"{len(self.runs)} runs fit" if len(self.runs) > 1 else "The run fits"
         yield (
             f"{runs} {what} ({self.devices} devices) by the least that a step takes; {fullest.name} takes at least "
-            f"{share:.0%} of a device's memory. Ask `peer-jax compile` for the peak of the largest."
+            f"{share:.0%} of a device's memory. For the peak, see {compile_command(self.device, self.devices)}."
         )
         if unknown := sorted({label for run in self.runs for label in run.plan.unknown}):
             yield f"What {' and '.join(unknown)} exchanges with other devices is unknown and not counted."
