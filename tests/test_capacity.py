@@ -36,7 +36,6 @@ CASES = {
     "PEER, columns": ("peer", (1, 2, 4), "columns", 64, 64, False),
     "PEER, whole": ("small peer", (8, 1, 1), "rows", 128, 64, False),
     "PKM, rows": ("pkm", (1, 1, 8), "rows", 128, 128, True),
-    "PKM, columns": ("pkm", (2, 2, 2), "columns", 64, 128, False),
     "MoE": ("moe", (2, 1, 4), "rows", 64, 64, False),
 }
 

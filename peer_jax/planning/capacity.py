@@ -1,7 +1,7 @@
 """Counts what a run holds and exchanges on a mesh, and the least time of a step, without allocating or compiling.
 
-What is counted is exact: the parameters, the optimiser's state and the batch, split as ``peer_jax.sharding`` splits
-them; FLOPs; and the bytes that devices receive. A feed-forward layer itself says what it exchanges for the parameters
+The parameters, the optimiser's state and the batch are exact, split as ``peer_jax.sharding`` splits them. FLOPs and the
+bytes that devices receive follow from formulas; a feed-forward layer itself says what it exchanges for the parameters
 that are split over ``expert`` (``FeedForward.exchanged``). What else a step holds at its peak, and reads and writes, is
 up to the compiler: it is bounded from below here, and ``peer_jax.planning.compiled`` asks the compiler.
 """
