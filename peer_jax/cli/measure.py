@@ -33,12 +33,12 @@ def plan(
         int | None, typer.Option(help="How many devices there are: by default as many as the mesh names.", min=1)
     ] = None,
 ) -> None:
-    """Say whether a run fits a mesh of devices, and how fast a step can be at best, without any of them.
+    """Count what a run holds and exchanges on a mesh of devices, and how fast a step can be at best, without them.
 
-    Prints the memory that each device needs, the bytes that it receives from other devices per step by cause, and the
-    least time that FLOPs, memory traffic and interconnect take (docs/sharding.md has the formulas). Nothing is
-    allocated: a mesh of hundreds of devices is planned on a laptop. Sharding.tables="columns" splits the expert tables
-    the other way.
+    Prints the least memory that each device needs (its state exactly), the bytes that it receives from other devices
+    per step by cause, and the least time that FLOPs, state and interconnect take (docs/sharding.md has the formulas).
+    Nothing is allocated or compiled: a mesh of hundreds of devices is planned on a laptop. `peer-jax compile` tells
+    what a step takes at its peak. Sharding.tables="columns" splits the expert tables the other way.
 
     Example: peer-jax plan --config configs/base.gin --config configs/layers/peer.gin --config configs/sizes/paper.gin
     --config configs/data/c4.gin --mesh data=8,expert=8 --device tpu-v5p --set Transformer.remat=True

@@ -4,9 +4,8 @@ import importlib
 import inspect
 import pkgutil
 
-from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.dense import Dense
-from peer_jax.layers.interface import Aux, Benchmark, FeedForward, Routing
+from peer_jax.layers.interface import Aux, Benchmark, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.moe import MoE
 from peer_jax.layers.peer import PEER
 from peer_jax.layers.pkm import PKM
@@ -19,7 +18,6 @@ __all__ = [
     "Dense",
     "DeviceLoad",
     "FeedForward",
-    "LayerCosts",
     "MoE",
     "Routing",
     "families",

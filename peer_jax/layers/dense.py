@@ -8,7 +8,6 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.layers.checks import check_choice, check_layer, check_memory, check_sizes, real_tokens
-from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.layers.interface import ACTIVATIONS, GATED_ACTIVATIONS, Aux, FeedForward
 from peer_jax.layers.linear import Linear
 from peer_jax.ops import floor
@@ -79,11 +78,6 @@ class Dense(FeedForward):
 
     def flops_per_token(self, seq_len: int) -> float:
         return 2 * self.num_params()
-
-    def costs(self, load: DeviceLoad) -> LayerCosts:
-        """Kept are the inputs and the output of the activation, d_ff each. Worked with are two gradients of d_ff."""
-        hidden = load.size * load.tokens * self.up.out_features
-        return LayerCosts(kept=(2 if self.gate is None else 3) * hidden, working=2 * hidden)
 
     def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
         products = (

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import IDENTITY, arguments_of, kind_of
-from peer_jax.layers.costs import DeviceLoad, LayerCosts
 from peer_jax.ops.floor import Floor
+from peer_jax.ops.traffic import Collectives
+from peer_jax.sharding import EXPERT, RULES
 
 T = TypeVar("T", bound=type)
 
@@ -66,6 +67,28 @@ class Benchmark(NamedTuple):
     by_default: bool = True
     ignored: tuple[str, ...] = ()
     num_experts: tuple[int, ...] = ()
+
+
+class DeviceLoad(NamedTuple):
+    """The work that one device of a mesh has in a micro-batch.
+
+    Attributes:
+        tokens: t, tokens of the device.
+        seq_len: tokens per sequence.
+        expert: E, devices along ``expert``.
+        copies: D, devices that hold the same part of a table, data * fsdp.
+        tables: whether tables are split by "rows" or by "columns".
+        size: bytes of an element of the computation.
+        remat: whether the backward pass computes the layer's forward pass again.
+    """
+
+    tokens: int
+    seq_len: int
+    expert: int
+    copies: int
+    tables: str
+    size: int
+    remat: bool
 
 
 class FeedForward(nnx.Module):
@@ -162,13 +185,15 @@ class FeedForward(nnx.Module):
         """The parameters that one token uses."""
         return self.num_params()
 
-    def costs(self, load: DeviceLoad) -> LayerCosts | None:
-        """What the layer keeps, works with, reads and exchanges under ``load``; None if that is unknown.
+    def exchanged(self, load: DeviceLoad) -> Collectives | None:
+        """What a micro-batch exchanges, forward and backward, for parameters that are split over ``expert``.
 
-        Raises:
-            InputError: if the layer's costs depend on the tokens, so that nothing can be planned.
+        None means that it is unknown, as it is by default if the layer has such parameters. The gradients and gathered
+        kernels of all other parameters are counted outside of the layer.
         """
-        return None
+        split = {axis for rules in RULES.values() for axis, over in rules.items() if over == EXPERT}
+        axes = {axis for _, p in nnx.to_flat_state(nnx.state(self, nnx.Param)) for axis in p.get_metadata("axes", ())}
+        return None if axes & split and load.expert * load.copies > 1 else Collectives()
 
     def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor | None:
         """The least bytes and FLOPs of a forward pass, or of a forward and a backward pass; None if unknown.

@@ -29,12 +29,12 @@ from peer_jax.layers.checks import (
     initial,
     real_tokens,
 )
-from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
 from peer_jax.layers.interface import (
     ACTIVATIONS,
     GATED_ACTIVATIONS,
     Aux,
     Benchmark,
+    DeviceLoad,
     FeedForward,
     Routing,
 )
@@ -387,22 +387,12 @@ class MoE(FeedForward):
         kernels = (self.up, self.gate, self.down)
         return sum(math.prod(kernel.shape[1:]) for kernel in kernels if kernel is not None)
 
-    def costs(self, load: DeviceLoad) -> LayerCosts:
-        """Kept are the router's logits and probabilities, and per place the input and output of the expert, and the
-        inputs and the output of its activation. Per place, two gradients of d_ff and two of d_model are worked with.
-        Tokens go to the experts and back once in each direction, and once more with remat.
-        """
-        if self.capacity_factor is None and load.expert * load.copies > 1:
-            raise InputError("MoE.capacity_factor=None can't be planned on several devices: give a number")
-        _, d_model, d_ff = self.up.shape
-        places = load.size * load.tokens * self._places_per_token(load.seq_len)
-        router = 2 * FLOAT * self.num_experts * load.tokens
-        trips = 6 if load.remat else 4
-        return LayerCosts(
-            kept=router + places * ((2 if self.gate is None else 3) * d_ff + 2 * d_model),
-            working=2 * places * (d_ff + d_model),
-            exchanged=Collectives(all_to_all=trips * places * d_model),
-        )
+    def exchanged(self, load: DeviceLoad) -> Collectives | None:
+        """Tokens go to the experts and back once in each direction, and once more with remat; unknown if dropless."""
+        if self.capacity_factor is None:
+            return super().exchanged(load)
+        places = load.tokens * self._places_per_token(load.seq_len)
+        return Collectives(all_to_all=(6 if load.remat else 4) * load.size * places * self.up.shape[1])
 
 
 def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}"], Int[Array, "b i {k}"]]:

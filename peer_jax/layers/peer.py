@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_function, initial, real_tokens
-from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
-from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, Table
+from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.ops import expert_mix, floor, traffic
 from peer_jax.ops.floor import Floor
+from peer_jax.ops.traffic import FLOAT, Collectives
 
 
 class PEER(ProductKeyRetrieval):
@@ -105,9 +105,8 @@ class PEER(ProductKeyRetrieval):
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 4 * self.num_heads * self.top_k * self.d_model
 
-    def costs(self, load: DeviceLoad) -> LayerCosts:
-        tables = self.down, self.up
-        return self._costs(load, tables, traffic.expert_mix_memory, traffic.expert_mix_step, gate_size=FLOAT)
+    def exchanged(self, load: DeviceLoad) -> Collectives:
+        return self._exchanged(traffic.expert_mix_step, load, gate_size=FLOAT)
 
     def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
         sizes = tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, order

@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_function, initial, real_tokens
-from peer_jax.layers.costs import DeviceLoad, LayerCosts
-from peer_jax.layers.interface import TABLE_AXES, Aux, Table
+from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.ops import floor, traffic, value_bag
 from peer_jax.ops.floor import Floor
+from peer_jax.ops.traffic import Collectives
 
 
 class PKM(ProductKeyRetrieval):
@@ -76,9 +76,8 @@ class PKM(ProductKeyRetrieval):
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model
 
-    def costs(self, load: DeviceLoad) -> LayerCosts:
-        """As for ``PEER``, but the gates take the type of the computation."""
-        return self._costs(load, (self.values,), traffic.value_bag_memory, traffic.value_bag_step, gate_size=load.size)
+    def exchanged(self, load: DeviceLoad) -> Collectives:
+        return self._exchanged(traffic.value_bag_step, load, gate_size=load.size)
 
     def floor(self, tokens: int, order: str, *, backward: bool, size: int, weight_size: int) -> Floor:
         sizes = tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, order

@@ -6,7 +6,7 @@ d  d_model     h  heads     k  top-k     n  sub-keys in a half, N = n * n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
-from peer_jax.layers.costs import FLOAT, DeviceLoad, LayerCosts
-from peer_jax.layers.interface import Aux, FeedForward, Routing, Table
+from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.linear import Linear
-from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
+from peer_jax.ops import check_implementation, floor, product_key_top_k
 from peer_jax.ops.floor import Floor
+from peer_jax.ops.traffic import FLOAT, Collectives
 
 QUERY_NORMS = ("batch", "layer", None)
 SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
@@ -153,33 +153,10 @@ class ProductKeyRetrieval(FeedForward):
         idle = max(0, self.num_experts - self.num_heads * self.top_k)
         return self.num_params() - self.num_tables * idle * self.d_model
 
-    def _costs(
-        self,
-        load: DeviceLoad,
-        tables: Sequence[Table],
-        memory: Callable[..., traffic.Memory],
-        step: Callable[..., traffic.Collectives],
-        gate_size: int,
-    ) -> LayerCosts:
-        """Costs of a layer that looks ``tables`` up by an op whose ``memory`` and collectives of a ``step`` are given.
-
-        Kept are the queries before and after their norm; per pair of token and expert its score, gate and index; and
-        what the op keeps. Worked with are the scores of the retrieval or, if that is more, what the op works with.
-        """
-        t, h, r, N = load.tokens, self.num_heads, self.num_heads * self.top_k, self.num_experts
-        sizes = t, r, self.d_model, N, load.expert, load.copies, load.tables
-        types = {"size": load.size, "gate_size": gate_size}
-        held = memory(*sizes, load.budget, **types)
-        scores = 3 * min(load.budget, FLOAT * t * h * math.isqrt(N))
-        # A device works on 1/E of the pairs of E t tokens if tables are split by rows, and on 1/E of each row if they
-        # are split by columns; the forward and the backward pass read a row per pair.
-        pairs = 2 * floor.rows_read("token", N, t * r)
-        return LayerCosts(
-            kept=t * (2 * FLOAT * h * self.d_key + 3 * FLOAT * r) + held.kept,
-            working=max(scores, held.gathered - held.kept + held.chunks),
-            rows_read=pairs * self.d_model * sum(table.get_value().dtype.itemsize for table in tables),
-            exchanged=step(*sizes, **types, remat=load.remat),
-        )
+    def _exchanged(self, step: Callable[..., Collectives], load: DeviceLoad, gate_size: int) -> Collectives:
+        """What ``step``, a function of ``traffic``, exchanges for the subclass's tables."""
+        sizes = load.tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, load.expert, load.copies
+        return step(*sizes, load.tables, size=load.size, gate_size=gate_size, remat=load.remat)
 
     def _retrieval_floor(self, tokens: int, *, backward: bool, size: int, weight_size: int) -> Floor:
         """Floor of the query projection and of the top-k, which is the same in both orders."""

@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_jax.planning.capacity import Device, Plan
+from peer_jax.planning.tpus import compile_command
 
 GIB = 2**30
 
 
 def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) -> None:
-    """Prints memory, exchanges, memory traffic and least time of a step, each in a table, and what follows from them.
+    """Prints memory, exchanges and least time of a step, each in a table, and what follows from them.
 
     Args:
         plan: the plan of a run.
@@ -25,35 +26,32 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     left_out = f" of {devices}" if used < devices else ""
     console.print(f"{used}{left_out} {name}: {mesh}; tables by {plan.tables}; {step_tokens:,} tokens per step")
-    layers = " and ".join(plan.unknown)
-    unknown = dict.fromkeys(plan.unknown, "unknown")  # a row of every table that lacks what such a layer needs
 
     memory = plan.memory
     parts = {
         "parameters": memory.parameters,
         "optimiser": memory.optimizer,
-        "gradients": memory.fullest.gradients,
-        "activations": memory.fullest.activations,
-        "working arrays": memory.fullest.working + memory.other,
-        "total": memory.total,
+        "statistics and batch": memory.other,
+        "gradients or activations, at least": memory.working,
+        "total, at least": memory.total,
     }
-    print_table(
-        console, "memory per device", "GiB", unknown | {part: f"{size / GIB:.2f}" for part, size in parts.items()}
-    )
+    print_table(console, "memory per device", "GiB", {part: f"{size / GIB:.2f}" for part, size in parts.items()})
     share = memory.total / device.memory
-    verdict = "DOES NOT FIT" if share > 1 else "May fit" if unknown else "Fits"
-    least = "at least " if unknown else ""
-    console.print(f"{verdict}: {least}{share:.0%} of {device.memory / GIB:.1f} GiB, most in {memory.fullest.name}.")
+    console.print(f"{'DOES NOT FIT: a' if share > 1 else 'A'}t least {share:.0%} of {device.memory / GIB:.1f} GiB.")
     if share > 1:
         console.print(
             "Try a larger expert axis, Transformer.remat=True, a smaller Run.batch_size, a higher Run.accumulation, or "
             "an optimiser with a smaller state, such as AdamW with table_second_moment='row'."
         )
+    else:
+        console.print(f"How much a step takes at its peak, its compiler says: {compile_command(name, used)}.")
 
     step = plan.step
-    for what, by_cause in (("received per step", step.interconnect), ("to and from memory", step.memory)):
-        sizes = {cause: size for cause, size in by_cause.items() if size} | {"total": sum(by_cause.values())}
-        print_table(console, what, "GiB", unknown | {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()})
+    sizes = {cause: size for cause, size in step.interconnect.items() if size}
+    sizes |= {"total": sum(step.interconnect.values())}
+    unknown = dict.fromkeys(plan.unknown, "unknown")
+    received = unknown | {cause: f"{size / GIB:.2f}" for cause, size in sizes.items()}
+    print_table(console, "received per step", "GiB", received)
 
     seconds = step.seconds(device, plan.mesh)
     limit = max(seconds, key=seconds.__getitem__)
@@ -64,8 +62,8 @@ def show(plan: Plan, name: str, device: Device, step_tokens: int, devices: int) 
     )
     if unknown:
         console.print(
-            f"What {layers} keeps in memory and exchanges with other devices is unknown and not counted, so whether "
-            "this fits is unknown, too: a layer can say it by a method costs(load), see peer_jax/layers/interface.py."
+            f"What {' and '.join(plan.unknown)} exchanges with other devices is unknown and not counted: a layer can "
+            "say it by a method exchanged(load), see peer_jax/layers/interface.py."
         )
 
 

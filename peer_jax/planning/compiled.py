@@ -5,6 +5,7 @@ The programs are those that the commands run, with the run's own mesh and shardi
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -108,10 +109,15 @@ def compile_run(run: Run, topology: Topology, program: str = "step") -> Compiled
         memory=_memory(compiled.memory_analysis()),
         flops=cost.get("flops"),
         bytes=cost.get("bytes accessed"),
-        seconds=cost.get("optimal_seconds") or None,
+        seconds=_seconds(cost),
         account=hlo.read(text),
         text=text,
     )
+
+
+def _seconds(cost: Mapping[str, float]) -> float | None:
+    """The compiler's estimate, which for some programs is zero or, with Pallas kernels, a negative number."""
+    return cost["optimal_seconds"] if cost.get("optimal_seconds", 0.0) > 0 else None
 
 
 # Without a GPU nothing can be timed, so the compiler takes kernels by its own rules.

@@ -9,6 +9,7 @@ from peer_jax.errors import InputError
 from peer_jax.memory import shown
 from peer_jax.planning import capacity
 from peer_jax.planning.capacity import Plan
+from peer_jax.planning.tpus import compile_command
 from peer_jax.training.run import Run
 
 HOUR = 3600.0
@@ -65,13 +66,16 @@ class Cost(NamedTuple):
         fullest = max(self.runs, key=lambda run: run.plan.memory.total)
         share = fullest.plan.memory.total / capacity.DEVICES[self.device].memory
         runs = f"{len(self.runs)} runs fit" if len(self.runs) > 1 else "The run fits"
-        yield f"{runs} {what} ({self.devices} devices) by plan; {fullest.name} fills {share:.0%} of a device's memory."
+        yield (
+            f"{runs} {what} ({self.devices} devices) by the least that a step takes; {fullest.name} takes at least "
+            f"{share:.0%} of a device's memory. For the peak, see {compile_command(self.device, self.devices)}."
+        )
         if unknown := sorted({label for run in self.runs for label in run.plan.unknown}):
-            yield f"What {' and '.join(unknown)} needs is unknown and not counted."
+            yield f"What {' and '.join(unknown)} exchanges with other devices is unknown and not counted."
         longest = max(self.seconds)
         yield (
             f"Cost: at least {_short(self.device_hours)} device-hours of {self.device}, if every step takes the least "
-            f"time that its FLOPs, memory traffic and interconnect allow on paper ({_short(self.peak_hours)} for FLOPs "
+            f"time that its FLOPs, its state and its exchanges allow on paper ({_short(self.peak_hours)} for FLOPs "
             "alone). Real steps are slower, and compiling, evaluating, saving and waiting come on top: measure some "
             "steps, and scale."
         )
@@ -122,7 +126,7 @@ def cost(runs: Sequence[Planned], device: str, devices: int, what: str) -> Cost:
     if large := [run for run in runs if run.plan.memory.total > on.memory]:
         largest = max(large, key=lambda run: run.plan.memory.total)
         raise InputError(
-            f"{len(large)} of {len(runs)} runs don't fit {what}: {largest.name} needs "
+            f"{len(large)} of {len(runs)} runs don't fit {what}: {largest.name} takes at least "
             f"{shown(largest.plan.memory.total)} on each device, which has {shown(on.memory)}: take a larger slice, or "
             "a larger Sharding.expert, Transformer.remat=True, a smaller Run.batch_size or a higher Run.accumulation"
         )

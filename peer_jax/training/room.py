@@ -1,8 +1,8 @@
 """The least memory that a step and an evaluation take, so that what can't fit is refused before it is tried.
 
-``peer_jax.planning`` has the whole count. Here is only what every step holds, whatever its feed-forward layers: the
-parameters and the optimiser's moments, the residual streams and, on CPU, attention's probabilities that are kept for
-the backward pass, and a chunk of logits.
+It is what every step holds, whatever its feed-forward layers: the parameters and the optimiser's moments, the residual
+streams and, where attention holds them, its probabilities that are kept for the backward pass, and a chunk of logits.
+How much more it is, the compiler decides (``peer_jax.planning.compiled``).
 """
 
 import jax.numpy as jnp
@@ -25,9 +25,14 @@ def step_bytes(model: Transformer, state: TrainState, *, batch_size: int, accumu
         batch_size, accumulation, seq_len: of the run.
     """
     tokens = batch_size // accumulation * seq_len // _devices()
+    return part_bytes(state) + activation_bytes(model, tokens, seq_len, on_cpu=_on_cpu())
+
+
+def activation_bytes(model: Transformer, tokens: int, seq_len: int, *, on_cpu: bool) -> int:
+    """The least memory that a step takes on a device beside its state, for ``tokens`` tokens of this device."""
     kept = 1 if model.remat else len(model.blocks)
     streams = tokens * model.d_model * jnp.dtype(model.dtype).itemsize * len(model.blocks)
-    return part_bytes(state) + kept * _probabilities(model, tokens, seq_len) + streams + _logits(model, tokens)
+    return kept * _probabilities(model, tokens, seq_len, on_cpu) + streams + _logits(model, tokens)
 
 
 def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
@@ -44,7 +49,7 @@ def check_evaluation(model: Transformer, *, batch_size: int, seq_len: int) -> No
     """An InputError if no device can hold a batch of an evaluation."""
     tokens = batch_size * seq_len // _devices()
     memory.check(
-        _probabilities(model, tokens, seq_len) + _logits(model, tokens),
+        _probabilities(model, tokens, seq_len, _on_cpu()) + _logits(model, tokens),
         f"an evaluation of batches of {batch_size} rows of {seq_len} tokens",
         "give fewer rows",
         "batch_size",
@@ -55,11 +60,15 @@ def _devices() -> int:
     return 1 if current() is None else current().mesh.size
 
 
-def _probabilities(model: Transformer, tokens: int, seq_len: int) -> int:
-    """Bytes of attention's probabilities on a CPU; 0 on other devices, whose kernels need not hold them."""
-    if target().platform != "cpu" or accelerators():  # JAX is kept on the CPU where a sweep is planned for its workers
-        return 0
-    return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize
+def _on_cpu() -> bool:
+    # JAX is kept on the CPU where a sweep is planned for its workers.
+    return target().platform == "cpu" and not accelerators()
+
+
+def _probabilities(model: Transformer, tokens: int, seq_len: int, on_cpu: bool) -> int:
+    """Bytes of attention's probabilities in a block, where they are held."""
+    held = on_cpu or model.blocks[0].attention.implementation == "xla"
+    return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize if held else 0
 
 
 def _logits(model: Transformer, tokens: int) -> int:
