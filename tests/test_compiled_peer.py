@@ -96,7 +96,7 @@ def shapes(text):
 
 
 def test_the_state_takes_its_exact_size(step):
-    """Arrays are padded to tiles, which takes less than a percent here; the new state takes the place of the old one."""
+    """Arrays are padded to tiles, by less than a percent here. The new state takes the place of the old one."""
     batch = 3 * step.case.seq * 4
     memory = step.compiled.memory
     assert 0 <= memory.arguments - (step.state + batch) < 0.01 * step.state
