@@ -90,9 +90,8 @@ class AdamW:
         table_second_moment: "element" for Adam's, or "row" for a single one per row of a table, the running mean of the
             row's mean squared gradient, which halves the optimiser's memory (docs/log.md).
         rounding: how parameters in bfloat16 are rounded after an update (docs/performance.md). "compensated": to the
-            nearest value, and what is lost is kept in bfloat16 for the next update; "stochastic": to one of the two
-            neighbours by chance, such that the expectation is exact; "nearest": an update of less than 1/512 of a
-            parameter is lost. None: "compensated".
+            nearest value, and what is lost is kept in bfloat16 for the next update; "nearest": an update of less than
+            1/512 of a parameter is lost. None: "compensated".
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
         b1, b2, eps: as in Adam.
     """
@@ -202,38 +201,33 @@ class AdamW:
             for group in sorted(set(label))
         }
 
-        def leaf(place: int, group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array, lost: Any):
+        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array, lost: Any):
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
             moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
-            bits = None
-            if self.rounding == "stochastic" and p.dtype == jnp.bfloat16:
-                bits = rounding.random_bits(state.count, place, p.shape)
 
-            def part(tables: tuple, others: tuple, clip: Array, rate: Array, count: Array):
-                def step(p: Array, mu: Array, nu: Array, lost: Array | None, g: Array, bits: Array | None):
+            def part(tables: tuple, g: Array, clip: Array, rate: Array, count: Array):
+                def step(p: Array, mu: Array, nu: Array, lost: Array | None, g: Array):
                     moments = optax.ScaleByAdamState(count, mu, nu)
                     direction, after = self._direction(in_float32(g) * clip, moments, spec)
                     exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
                     u = -rate * (direction + decay * exact)
                     if lost is not None:
                         new, lost = rounding.compensated(exact + u, p.dtype)
-                    elif bits is not None:
-                        new = rounding.stochastic(exact + u, bits)
                     else:
                         new = (exact + u).astype(p.dtype)
                     return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
 
-                new, sums = update_by_rows(step, tables, others)
+                new, sums = update_by_rows(step, tables, (g,))
                 return new, sum_over(spec, sums)
 
             tables = (spec, spec, moment_spec, spec)
             update = on_each_device(part, (tables, spec, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
             rate = jnp.asarray(rates[group], jnp.float32)
-            return update((p, mu, nu, lost), (g, bits), clip[group], rate, state.count)
+            return update((p, mu, nu, lost), g, clip[group], rate, state.count)
 
         trees = [treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu)]
         lost = treedef.flatten_up_to(state.lost) if isinstance(state, Compensated) else [None] * len(label)
-        new, sums = zip(*(leaf(*of) for of in zip(range(len(label)), label, *trees, lost, strict=True)), strict=True)
+        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, lost, strict=True)), strict=True)
         params, mu, nu, lost = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
         update_norm, param_norm = jnp.sqrt(sum(sums))
         norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
