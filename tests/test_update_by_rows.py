@@ -21,7 +21,7 @@ def update(table, moment, gradient):
 def test_equals_numpy(rng, rows, monkeypatch):
     monkeypatch.setattr("peer_jax.training.update_by_rows.ROWS_BUDGET", rows * 4 * 5)
     table, moment, gradient = rng.normal(size=(3, 7, 5)).astype(np.float32)
-    step = jax.jit(lambda table, moment, gradient: update_by_rows(update, (table, moment), (gradient,)))
+    step = jax.jit(lambda table, moment, gradient: update_by_rows(update, (table, moment), gradient))
     (new_table, new_moment), sums = step(table, moment, gradient)
     wide = [a.astype(np.float64) for a in (table, moment, gradient)]
     expected_moment = 0.5 * wide[1] + wide[2]
@@ -33,5 +33,5 @@ def test_equals_numpy(rng, rows, monkeypatch):
 
 
 def test_a_scalar_is_updated_whole():
-    (table, moment), _ = update_by_rows(update, (jnp.float32(1), jnp.float32(2)), (jnp.float32(3),))
+    (table, moment), _ = update_by_rows(update, (jnp.float32(1), jnp.float32(2)), jnp.float32(3))
     assert (table, moment) == (0, 4)

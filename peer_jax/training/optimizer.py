@@ -217,7 +217,7 @@ class AdamW:
                         new = (exact + u).astype(p.dtype)
                     return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
 
-                new, sums = update_by_rows(step, tables, (g,))
+                new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
             tables = (spec, spec, moment_spec, spec)

@@ -13,9 +13,9 @@ ROWS_BUDGET = 2**20
 
 
 def update_by_rows(
-    update: Callable[..., tuple[tuple[Any, ...], jax.Array]], tables: tuple[Any, ...], others: tuple[Any, ...]
+    update: Callable[..., tuple[tuple[Any, ...], jax.Array]], tables: tuple[Any, ...], other: jax.Array
 ) -> tuple[tuple[Any, ...], jax.Array]:
-    """Computes ``tables, sums = update(*tables, *others)``, on CPU some rows at a time where the tables are large.
+    """Computes ``tables, sums = update(*tables, other)``, on CPU some rows at a time where the tables are large.
 
     On CPU, XLA makes a pass over memory for nearly every operation, which large tables feel. They are updated in place
     if the compiled function owns them.
@@ -23,17 +23,16 @@ def update_by_rows(
     Args:
         update: elementwise but for ``sums``, which are sums over all rows.
         tables: what is updated; all arrays have N rows. None stands for a table that isn't there.
-        others: what else ``update`` reads: the gradient, and other arrays of N rows or None.
+        other: what else ``update`` reads, such as the gradient.
     """
-    gradient = others[0]
-    n = gradient.shape[0] if gradient.ndim else 1
-    rows = ROWS_BUDGET * n // max(1, gradient.nbytes)
+    n = other.shape[0] if other.ndim else 1
+    rows = ROWS_BUDGET * n // max(1, other.nbytes)
     if target().platform != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
-        return update(*tables, *others)
+        return update(*tables, other)
 
     def at(start: int | jax.Array, size: int, tables: tuple[Any, ...]):
         # All rows are read before any is written back: otherwise XLA would copy a table to read the old rows from.
-        part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), (*tables, *others))
+        part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), (*tables, other))
         new, sums = jax.lax.optimization_barrier(update(*jax.lax.optimization_barrier(part)))
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), tables, new), sums
 
