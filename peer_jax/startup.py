@@ -71,6 +71,21 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
             import jax  # noqa: F401, it reads the environment
         except ValueError as error:
             raise _refused_environment(error) from error
+        leave_out_libtpu()
+
+
+def leave_out_libtpu() -> None:
+    """Keeps JAX on the CPU where libtpu is installed, to compile for TPUs, and nothing else that JAX could start.
+
+    JAX would load libtpu, which prints that it has found no TPU, or fails because another process has loaded it. Where
+    JAX finds TPUs or is told its platforms, it has set them when it was imported.
+    """
+    import jax
+
+    if importlib.util.find_spec("libtpu") is None or jax.config.jax_platforms:
+        return
+    if importlib.util.find_spec("jax_plugins") is None and not importlib.metadata.entry_points(group="jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def refusal_of_a_bucket(error: Exception) -> InputError | None:
@@ -97,7 +112,8 @@ def check_devices() -> None:
     except Exception as error:  # of whatever kind: a plugin's own start may fail in any way
         raise _tpu_in_use(str(error)) or _refused_environment(error) from error
     # Without JAX_PLATFORMS, JAX then goes on with the CPU, and says nothing.
-    if refused := _tpu_in_use(xla_bridge._backend_errors.get("tpu", "")):
+    refused = _tpu_in_use(xla_bridge._backend_errors.get("tpu", ""))
+    if refused and jax.default_backend() == "cpu":
         raise refused
     if jax.process_index() == 0:
         _warn_of_jaxlib(jax.default_backend())

@@ -176,11 +176,11 @@ if ! is_ready; then
     fi
 
     pins=$(constraints)
-    say "Installing peer_jax and its packages into .venv, ${pins:+in the versions of }${pins:-the newest versions} (3 GB, mostly JAX and TensorFlow) ..."
+    say "Installing peer_jax and its packages into .venv, ${pins:+in the versions of }${pins:-the newest versions} (4 GB, mostly JAX, libtpu and TensorFlow) ..."
     echo unfinished >"$stamp_file"
     if ! install "$pins"; then
       [ -n "$made" ] || echo failed >"$stamp_file" # what was there before still works
-      say 'The installation failed, see above: is there a network connection, and 4 GB of free disk?'
+      say 'The installation failed, see above: is there a network connection, and 5 GB of free disk?'
       [ -z "$pins" ] || say "If a version of $pins does not exist for this machine, PEER_JAX_NEWEST=1 installs others."
       exit 1
     fi

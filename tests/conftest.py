@@ -39,6 +39,9 @@ import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from peer_jax.startup import leave_out_libtpu  # noqa: E402
+
+leave_out_libtpu()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

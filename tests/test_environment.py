@@ -1,11 +1,15 @@
 """Environments that JAX or XLA can't start with, each one sentence; and what kills leave among compiled programs."""
 
+import importlib
 import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from small_runs import ROOT, environment
+
+from peer_jax import startup
 
 BAD = {
     "JAX_PLATFORMS=foo": "foo",
@@ -133,3 +137,43 @@ def test_a_second_job_on_a_tpu_host_is_refused(platforms, says, sentence):
         check=True,
     )
     assert done.stdout == f"{sentence}; if there is none, remove /tmp/libtpu_lockfile\n"
+
+
+STARTS = """
+from peer_jax import startup
+startup.prepare(keep_programs=False)
+startup.check_devices()
+import jax
+print(jax.default_backend())
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the extra `compile`, is not installed")
+@pytest.mark.skipif(bool(startup.accelerators()), reason="this machine has accelerators")
+def test_libtpu_is_not_loaded_without_a_tpu():
+    """Loaded, it prints five lines, or, if another process has loaded it, passes for a TPU that is in use."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS], cwd=ROOT, env=environment(JAX_PLATFORMS=""), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "expected"),
+    [
+        (["libtpu"], None, "cpu"),
+        (["libtpu"], "tpu,cpu", "tpu,cpu"),  # what JAX sets where it finds TPUs
+        (["libtpu", "jax_plugins"], None, None),  # which may be those of a GPU
+        ([], None, None),
+    ],
+)
+def test_platforms_with_libtpu(monkeypatch, installed, given, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **group: ())
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", given)
+        startup.leave_out_libtpu()
+        assert jax.config.jax_platforms == expected
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -238,7 +238,7 @@ def test_weight_decay_spares_vectors_and_is_the_table_s_own(rng):
 @pytest.mark.parametrize("second_moment", ["element", "row"])
 def test_parameters_in_bfloat16_have_the_moments_of_float32(rng, second_moment):
     """Bit for bit, from the same gradients; a parameter is rounded once, after its update."""
-    optimizer = AdamW(learning_rate=0.1, warmup_steps=1, table_second_moment=second_moment)
+    optimizer = AdamW(learning_rate=0.1, warmup_steps=1, table_second_moment=second_moment, rounding="nearest")
     halves = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(Model(rng), nnx.Param))
     wholes = jax.tree.map(lambda p: p.astype(jnp.float32), halves)
     labels = label_params(wholes)
@@ -313,6 +313,7 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": 0.1, "warmup_steps": -1}, "warmup_steps=-1"),
         ({"learning_rate": 0.1, "table_second_moment": "column"}, "table_second_moment='column'"),
+        ({"learning_rate": 0.1, "rounding": "up"}, "rounding='up'"),
         ({"learning_rate": 0.1, "final_fraction": 1.5}, "final_fraction=1.5"),
         ({"learning_rate": 0.1, "final_fraction": -0.5}, "final_fraction=-0.5"),
     ],
@@ -320,6 +321,12 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
 def test_values_out_of_range_are_named(options, named):
     with pytest.raises(InputError, match=named):
         AdamW(**options)
+
+
+@pytest.mark.usefixtures("trains")
+def test_rounding_of_what_is_not_bfloat16_is_refused(tiny):
+    with pytest.raises(InputError, match=r"rounding='compensated' is for parameters in bfloat16: set Transformer\."):
+        load(tiny, "Run.steps=2", 'AdamW.rounding="compensated"').trainer()
 
 
 # Other optimisers
@@ -403,11 +410,16 @@ def die_at(monkeypatch, step):
 
 
 @pytest.mark.usefixtures("trains")
-@pytest.mark.parametrize("optimizer", [Sgd(), Lion()], ids=["sgd", "lion"])
-def test_any_optimizer_trains_is_killed_and_goes_on_to_the_same(tiny, tmp_path, monkeypatch, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "param_dtype"),
+    [(Sgd(), "float32"), (Lion(), "float32"), (AdamW(learning_rate=0.01), "bfloat16")],
+    ids=["sgd", "lion", "compensated"],
+)
+def test_any_optimizer_trains_is_killed_and_goes_on_to_the_same(tiny, tmp_path, monkeypatch, optimizer, param_dtype):
     assert isinstance(optimizer, Optimizer)
     bindings = ("Run.steps=30", "Run.checkpoint_every=5", "Run.evaluate_every=10")
-    run = dataclasses.replace(load(tiny, *bindings, layer="peer"), optimizer=optimizer)
+    types = f"Transformer.param_dtype=%{param_dtype}"
+    run = dataclasses.replace(load(tiny, *bindings, types, layer="peer"), optimizer=optimizer)
     never, killed = tmp_path / "never", tmp_path / "killed"
     expected = loop.train(run, never, progress=False)
     with monkeypatch.context() as patch:

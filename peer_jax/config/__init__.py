@@ -31,7 +31,11 @@ __all__ = ["BEFORE", "Binding", "Config", "begun_with", "layers_of", "load", "lo
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.
-BEFORE: dict[str, Any] = {"local_files.split": "documents", "TextTask.cut_at_limits": False}
+BEFORE: dict[str, Any] = {
+    "local_files.split": "documents",
+    "TextTask.cut_at_limits": False,
+    "AdamW.rounding": "nearest",
+}
 
 
 def begun_with(kept: str) -> dict[str, Any]:

@@ -129,7 +129,8 @@ class Transformer(nnx.Module):
         rope_theta: base of the rotary frequencies.
         attention_implementation: implementation of the attention, see ``peer_jax.models.attention.Attention``.
         dtype: type of the computation; logits are always float32.
-        param_dtype: type of the parameters. In bfloat16 they lose updates below 1/512 of their size.
+        param_dtype: type of the parameters. In bfloat16, see ``rounding`` of ``AdamW``; other optimisers may lose
+            updates below 1/512 of a parameter.
         embed_init: initialiser of the embedding table.
         rngs: random numbers for the parameters.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from peer_jax.errors import InputError
 from peer_jax.layers.checks import check_choice, check_positive
 from peer_jax.layers.interface import Table
 from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
+from peer_jax.training import rounding
 from peer_jax.training.update_by_rows import update_by_rows
 
 BACKBONE = "backbone"
@@ -62,14 +63,22 @@ class Optimizer(Protocol):
         ...
 
 
+class Compensated(NamedTuple):
+    """The state of Adam, and what parameters in bfloat16 have lost to rounding, also in bfloat16."""
+
+    count: Array
+    mu: nnx.State
+    nu: nnx.State
+    lost: nnx.State
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Decoupled AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) for a model of backbone and expert tables.
 
     The tables are ``down`` and ``up`` of PEER and ``values`` of PKM; all other parameters are the backbone. The
     backbone and each kind of table are clipped by their own global norm. Rates grow linearly during warm-up and then
-    fall along a cosine. Vectors (norm scales and biases) have no weight decay. Moments and updates are float32; a
-    parameter of a smaller type is rounded to the nearest value after each update.
+    fall along a cosine. Vectors (norm scales and biases) have no weight decay. Moments and updates are float32.
 
     Args:
         learning_rate: peak rate of the backbone.
@@ -80,6 +89,9 @@ class AdamW:
         weight_decay, table_weight_decay: multiplied by the rate.
         table_second_moment: "element" for Adam's, or "row" for a single one per row of a table, the running mean of the
             row's mean squared gradient, which halves the optimiser's memory (docs/log.md).
+        rounding: how parameters in bfloat16 are rounded after an update (docs/performance.md). "compensated": to the
+            nearest value, and what is lost is kept in bfloat16 for the next update; "nearest": an update of less than
+            1/512 of a parameter is lost. None: "compensated".
         clip_norm, table_clip_norm: largest global norm of the gradient; None: no clipping.
         b1, b2, eps: as in Adam.
     """
@@ -96,6 +108,7 @@ class AdamW:
     weight_decay: float = 0.1
     table_weight_decay: float = 0.0
     table_second_moment: str = "element"
+    rounding: str | None = None
     clip_norm: float | None = 1.0
     table_clip_norm: float | None = 1.0
     b1: float = 0.9
@@ -105,6 +118,7 @@ class AdamW:
     def __post_init__(self) -> None:
         check_positive(learning_rate=self.learning_rate)
         check_choice("table_second_moment", self.table_second_moment, ("element", "row"))
+        check_choice("rounding", self.rounding, (None, *rounding.FORMS))
         for name in ("clip_norm", "table_clip_norm"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
@@ -151,22 +165,34 @@ class AdamW:
         if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
             raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
-    def init(self, labels: nnx.State, params: nnx.State) -> optax.ScaleByAdamState:
-        """The moments of the gradients before the first step."""
+    def init(self, labels: nnx.State, params: nnx.State) -> "optax.ScaleByAdamState | Compensated":
+        """The moments of the gradients before the first step, and what parameters have lost to rounding so far.
+
+        Raises:
+            InputError: if a rounding is given for parameters in bfloat16, and there are none.
+        """
+        in_bfloat16 = any(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
+        if self.rounding not in (None, "nearest") and not in_bfloat16:
+            raise InputError(
+                f"AdamW.rounding={self.rounding!r} is for parameters in bfloat16: set "
+                "Transformer.param_dtype=%bfloat16, or leave it out"
+            )
         state = optax.scale_by_adam().init(jax.tree.map(in_float32, params))
-        if self.table_second_moment == "element":
-            return state
-        by_row = jax.tree.map(lambda label, nu: nu if label == BACKBONE else nu[:, :1], labels, state.nu)
-        return state._replace(nu=by_row)
+        if self.table_second_moment == "row":
+            by_row = jax.tree.map(lambda label, nu: nu if label == BACKBONE else nu[:, :1], labels, state.nu)
+            state = state._replace(nu=by_row)
+        if in_bfloat16 and self.rounding in (None, "compensated"):
+            return Compensated(*state, jax.tree.map(jnp.zeros_like, params))
+        return state
 
     def update(
         self,
         labels: nnx.State,
         params: nnx.State,
         grads: nnx.State,
-        state: optax.ScaleByAdamState,
+        state: "optax.ScaleByAdamState | Compensated",
         rates: Mapping[str, Array | float],
-    ) -> tuple[nnx.State, optax.ScaleByAdamState, dict[str, Float[Array, ""]]]:
+    ) -> tuple[nnx.State, "optax.ScaleByAdamState | Compensated", dict[str, Float[Array, ""]]]:
         """Parameters and state after a step, and the global norms of gradient, update and parameters."""
         label, treedef = jax.tree.flatten(labels)
         squares = [_sum_of_squares(g) for g in treedef.flatten_up_to(grads)]
@@ -175,31 +201,38 @@ class AdamW:
             for group in sorted(set(label))
         }
 
-        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array):
+        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array, lost: Any):
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
             moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
 
-            def part(p: Array, mu: Array, nu: Array, g: Array, clip: Array, rate: Array, count: Array):
-                def step(p: Array, mu: Array, nu: Array, g: Array):
+            def part(tables: tuple, g: Array, clip: Array, rate: Array, count: Array):
+                def step(p: Array, mu: Array, nu: Array, lost: Array | None, g: Array):
                     moments = optax.ScaleByAdamState(count, mu, nu)
                     direction, after = self._direction(in_float32(g) * clip, moments, spec)
-                    u = -rate * (direction + decay * in_float32(p))
-                    new = (in_float32(p) + u).astype(p.dtype)
-                    return (new, after.mu, after.nu), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
+                    exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
+                    u = -rate * (direction + decay * exact)
+                    if lost is not None:
+                        new, lost = rounding.compensated(exact + u, p.dtype)
+                    else:
+                        new = (exact + u).astype(p.dtype)
+                    return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
 
-                new, sums = update_by_rows(step, (p, mu, nu), g)
+                new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
-            arrays = (spec, spec, moment_spec, spec)
-            update = on_each_device(part, (*arrays, *(PartitionSpec(),) * 3), (arrays[:3], PartitionSpec()))
-            return update(p, mu, nu, g, clip[group], jnp.asarray(rates[group], jnp.float32), state.count)
+            tables = (spec, spec, moment_spec, spec)
+            update = on_each_device(part, (tables, spec, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
+            rate = jnp.asarray(rates[group], jnp.float32)
+            return update((p, mu, nu, lost), g, clip[group], rate, state.count)
 
-        trees = (treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu))
-        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, strict=True)), strict=True)
-        params, mu, nu = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
+        trees = [treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu)]
+        lost = treedef.flatten_up_to(state.lost) if isinstance(state, Compensated) else [None] * len(label)
+        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, lost, strict=True)), strict=True)
+        params, mu, nu, lost = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
         update_norm, param_norm = jnp.sqrt(sum(sums))
         norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
-        return params, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), norms
+        after = optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+        return params, Compensated(*after, lost) if isinstance(state, Compensated) else after, norms
 
     def _direction(
         self, g: Array, state: optax.ScaleByAdamState, spec: PartitionSpec

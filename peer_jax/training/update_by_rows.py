@@ -1,6 +1,7 @@
 """Elementwise updates of whole tables, such that a CPU passes over memory once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -12,8 +13,8 @@ ROWS_BUDGET = 2**20
 
 
 def update_by_rows(
-    update: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]], tables: tuple[jax.Array, ...], other: jax.Array
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    update: Callable[..., tuple[tuple[Any, ...], jax.Array]], tables: tuple[Any, ...], other: jax.Array
+) -> tuple[tuple[Any, ...], jax.Array]:
     """Computes ``tables, sums = update(*tables, other)``, on CPU some rows at a time where the tables are large.
 
     On CPU, XLA makes a pass over memory for nearly every operation, which large tables feel. They are updated in place
@@ -21,7 +22,7 @@ def update_by_rows(
 
     Args:
         update: elementwise but for ``sums``, which are sums over all rows.
-        tables: what is updated; all arrays have N rows.
+        tables: what is updated; all arrays have N rows. None stands for a table that isn't there.
         other: what else ``update`` reads, such as the gradient.
     """
     n = other.shape[0] if other.ndim else 1
@@ -29,12 +30,11 @@ def update_by_rows(
     if target().platform != "cpu" or not KEEPS_BARRIERS or not 0 < rows < n:
         return update(*tables, other)
 
-    def at(start: int | jax.Array, size: int, tables: tuple[jax.Array, ...]):
+    def at(start: int | jax.Array, size: int, tables: tuple[Any, ...]):
         # All rows are read before any is written back: otherwise XLA would copy a table to read the old rows from.
-        part = jax.lax.optimization_barrier([jax.lax.dynamic_slice_in_dim(a, start, size) for a in (*tables, other)])
-        new, sums = jax.lax.optimization_barrier(update(*part))
-        put = (jax.lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(tables, new, strict=True))
-        return tuple(put), sums
+        part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), (*tables, other))
+        new, sums = jax.lax.optimization_barrier(update(*jax.lax.optimization_barrier(part)))
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), tables, new), sums
 
     def body(index: jax.Array, carry):
         tables, sums = carry
