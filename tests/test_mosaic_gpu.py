@@ -13,6 +13,7 @@ from reference import relative_error
 
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.mosaic_gpu import tables
+from peer_jax.ops.pairs import sort_pairs
 from peer_jax.sharding import Sharding, compiled_for, use
 
 # As in test_expert_mix: float32 sums of some hundred terms, and three roundings to bfloat16.
@@ -34,6 +35,7 @@ CASES = {
     "a pool of one": (5, 64, 1, 3, "silu", jnp.bfloat16, jnp.bfloat16),
     "rings turn over": (2, 64, 11, 18, "gelu", jnp.bfloat16, jnp.float32),
     "everybody the same": (9, 64, 8, 3, "gelu", jnp.float32, jnp.float32),
+    "two hot rows": (11, 64, 30, 4, "gelu", jnp.bfloat16, jnp.float32),
     "wide": (2, 1088, 5, 3, "relu", jnp.float32, jnp.float32),
     # A row split over all warps, as at the target widths: two neighbours a lane (768) and four (1024).
     "split as at 768": (3, 256, 11, 6, "gelu", jnp.float32, jnp.float32),
@@ -82,9 +84,12 @@ def gradients_of_bag(interpret, values, indices, gates, dy):
 def test_expert_mix(rng, simulated, name, monkeypatch):
     *sizes, activation, dtype, table_dtype = CASES[name]
     monkeypatch.setattr(tables, "BLOCKS", 5)  # a block that owns two rows, where the pool has ten
+    monkeypatch.setattr(tables, "PIECE", 4)
     x, down, up, indices, gates, dy = draw(rng, *sizes, dtype, table_dtype)
     if name == "everybody the same":
         indices[:] = 5
+    if name == "two hot rows":
+        indices[:, :2], indices[:9, 2] = 7, 20
 
     run = jax.jit(functools.partial(gradients_of_mix, activation, simulated))
     y, grads = run(x, down, up, indices, gates, dy)
@@ -101,8 +106,32 @@ def test_expert_mix(rng, simulated, name, monkeypatch):
     unused = np.setdiff1d(np.arange(len(down)), indices)
     assert not np.any(np.asarray(grads[1][unused])), "an expert nobody retrieved has a gradient"
 
-    if name == "rings turn over":
+    if name in ("rings turn over", "two hot rows"):
         jax.tree.map(np.testing.assert_array_equal, run(x, down, up, indices, gates, dy), (y, grads))
+
+
+@pytest.mark.parametrize(("num_rows", "piece"), [(1, 4), (9, 8)])
+def test_pieces_and_rows_have_each_pair_once(rng, num_rows, piece):
+    """Counted in plain Python: no pair is lost, and no row keeps two pieces' pairs or more."""
+    find = jax.jit(functools.partial(tables.set_apart, piece=piece))
+    for hot in [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]:
+        indices = rng.integers(0, num_rows + 1, (61, 1), np.int32)  # num_rows is no row
+        indices[rng.random(61) < hot] = rng.integers(num_rows + 1)
+        pairs = sort_pairs(jnp.asarray(indices))
+        starts = np.searchsorted(pairs.row, np.arange(num_rows + 1)).astype(np.int32)
+        check_pieces(jax.tree.map(np.asarray, find(pairs, jnp.asarray(starts))), indices[:, 0], num_rows, piece)
+
+
+def check_pieces(apart, indices, num_rows, piece):
+    for row in range(num_rows):
+        own = list(apart.pair[apart.starts[row] : apart.starts[row + 1]])
+        assert len(own) < 2 * piece
+        for i in range(apart.piece_starts[row], apart.piece_starts[row + 1]):
+            assert apart.pieces[i + 1] - apart.pieces[i] == piece
+            own += list(apart.pair[apart.pieces[i] : apart.pieces[i + 1]])
+        assert sorted(own) == list(np.flatnonzero(indices == row))
+    summed = np.diff(apart.piece_starts).sum()
+    assert np.count_nonzero(np.diff(apart.pieces)) == summed, "a piece is summed that no row needs"
 
 
 @needs_kernels
