@@ -119,7 +119,7 @@ ptxas info    : Used 92 registers, used 2 barriers, 1 bytes smem
 
 
 def test_what_ptxas_says_is_read_and_judged():
-    (kernel,) = compile_h200.kernels(LOG)
+    (kernel,) = compile_h200.kernels(LOG, ["mix"])
     sizes = {"registers": 92, "spill stores": 16, "spill loads": 24, "shared": 61440 + 8 * (4 + 2)}
     assert kernel == {"kernel": "mix"} | sizes
     memory = {"arguments": 90, "outputs": 10, "temporary": 11}
@@ -128,8 +128,26 @@ def test_what_ptxas_says_is_read_and_judged():
     assert compile_h200.faults(result, bounded=True)[1:] == ["temporary memory above 10% of inputs and outputs"]
 
 
+def test_what_pallas_says_is_matched_by_name():
+    """Pallas prints in the order of the program, ptxas in the order in which it compiles."""
+    first, second = LOG.split("ptxas", 1)
+    log = first + first.replace("61440", "1024") + "ptxas" + second.replace("mix", "sum") + "ptxas" + second
+    assert [kernel["shared"] for kernel in compile_h200.kernels(log, ["mix", "sum"])] == [61488, 1072]
+    assert compile_h200.kernels(log, ["mix", "other"]) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "blocks"), [(126, 55 * 2**10, 4), (72, 49 * 2**10, 4), (130, 1024, 3), (32, 1024, 16)]
+)
+def test_blocks_that_share_a_multiprocessor(registers, shared, blocks):
+    """By hand: 65,536 registers of which 126 * 128 take 16,384, and 228 KiB of which a block's 55 take 56."""
+    assert compile_h200.blocks_per_multiprocessor(registers, shared) == blocks
+
+
 def test_twice_the_usual_registers_are_a_fault():
-    (kernel,) = compile_h200.kernels(LOG.replace("92 registers", "168 registers").replace("16 bytes", "0 bytes"))
+    (kernel,) = compile_h200.kernels(
+        LOG.replace("92 registers", "168 registers").replace("16 bytes", "0 bytes"), ["mix"]
+    )
     result = {"memory": {"arguments": 90, "outputs": 10, "temporary": 0}, "kernels": [kernel | {"spill loads": 0}]}
     assert compile_h200.faults(result, bounded=True) == ["more than 128 registers"]
 

@@ -1,7 +1,7 @@
 """The kernel that works expert by expert: gradients of tables, where a row sums over the pairs that retrieved it.
 
 t  tokens     r  rows per token     d  row width     N  rows of a table     p  pairs, p = t * r
-s  starts of the rows, and the end of the last one, s = N + 1     q  pieces     e  starts of pieces, e = q + 1
+s  starts of the rows, and the end of the last one, s = N + 1     e  starts of the pieces
 """
 
 import functools
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.ops.mosaic_gpu.inline import interpreter
 from peer_jax.ops.mosaic_gpu.ring import count_stages, pick
-from peer_jax.ops.pairs import SortedPairs, sort_pairs
+from peer_jax.ops.pairs import sort_pairs
 
 PAIRS = 4  # per stage of the ring; each of four warps fetches one
 OWNED = 16  # rows of a table per block: they have enough pairs to fill the ring several times ...
@@ -36,82 +36,88 @@ def sum_pairs(
     cotangents of their tokens come through one ring, whatever row they belong to. A sum stays in float32 registers,
     adds up in the order of the tokens and is written once; it is zero for a row that was not retrieved.
 
-    If a row has many pairs, most of them are summed before, in pieces and by a block each (``set_apart``). The block
-    that owns the row then adds fewer than two pieces' pairs, and the sums of the other pieces. A piece has about twice
-    the root of p pairs, so even if all pairs belong to one row, no block adds more than some 4 sqrt(p) vectors.
+    If a row has many pairs, most of them are summed before, in pieces with a block each (``sort_by_row``). The block
+    that owns the row then adds fewer than two pieces' pairs, and the sums of the other pieces. A piece has one to two
+    times sqrt(p) pairs, so that no block adds up more than some 5 sqrt(p) vectors, even if all pairs have one row.
 
     Without atomics, and with an order of additions that depends on the indices alone, the result is deterministic.
     """
-    r = indices.shape[1]
-    pairs = sort_pairs(indices)
-    rows = jnp.arange(num_rows + 1, dtype=pairs.row.dtype)
-    starts = jnp.searchsorted(pairs.row, rows, method="scan_unrolled").astype(jnp.int32)  # as one kernel
-    p = indices.size
-    piece = max(PIECE, 2 ** (p.bit_length() // 2 + 1))
-    apart = set_apart(pairs, starts, piece) if p > piece else None
-    pair = pairs.pair if apart is None else apart.pair
+    pairs = sort_by_row(indices, num_rows)
     # The weights of a pair are next to each other, padded to 16 bytes, the least that a bulk copy takes.
-    weights = jnp.stack([weights.reshape(-1)[pair] for weights, _, _ in terms], axis=-1)
+    weights = jnp.stack([weights.reshape(-1)[pairs.pair] for weights, _, _ in terms], axis=-1)
     weights = jnp.pad(weights, ((0, 0), (0, 4 - len(terms))))
-    sums = functools.partial(_sums, pair // r, weights, [cotangents for _, cotangents, _ in terms], interpret=interpret)
-    dtypes = [dtype for _, _, dtype in terms]
-    if apart is None:
-        return sums(starts, dtypes)
-    pieces = sums(apart.pieces, [jnp.float32] * len(terms))
-    return sums(apart.starts, dtypes, apart.piece_starts, pieces)
+    tokens, cotangents = pairs.pair // indices.shape[1], [cotangents for _, cotangents, _ in terms]
+    sums = functools.partial(_sums, tokens, weights, cotangents, interpret=interpret)
+    apart = []
+    if pairs.pieces is not None:
+        apart = [pairs.row_pieces, *sums("sum_pieces", pairs.pieces, [], [jnp.float32] * len(terms))]
+    return sums("sum_rows", pairs.starts, apart, [dtype for _, _, dtype in terms])
 
 
-class Apart(NamedTuple):
-    """The sorted pairs, cut into pieces, with the pieces behind the others in which all pairs have the same row.
+class Sorted(NamedTuple):
+    """The pairs sorted by row and cut into pieces; the pieces that are summed apart have been moved to the end.
+
+    These are the pieces in which all pairs have the same row, so that a row has fewer than two pieces' other pairs.
 
     Attributes:
         pair: the pairs in this order.
-        starts: where the pairs of each row start that are not in such a piece.
-        pieces: where each piece starts, as ``starts`` does for a row; all other pieces are empty.
-        piece_starts: the first piece of each row.
+        starts: where the pairs of each row start that are not summed apart.
+        pieces: where the pairs of each piece start; the pieces that are not summed apart are empty. None if there are
+            too few pairs to be cut.
+        row_pieces: the first piece of each row.
     """
 
     pair: Int[Array, " p"]
     starts: Int[Array, " s"]
-    pieces: Int[Array, " e"]
-    piece_starts: Int[Array, " s"]
+    pieces: Int[Array, " e"] | None = None
+    row_pieces: Int[Array, " s"] | None = None
 
 
-def set_apart(pairs: SortedPairs, starts: Int[Array, " s"], piece: int) -> Apart:
-    """Finds the pieces of ``piece`` pairs that belong to one row each. A row has fewer than two pieces' other pairs."""
-    num_rows = starts.size - 1
-    padding = (0, -pairs.row.size % piece)
-    row = jnp.pad(pairs.row, padding, constant_values=num_rows).reshape(-1, piece)
-    whole = (row[:, 0] == row[:, -1]) & (row[:, 0] < num_rows)
-    before = jnp.pad(jnp.cumsum(whole, dtype=jnp.int32), (1, 0))
-    first = len(whole) - before[-1]
-    pair = jnp.pad(pairs.pair, padding).reshape(-1, piece)[jnp.argsort(whole, stable=True)].reshape(-1)
-    earlier = before[starts // piece]  # if a row starts within a piece, this piece is not whole
-    pieces = piece * jnp.maximum(jnp.arange(len(whole) + 1, dtype=jnp.int32), first)
-    return Apart(pair, starts - piece * earlier, pieces, first + earlier)
+def sort_by_row(indices: Int[Array, "t r"], num_rows: int) -> Sorted:
+    """Sorts the pairs, and finds the pieces that are summed apart."""
+    pairs = sort_pairs(indices)
+    rows = jnp.arange(num_rows + 1, dtype=pairs.row.dtype)
+    starts = jnp.searchsorted(pairs.row, rows, method="scan_unrolled").astype(jnp.int32)  # as one kernel
+    size = max(PIECE, 2 ** ((indices.size.bit_length() + 1) // 2))
+    if indices.size <= size:
+        return Sorted(pairs.pair, starts)
+    padding = (0, -indices.size % size)
+    row = jnp.pad(pairs.row, padding, constant_values=num_rows).reshape(-1, size)
+    apart = (row[:, 0] == row[:, -1]) & (row[:, 0] < num_rows)
+    before = jnp.pad(jnp.cumsum(apart, dtype=jnp.int32), (1, 0))
+    first = len(apart) - before[-1]
+    pair = jnp.pad(pairs.pair, padding).reshape(-1, size)[jnp.argsort(apart, stable=True)].reshape(-1)
+    earlier = before[starts // size]  # a piece within which a row starts is not among them
+    pieces = size * jnp.maximum(jnp.arange(len(apart) + 1, dtype=jnp.int32), first)
+    return Sorted(pair, starts - size * earlier, pieces, first + earlier)
+
+
+def rows_of_block(num_rows: int) -> int:
+    """How many consecutive rows a block owns."""
+    return max(1, min(OWNED, num_rows // BLOCKS))
 
 
 def _sums(
     tokens: Int[Array, " p"],
     weights: Float[Array, "p 4"],
     cotangents: list[Float[Array, "t d"]],
+    name: str,
     starts: Int[Array, " s"],
+    apart: list[Array],
     dtypes: list[Any],
-    piece_starts: Int[Array, " s"] | None = None,
-    pieces: list[Float[Array, "q d"]] | None = None,
     *,
     interpret: Any,
 ) -> list[Float[Array, "N d"]]:
-    """For each of the cotangents, the weighted sum over the pairs of each row, and over the row's pieces if there are.
+    """For each of the cotangents, the weighted sum over the pairs of each row, ``starts[i]`` to ``starts[i + 1]``.
 
-    The pairs of row i are those from ``starts[i]`` to ``starts[i + 1]``, and so it is with pieces.
+    ``apart`` is empty, or holds the first piece of each row, and for each of the cotangents the sums of the pieces,
+    which are added.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     num_rows, number, d = starts.size - 1, len(cotangents), cotangents[0].shape[1]
-    apart = [] if pieces is None else [piece_starts, *pieces]
-    owned = max(1, min(OWNED, num_rows // BLOCKS))
+    owned = rows_of_block(num_rows)
     stages = count_stages(PAIRS * (16 + d * sum(c.dtype.itemsize for c in cotangents)), -(-tokens.size // PAIRS))
     # The warps split a row such that each lane has at least two neighbouring elements. If the row is too narrow for
     # that, several warps compute the same elements.
@@ -125,7 +131,7 @@ def _sums(
     def kernel(*refs):
         refs = iter(refs)
         starts, tokens, weights, *cotangents = itertools.islice(refs, 3 + number)
-        piece_starts, *pieces = itertools.islice(refs, 1 + number) if apart else [None]
+        row_pieces, *pieces = itertools.islice(refs, 1 + number) if apart else [None]
         tables = list(itertools.islice(refs, number))
         *rings, weights_ring, full = refs
         first = jax.lax.axis_index("block") * owned
@@ -181,7 +187,7 @@ def _sums(
             zero = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), layout)
             sums = jax.lax.fori_loop(starts[row], starts[row + 1], add_pair, (zero,) * number)
             if apart:
-                sums = jax.lax.fori_loop(piece_starts[row], piece_starts[row + 1], add_piece, sums)
+                sums = jax.lax.fori_loop(row_pieces[row], row_pieces[row + 1], add_piece, sums)
             for table, total in zip(tables, sums, strict=True):
                 table[row] = total.astype(table.dtype)
 
@@ -198,5 +204,6 @@ def _sums(
         grid=(pl.cdiv(num_rows, owned),),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name=name,
         interpret=interpreter(interpret),
     )(starts, tokens, weights, *cotangents, *apart)
