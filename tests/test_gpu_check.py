@@ -38,7 +38,9 @@ def test_smoke(tmp_path):
         assert checked >= {"expert_mix", "value_bag"}
         assert ("product_key_top_k" in checked) == (implementation != "mosaic_gpu")
         assert {row["what"] for row in ours if row["part"] == "speed"} >= {"forward", "backward"}
-    assert {row["what"] for row in rows if row["part"] == "step"} == {"time", "loss"}
+    assert {row["part"] for row in rows if row["verdict"] == "pass"} >= {"layer", "step", "top_k", "cross_entropy"}
+    parts = [part for group in gpu_check.GROUPS for part in group if part.smokes]
+    assert sum(row["part"] == "parts" for row in rows) == len(parts)
     assert (tmp_path / "out" / "table.txt").read_text() in done.stdout
 
 
@@ -57,9 +59,9 @@ def test_smoke(tmp_path):
 def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
     (tmp_path / "part.py").write_text(body)
     monkeypatch.setattr(gpu_check, "SCRIPTS", tmp_path)
-    part = gpu_check.Part("speed", "part", ("ops", "xla"), 2)
+    part = gpu_check.Part("speed", "part", ("ops", "xla"), 60)
     start = time.monotonic()
-    first, last = gpu_check.run(part, deadline=float("inf"), smoke=False)
+    first, last = gpu_check.run(part, limit=2, smoke=False)
     assert time.monotonic() - start < 30
     assert first == {"part": "speed"}
     assert last["verdict"] == "FAIL"
@@ -76,7 +78,7 @@ import pathlib, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 from gpu_check import __main__ as gpu_check
 gpu_check.SCRIPTS = pathlib.Path.cwd()
-gpu_check.PARTS = [gpu_check.Part("speed", "part", (), 60)] * 2
+gpu_check.GROUPS = [[gpu_check.Part("speed", "part", (), 60)]] * 2
 gpu_check.main()
 """
     with subprocess.Popen([sys.executable, "-c", program, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as check:
@@ -87,6 +89,38 @@ gpu_check.main()
         assert check.wait(timeout=30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_every_part_has_its_time_within_eight_minutes():
+    """However long the parts before it take."""
+    assert sum(max(part.seconds for part in group) for group in gpu_check.GROUPS) <= gpu_check.TOTAL <= 8 * 60
+
+
+def test_time_that_is_left_over_goes_to_later_parts(tmp_path, monkeypatch):
+    limits = []
+
+    def run(part, limit, smoke):
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "TOTAL", 100)
+    monkeypatch.setattr(gpu_check, "GROUPS", [[gpu_check.Part("speed", "part", (), of)] for of in (20, 30)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path)])
+    gpu_check.main()
+    assert limits == pytest.approx([100 - 30, 100], abs=25)  # nvidia-smi may take its time
+
+
+def test_first_losses_are_compared_with_the_plain_step():
+    rows = [
+        {"case": "a", "implementation": name, "first_loss": loss}
+        for name, loss in [("xla, attention xla", 10.0), ("mosaic_gpu, attention cudnn", 10.01), ("xla, bad", 10.1)]
+    ]
+    found = gpu_check.first_losses(rows)
+    assert [(row["implementation"], row["verdict"]) for row in found] == [
+        ("mosaic_gpu, attention cudnn", "pass"),
+        ("xla, bad", "FAIL"),
+    ]
 
 
 def test_speed_ups_compare_equal_cases():
