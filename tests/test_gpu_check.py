@@ -57,9 +57,10 @@ def test_smoke(tmp_path):
     ],
 )
 def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
-    (tmp_path / "part.py").write_text(body)
+    (tmp_path / "gpu_check").mkdir()
+    (tmp_path / "gpu_check" / "part.py").write_text(body)
     monkeypatch.setattr(gpu_check, "SCRIPTS", tmp_path)
-    part = gpu_check.Part("speed", "part", ("ops", "xla"), 60)
+    part = gpu_check.Part("part", ("ops", "xla"), 60)
     start = time.monotonic()
     first, last = gpu_check.run(part, limit=2, smoke=False)
     assert time.monotonic() - start < 30
@@ -69,7 +70,8 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypat
 
 
 def test_an_interrupted_check_leaves_nothing_running(tmp_path):
-    (tmp_path / "part.py").write_text(
+    (tmp_path / "gpu_check").mkdir()
+    (tmp_path / "gpu_check" / "part.py").write_text(
         "import os, pathlib, time; pathlib.Path('new').write_text(str(os.getpid()))\n"
         "os.rename('new', 'pid'); time.sleep(60)"
     )
@@ -78,7 +80,7 @@ import pathlib, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 from gpu_check import __main__ as gpu_check
 gpu_check.SCRIPTS = pathlib.Path.cwd()
-gpu_check.GROUPS = [[gpu_check.Part("speed", "part", (), 60)]] * 2
+gpu_check.GROUPS = [[gpu_check.Part("part", (), 60)]] * 2
 gpu_check.main()
 """
     with subprocess.Popen([sys.executable, "-c", program, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as check:
@@ -105,7 +107,7 @@ def test_time_that_is_left_over_goes_to_later_parts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "TOTAL", 100)
-    monkeypatch.setattr(gpu_check, "GROUPS", [[gpu_check.Part("speed", "part", (), of)] for of in (20, 30)])
+    monkeypatch.setattr(gpu_check, "GROUPS", [[gpu_check.Part("part", (), of)] for of in (20, 30)])
     monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path)])
     gpu_check.main()
     assert limits == pytest.approx([100 - 30, 100], abs=25)  # nvidia-smi may take its time

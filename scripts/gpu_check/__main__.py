@@ -32,13 +32,12 @@ COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdic
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Runs ``module`` with ``words`` as arguments.
+    """Runs a module of this package with ``words`` as arguments.
 
     ``seconds`` are kept for it; it may also take what the parts before it have left over. ``smokes``: whether it runs
     without a GPU, where the kernels are interpreted and there is no cuDNN.
     """
 
-    name: str
     module: str
     words: tuple[str, ...]
     seconds: int
@@ -49,27 +48,27 @@ class Part:
 # for their times or for their memory.
 GROUPS = [
     [
-        Part("correctness", "gpu_check.correctness", ("mosaic_gpu",), 120),
-        Part("correctness", "gpu_check.correctness", ("xla", "reference"), 120),
+        Part("correctness", ("mosaic_gpu",), 120),
+        Part("correctness", ("xla", "reference"), 120),
     ],
-    [Part("speed", "gpu_check.speed", ("ops", "mosaic_gpu"), 70)],
-    [Part("step", "gpu_check.speed", ("step", "mosaic_gpu", "cudnn"), 30)],
-    [Part("layer", "gpu_check.model", ("layer",), 35)],
-    [Part("step", "gpu_check.speed", ("step", "xla", "cudnn"), 25, smokes=False)],
-    [Part("step", "gpu_check.speed", ("step", "xla", "xla"), 25, smokes=False)],
-    [Part("correctness", "gpu_check.correctness", ("mosaic_gpu", "large"), 30, smokes=False)],
-    [Part("attention", "gpu_check.model", ("attention",), 30)],
-    [Part("speed", "gpu_check.pytorch", (), 45)],
-    [Part("speed", "gpu_check.speed", ("ops", "xla"), 40)],
-    [Part("speed", "gpu_check.speed", ("ops", "reference"), 20)],
+    [Part("speed", ("ops", "mosaic_gpu"), 70)],
+    [Part("speed", ("step", "mosaic_gpu", "cudnn"), 30)],
+    [Part("model", ("layer",), 35)],
+    [Part("speed", ("step", "xla", "cudnn"), 25, smokes=False)],
+    [Part("speed", ("step", "xla", "xla"), 25, smokes=False)],
+    [Part("correctness", ("mosaic_gpu", "large"), 30, smokes=False)],
+    [Part("model", ("attention",), 30)],
+    [Part("pytorch", (), 45)],
+    [Part("speed", ("ops", "xla"), 40)],
+    [Part("speed", ("ops", "reference"), 20)],
 ]
 RUNNING: list[subprocess.Popen] = []
 
 
 def run(part: Part, limit: float, smoke: bool) -> list[dict]:
     """The rows that the part printed within ``limit`` seconds; one says how long it took, or what went wrong."""
-    label = " ".join((part.module.removeprefix("gpu_check."), *part.words))
-    command = [sys.executable, "-m", part.module, *part.words, *(["--smoke"] if smoke else [])]
+    label = " ".join((part.module, *part.words))
+    command = [sys.executable, "-m", f"gpu_check.{part.module}", *part.words, *(["--smoke"] if smoke else [])]
     start = time.monotonic()
     # In a session of its own, so that it can be killed together with the processes that it started: as long as one of
     # these holds the pipe, `communicate` waits.
@@ -89,15 +88,8 @@ def run(part: Part, limit: float, smoke: bool) -> list[dict]:
     taken = f"{time.monotonic() - start:.0f} of {limit:.0f} s"
     if problem:
         print(err[-4000:], file=sys.stderr)
-    cells = (
-        "parts",
-        label,
-        "",
-        "the process",
-        problem or f"ended after {taken}",
-        "ends",
-        "FAIL" if problem else "pass",
-    )
+    result, passed = (problem, "FAIL") if problem else (f"ended after {taken}", "pass")
+    cells = ("parts", label, "", "the process", result, "ends", passed)
     print(f"{label}: {taken}, {len(rows)} rows", file=sys.stderr, flush=True)
     return [*rows, dict(zip(COLUMNS, cells, strict=True))]
 
