@@ -19,7 +19,7 @@ from peer_jax.ops.pairs import sort_pairs
 PAIRS = 4  # per stage of the ring; each of four warps fetches one
 OWNED = 16  # rows of a table per block: they have enough pairs to fill the ring several times ...
 BLOCKS = 4096  # ... unless fewer blocks than this were left, which is several times what a GPU runs at once
-PIECE = 512  # the fewest pairs that are summed apart
+PIECE = 1024  # the fewest pairs that are summed apart
 
 
 def sum_pairs(
@@ -37,8 +37,9 @@ def sum_pairs(
     adds up in the order of the tokens and is written once; it is zero for a row that was not retrieved.
 
     If a row has many pairs, most of them are summed before, in pieces with a block each (``sort_by_row``). The block
-    that owns the row then adds fewer than two pieces' pairs, and the sums of the other pieces. A piece has one to two
-    times sqrt(p) pairs, so that no block adds up more than some 5 sqrt(p) vectors, even if all pairs have one row.
+    that owns the row then adds fewer than two pieces' pairs, and the sums of the other pieces. For large p, a piece has
+    one to two times sqrt(p) pairs, so that no block adds up more than some 5 sqrt(p) vectors, even if all pairs have
+    one row.
 
     Without atomics, and with an order of additions that depends on the indices alone, the result is deterministic.
     """
