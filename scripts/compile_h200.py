@@ -1,7 +1,12 @@
-"""Compiles expert_mix and value_bag for an H200 without a GPU; prints registers, spills, shared and temporary memory.
+"""Compiles expert_mix and value_bag for an H200 without a GPU; prints a roofline of their kernels.
 
 python scripts/compile_h200.py              every program
 python scripts/compile_h200.py xla bf16     the programs whose names contain all of these words
+
+The table has, for each kernel, its registers, its shared memory, how many of its blocks share a multiprocessor, the
+bytes that it asks of memory (``peer_jax.ops.mosaic_gpu.copies``, with uniformly drawn indices), and the time that these
+bytes take at the bandwidth of an H100 and an H200. Rows that come from the L2 cache can be faster. The floor is that of
+the pass (``peer_jax.ops.floor``), in token and in expert order.
 
 The exit status is 0 if all programs keep the limits, 1 if one breaks a limit, and 2 if something to compile with is
 missing. The script shows that the kernels compile for sm_90a at full size, but not that they run, nor how fast.
@@ -21,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peer_jax.planning import gpus
+from peer_jax.planning.capacity import DEVICES
 
 MAX_REGISTERS = 128  # per thread: these sizes take 48 to 126; above 255, ptxas spills
 MAX_SHARED = 227 * 2**10  # bytes per block, on sm_90
@@ -52,7 +58,7 @@ class Program:
 
 SIZES = {
     "expert_mix": [(32768, 768, 1024**2, 128), *((4096, 1024, N, 32) for N in (1024, 16384, 65536))],
-    "value_bag": [(32768, 768, 1024**2, 256), (4096, 1024, 65536, 32)],
+    "value_bag": [(32768, 768, 1024**2, 256), (4096, 1024, 1024, 32)],
 }
 TYPES = [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float32")]  # the last is mixed precision
 PROGRAMS = [
@@ -78,8 +84,8 @@ def missing() -> str | None:
     return None
 
 
-def compile_here(program: Program) -> dict[str, int]:
-    """Compiles the program in this process and returns its bytes of memory. The compiler prints facts about kernels."""
+def compile_here(program: Program) -> dict:
+    """Compiles the program in this process and returns its bytes. The compiler prints facts about kernels."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -117,39 +123,79 @@ def compile_here(program: Program) -> dict[str, int]:
     with compiled_for(topology.devices[0]):
         compiled = jitted.lower(*tables, gates, indices, *arguments).compile()
     memory = compiled.memory_analysis()
-    return {
+    sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
     }
+    passes = rooflines(program) if program.implementation == "mosaic_gpu" else []
+    return {"memory": sizes, "passes": passes if program.direction != "forward" else passes[:1]}
 
 
-def kernels(log: str) -> list[dict[str, int]]:
-    """What ptxas and Pallas print about each Pallas kernel: registers, spilled bytes, bytes of shared memory."""
-    found = []
+def rooflines(program: Program) -> list[dict]:
+    """For the forward and the backward pass: the kernels in the order of the program, with the bytes that they ask of
+    memory, and the floor's bytes."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from peer_jax.ops import floor
+    from peer_jax.ops.mosaic_gpu import copies
+
+    t, d, N, r = program.t, program.d, program.N, program.r
+    item, row = (jnp.dtype(name).itemsize for name in (program.dtype, program.rows))
+    indices = jnp.asarray(np.random.default_rng(0).integers(0, N, (t, r), np.int32))
+    if program.op == "expert_mix":
+        names = "mix_tokens_s_y", "mix_tokens_s_y"
+        forward = backward = copies.mix_tokens(t, r, d, read=row, write=row, x=item, y=item)
+        sums = copies.sum_pairs(indices, N, d, [item, item], [row, row])
+        least = floor.expert_mix, floor.expert_mix_backward
+    else:
+        names = "mix_tokens_y", "mix_tokens_s"
+        forward = copies.mix_tokens(t, r, d, write=row, y=item)
+        backward = copies.mix_tokens(t, r, d, read=row, x=item)
+        sums = copies.sum_pairs(indices, N, d, [item], [row])
+        least = floor.value_bag, floor.value_bag_backward
+    return [
+        {
+            "asked": {kernel: sum(moved) for kernel, moved in asked.items()},
+            "floor": [of(t, r, d, N, order, size=item, row_size=row).bytes for order in floor.ORDERS],
+        }
+        for asked, of in zip([{names[0]: forward}, {names[1]: backward, **sums}], least, strict=True)
+    ]
+
+
+def blocks_per_multiprocessor(registers: int, shared: int) -> int:
+    """How many blocks of 128 threads run at once on sm_90, where registers are allotted in units of 256 per warp."""
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(2048 // 128, 2**16 // (4 * of_warp), 228 * 2**10 // (shared + 2**10))
+
+
+def kernels(log: str, names: list[str]) -> list[dict]:
+    """What ptxas and Pallas print about each Pallas kernel: registers, spilled bytes, bytes of shared memory.
+
+    Pallas prints in the order of the program, in which the kernels' ``names`` are; ptxas in any order, but kernels of
+    the same name depend on one another. If the kernels are not those of ``names``, the list is empty.
+    """
+    told = []
     for section in log.split("Compiling entry function ")[1:]:
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", section)
         registers = re.search(r"Used (\d+) registers", section)
         if spills and registers:
-            found.append(
-                {
-                    "kernel": section.split("'")[1].removesuffix("_mosaic_gpu_kernel"),
-                    "registers": int(registers[1]),
-                    "spill stores": int(spills[1]),
-                    "spill loads": int(spills[2]),
-                }
-            )
+            name = section.split("'")[1].removesuffix("_mosaic_gpu_kernel")
+            spilled = {"spill stores": int(spills[1]), "spill loads": int(spills[2])}
+            told.append({"kernel": name, "registers": int(registers[1]), **spilled})
     shared = []
     for resources in re.findall(r"Resources\(.*", log):
         barriers = re.findall(r"num_barriers=(\d+)[^()]*\): (\d+)", resources)  # 8 bytes each
         scratch = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
         shared.append(scratch + 8 * sum(int(number) * int(times) for number, times in barriers))
-    if len(shared) == len(found):
-        for kernel, size in zip(found, shared, strict=True):
-            kernel["shared"] = size
-    else:  # it is unknown which size belongs to which kernel, so the limit is checked for the largest
-        for kernel in found:
-            kernel["shared"] = max(shared, default=0)
+    if sorted(names) != sorted(kernel["kernel"] for kernel in told) or len(shared) != len(names):
+        return []
+    found = []
+    for name, size in zip(names, shared, strict=True):
+        kernel = next(kernel for kernel in told if kernel["kernel"] == name)
+        told.remove(kernel)
+        found.append(kernel | {"shared": size})
     return found
 
 
@@ -174,10 +220,11 @@ def compile_apart(program: Program) -> dict:
             "kernels": [],
             "faults": [(done.stderr.strip() or "failed").splitlines()[-1][:200]],
         }
-    memory = json.loads(done.stdout.splitlines()[-1])
-    result = {"program": program.name, "memory": memory, "kernels": kernels(done.stdout + done.stderr)}
+    found = json.loads(done.stdout.splitlines()[-1])
+    names = [name for each in found["passes"] for name in each["asked"]]
+    result = {"program": program.name, **found, "kernels": kernels(done.stdout + done.stderr, names)}
     if program.implementation == "mosaic_gpu" and not result["kernels"]:
-        return result | {"faults": ["ptxas printed nothing about a kernel"]}
+        return result | {"faults": [f"ptxas and Pallas did not tell of {names}"]}
     return result | {"faults": faults(result, program.implementation == "mosaic_gpu")}
 
 
@@ -197,34 +244,57 @@ def faults(result: dict, bounded: bool) -> list[str]:
     return found
 
 
-HEADER = ("program", "kernel", "registers", "spill stores/loads", "shared KiB", "in+out MiB", "temporary MiB", "limits")
+HEADER = (
+    *("program", "kernel", "registers", "shared KiB", "blocks per SM", "GB asked", "ms H100", "ms H200"),
+    *("floor ms H100: token, expert order", "floor ms H200", "temporary MiB", "limits"),
+)
 
 
 def table_rows(result: dict) -> list[tuple[str, ...]]:
-    """One row per kernel; the first also has the program's memory and verdict."""
-    memory = ("", "")
-    if "memory" in result:
-        of = result["memory"]
-        share = of["temporary"] / (of["arguments"] + of["outputs"])
-        memory = (f"{(of['arguments'] + of['outputs']) / 2**20:.1f}", f"{of['temporary'] / 2**20:.1f} ({share:.1%})")
+    """One row per kernel; the first one has the program's memory and verdict, and the first of a pass its floor."""
     verdict = "; ".join(dict.fromkeys(result["faults"])) or "kept"
-    rows = [
-        (
-            f"{index}: {kernel['kernel']}",
-            str(kernel["registers"]),
-            f"{kernel['spill stores']}/{kernel['spill loads']}",
-            f"{kernel['shared'] / 2**10:.1f}",
+    if not result["kernels"]:
+        cells = ("XLA's own", *[""] * 8, temporary(result["memory"])) if "memory" in result else [""] * 10
+        return [(result["program"], *cells, verdict)]
+    asked = [
+        (moved, [] if place else each["floor"])
+        for each in result["passes"]
+        for place, moved in enumerate(each["asked"].values())
+    ]
+    rows = []
+    for kernel, (moved, least) in zip(result["kernels"], asked, strict=True):
+        first = not rows
+        rows.append(
+            (
+                result["program"] if first else "",
+                kernel["kernel"],
+                str(kernel["registers"]),
+                f"{kernel['shared'] / 2**10:.0f}",
+                str(blocks_per_multiprocessor(kernel["registers"], kernel["shared"])),
+                f"{moved / 1e9:.3f}",
+                *(milliseconds([moved], kind) for kind in ("h100", "h200")),
+                *(milliseconds(least, kind) for kind in ("h100", "h200")),
+                temporary(result["memory"]) if first else "",
+                verdict if first else "",
+            )
         )
-        for index, kernel in enumerate(result["kernels"], 1)
-    ] or [("XLA's own" if "memory" in result else "", "", "", "")]
-    first, *rest = rows
-    return [(result["program"], *first, *memory, verdict), *(("", *row, "", "", "") for row in rest)]
+    return rows
+
+
+def milliseconds(sizes: list[float], kind: str) -> str:
+    """The time that so many bytes take at the bandwidth of the GPU."""
+    return ", ".join(f"{1e3 * size / DEVICES[kind].bandwidth:.3g}" for size in sizes)
+
+
+def temporary(memory: dict) -> str:
+    return f"{memory['temporary'] / 2**20:.1f} ({memory['temporary'] / (memory['arguments'] + memory['outputs']):.1%})"
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |")
 
 
 def main() -> int:

@@ -38,7 +38,9 @@ def test_smoke(tmp_path):
         assert checked >= {"expert_mix", "value_bag"}
         assert ("product_key_top_k" in checked) == (implementation != "mosaic_gpu")
         assert {row["what"] for row in ours if row["part"] == "speed"} >= {"forward", "backward"}
-    assert {row["what"] for row in rows if row["part"] == "step"} == {"time", "loss"}
+    assert {row["part"] for row in rows if row["verdict"] == "pass"} >= {"layer", "step", "top_k", "cross_entropy"}
+    parts = [part for group in gpu_check.GROUPS for part in group if part.smokes]
+    assert sum(row["part"] == "parts" for row in rows) == len(parts)
     assert (tmp_path / "out" / "table.txt").read_text() in done.stdout
 
 
@@ -55,11 +57,12 @@ def test_smoke(tmp_path):
     ],
 )
 def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypatch, body, result):
-    (tmp_path / "part.py").write_text(body)
+    (tmp_path / "gpu_check").mkdir()
+    (tmp_path / "gpu_check" / "part.py").write_text(body)
     monkeypatch.setattr(gpu_check, "SCRIPTS", tmp_path)
-    part = gpu_check.Part("speed", "part", ("ops", "xla"), 2)
+    part = gpu_check.Part("part", ("ops", "xla"), 60)
     start = time.monotonic()
-    first, last = gpu_check.run(part, deadline=float("inf"), smoke=False)
+    first, last = gpu_check.run(part, limit=2, smoke=False)
     assert time.monotonic() - start < 30
     assert first == {"part": "speed"}
     assert last["verdict"] == "FAIL"
@@ -67,7 +70,8 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(tmp_path, monkeypat
 
 
 def test_an_interrupted_check_leaves_nothing_running(tmp_path):
-    (tmp_path / "part.py").write_text(
+    (tmp_path / "gpu_check").mkdir()
+    (tmp_path / "gpu_check" / "part.py").write_text(
         "import os, pathlib, time; pathlib.Path('new').write_text(str(os.getpid()))\n"
         "os.rename('new', 'pid'); time.sleep(60)"
     )
@@ -76,7 +80,7 @@ import pathlib, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 from gpu_check import __main__ as gpu_check
 gpu_check.SCRIPTS = pathlib.Path.cwd()
-gpu_check.PARTS = [gpu_check.Part("speed", "part", (), 60)] * 2
+gpu_check.GROUPS = [[gpu_check.Part("part", (), 60)]] * 2
 gpu_check.main()
 """
     with subprocess.Popen([sys.executable, "-c", program, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as check:
@@ -87,6 +91,38 @@ gpu_check.main()
         assert check.wait(timeout=30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_every_part_has_its_time_within_eight_minutes():
+    """However long the parts before it take."""
+    assert sum(max(part.seconds for part in group) for group in gpu_check.GROUPS) <= gpu_check.TOTAL <= 8 * 60
+
+
+def test_time_that_is_left_over_goes_to_later_parts(tmp_path, monkeypatch):
+    limits = []
+
+    def run(part, limit, smoke):
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "TOTAL", 100)
+    monkeypatch.setattr(gpu_check, "GROUPS", [[gpu_check.Part("part", (), of)] for of in (20, 30)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path)])
+    gpu_check.main()
+    assert limits == pytest.approx([100 - 30, 100], abs=25)  # nvidia-smi may take its time
+
+
+def test_first_losses_are_compared_with_the_plain_step():
+    rows = [
+        {"case": "a", "implementation": name, "first_loss": loss}
+        for name, loss in [("xla, attention xla", 10.0), ("mosaic_gpu, attention cudnn", 10.01), ("xla, bad", 10.1)]
+    ]
+    found = gpu_check.first_losses(rows)
+    assert [(row["implementation"], row["verdict"]) for row in found] == [
+        ("mosaic_gpu, attention cudnn", "pass"),
+        ("xla, bad", "FAIL"),
+    ]
 
 
 def test_speed_ups_compare_equal_cases():
@@ -119,7 +155,7 @@ ptxas info    : Used 92 registers, used 2 barriers, 1 bytes smem
 
 
 def test_what_ptxas_says_is_read_and_judged():
-    (kernel,) = compile_h200.kernels(LOG)
+    (kernel,) = compile_h200.kernels(LOG, ["mix"])
     sizes = {"registers": 92, "spill stores": 16, "spill loads": 24, "shared": 61440 + 8 * (4 + 2)}
     assert kernel == {"kernel": "mix"} | sizes
     memory = {"arguments": 90, "outputs": 10, "temporary": 11}
@@ -128,8 +164,26 @@ def test_what_ptxas_says_is_read_and_judged():
     assert compile_h200.faults(result, bounded=True)[1:] == ["temporary memory above 10% of inputs and outputs"]
 
 
+def test_what_pallas_says_is_matched_by_name():
+    """Pallas prints in the order of the program, ptxas in the order in which it compiles."""
+    first, second = LOG.split("ptxas", 1)
+    log = first + first.replace("61440", "1024") + "ptxas" + second.replace("mix", "sum") + "ptxas" + second
+    assert [kernel["shared"] for kernel in compile_h200.kernels(log, ["mix", "sum"])] == [61488, 1072]
+    assert compile_h200.kernels(log, ["mix", "other"]) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "blocks"), [(126, 55 * 2**10, 4), (72, 49 * 2**10, 4), (130, 1024, 3), (32, 1024, 16)]
+)
+def test_blocks_that_share_a_multiprocessor(registers, shared, blocks):
+    """By hand: 65,536 registers of which 126 * 128 take 16,384, and 228 KiB of which a block's 55 take 56."""
+    assert compile_h200.blocks_per_multiprocessor(registers, shared) == blocks
+
+
 def test_twice_the_usual_registers_are_a_fault():
-    (kernel,) = compile_h200.kernels(LOG.replace("92 registers", "168 registers").replace("16 bytes", "0 bytes"))
+    (kernel,) = compile_h200.kernels(
+        LOG.replace("92 registers", "168 registers").replace("16 bytes", "0 bytes"), ["mix"]
+    )
     result = {"memory": {"arguments": 90, "outputs": 10, "temporary": 0}, "kernels": [kernel | {"spill loads": 0}]}
     assert compile_h200.faults(result, bounded=True) == ["more than 128 registers"]
 

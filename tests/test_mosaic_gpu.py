@@ -12,7 +12,8 @@ from eight_devices import measured
 from reference import relative_error
 
 from peer_jax.ops import mosaic_gpu, sharded
-from peer_jax.ops.mosaic_gpu import tables
+from peer_jax.ops.mosaic_gpu import copies, tables
+from peer_jax.ops.mosaic_gpu.tokens import mix_tokens
 from peer_jax.sharding import Sharding, compiled_for, use
 
 # As in test_expert_mix: float32 sums of some hundred terms, and three roundings to bfloat16.
@@ -34,6 +35,7 @@ CASES = {
     "a pool of one": (5, 64, 1, 3, "silu", jnp.bfloat16, jnp.bfloat16),
     "rings turn over": (2, 64, 11, 18, "gelu", jnp.bfloat16, jnp.float32),
     "everybody the same": (9, 64, 8, 3, "gelu", jnp.float32, jnp.float32),
+    "a hot row": (7, 64, 12, 4, "gelu", jnp.float32, jnp.float32),
     "wide": (2, 1088, 5, 3, "relu", jnp.float32, jnp.float32),
     # A row split over all warps, as at the target widths: two neighbours a lane (768) and four (1024).
     "split as at 768": (3, 256, 11, 6, "gelu", jnp.float32, jnp.float32),
@@ -82,9 +84,10 @@ def gradients_of_bag(interpret, values, indices, gates, dy):
 def test_expert_mix(rng, simulated, name, monkeypatch):
     *sizes, activation, dtype, table_dtype = CASES[name]
     monkeypatch.setattr(tables, "BLOCKS", 5)  # a block that owns two rows, where the pool has ten
+    monkeypatch.setattr(tables, "PIECE", 4)
     x, down, up, indices, gates, dy = draw(rng, *sizes, dtype, table_dtype)
-    if name == "everybody the same":
-        indices[:] = 5
+    hot = {"everybody the same": 4, "a hot row": 3}.get(name, 0)
+    indices[:, :hot] = 5
 
     run = jax.jit(functools.partial(gradients_of_mix, activation, simulated))
     y, grads = run(x, down, up, indices, gates, dy)
@@ -101,8 +104,77 @@ def test_expert_mix(rng, simulated, name, monkeypatch):
     unused = np.setdiff1d(np.arange(len(down)), indices)
     assert not np.any(np.asarray(grads[1][unused])), "an expert nobody retrieved has a gradient"
 
-    if name == "rings turn over":
+    if name in ("rings turn over", "a hot row"):
         jax.tree.map(np.testing.assert_array_equal, run(x, down, up, indices, gates, dy), (y, grads))
+
+
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_rows_and_pieces_have_each_pair_once(rng, monkeypatch, num_rows):
+    """Counted in plain Python: no pair is lost, and no row keeps two pieces' pairs or more."""
+    monkeypatch.setattr(tables, "PIECE", 8)
+    sort = jax.jit(tables.sort_by_row, static_argnums=1)
+    for hot in [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]:
+        indices = rng.integers(0, num_rows + 1, (61, 1), np.int32)  # num_rows is no row
+        indices[rng.random(61) < hot] = rng.integers(num_rows + 1)
+        check_pairs(jax.tree.map(np.asarray, sort(jnp.asarray(indices), num_rows)), indices[:, 0], num_rows)
+
+
+def check_pairs(pairs, indices, num_rows):
+    used = 0
+    for row in range(num_rows):
+        own = list(pairs.pair[pairs.starts[row] : pairs.starts[row + 1]])
+        assert len(own) < 2 * tables.PIECE
+        for i in range(pairs.row_pieces[row], pairs.row_pieces[row + 1]):
+            own += list(pairs.pair[pairs.pieces[i] : pairs.pieces[i + 1]])
+            used += tables.PIECE
+        assert sorted(own) == list(np.flatnonzero(indices == row))
+    assert pairs.pieces[-1] - pairs.pieces[0] == used, "pairs are summed that no row needs"
+
+
+@needs_kernels
+def test_the_roofline_counts_what_kernels_copy(rng, monkeypatch):
+    """The bytes of all copies to shared memory in simulated kernels, a hot row and a row of no table included."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    copied = []
+
+    def copy(source, *arguments, **more):
+        size = source.dtype.itemsize * int(np.prod(source.shape))
+        jax.debug.callback(lambda: copied.append(size))
+        real(source, *arguments, **more)
+
+    def bytes_copied(function, *arguments):
+        copied.clear()
+        jax.block_until_ready(jax.jit(function)(*arguments))
+        jax.effects_barrier()
+        return sum(copied)
+
+    real = plgpu.copy_gmem_to_smem
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", copy)
+    monkeypatch.setattr(tables, "PIECE", 8)
+    t, d, N, r = 4, 64, 6, 5
+    x, down, up, indices, gates, dy = draw(rng, t, d, N, r, jnp.bfloat16, jnp.float32)
+    indices[:3], indices[3] = 2, [0, 2, 1, N, N]
+
+    def mix(x, down, up, gates, read, write):
+        near = np.minimum(indices, N - 1)
+        return mix_tokens(
+            *(x if read else None, down if read else None, up if write else None, jnp.asarray(near)),
+            *(gates if write else None, lambda s: s, jnp.bfloat16, True),
+        )
+
+    for read, write in [(4, 4), (4, 0)]:
+        wanted, _ = copies.mix_tokens(t, r, d, read=read, write=write, x=2 if read else 0, y=2 if write else 0)
+        found = bytes_copied(functools.partial(mix, read=read, write=write), x, down, up, gates)
+        assert found == wanted, (read, write)
+
+    def table_gradients(gates, x, dy):
+        terms = [(gates.astype(jnp.float32), x, jnp.float32), (gates.astype(jnp.float32), dy, jnp.float32)]
+        return tables.sum_pairs(jnp.asarray(indices), N, terms, True)
+
+    kernels = copies.sum_pairs(jnp.asarray(indices), N, d, [2, 2], [4, 4])
+    added = 2 * 4 * d  # Row 2 has the pairs 2 to 17, and so one whole piece, whose sums are loaded and not copied.
+    assert bytes_copied(table_gradients, gates, x, dy) == sum(reads for reads, _ in kernels.values()) - added
 
 
 @needs_kernels
@@ -189,7 +261,7 @@ def largest(jaxpr):
 
 @needs_kernels
 def test_memory_holds_no_rows_of_all_tokens():
-    t, d, N, r = 1000, 64, 100, 16
+    t, d, N, r = 1024, 64, 100, 16
     run = functools.partial(gradients_of_mix, "gelu", False)
     jaxpr = jax.make_jaxpr(run)(*sized(t, d, N, r, jnp.bfloat16)).jaxpr
     assert largest(jaxpr) <= max(4 * t * r, t * d, N * d) < t * r * d  # four floats per pair: its weights

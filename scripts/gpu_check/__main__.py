@@ -23,56 +23,52 @@ from importlib import metadata
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-TOTAL = 470  # seconds
+TOTAL = 475  # seconds, a few of which go to processes that must be killed
 PATIENCE = 4  # smoke mode, which runs on busy machines, may take this many times as long
+LOSS_TOLERANCE = 2**-8  # a rounding to bfloat16; the errors of tokens and layers even out in the mean over all tokens
 SPEED_UP = 5.0  # target: how many times faster than "reference" the forward pass is
 COLUMNS = ("part", "case", "implementation", "what", "result", "target", "verdict")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Runs ``module`` with ``words`` as arguments, for at most ``limit`` seconds.
+    """Runs a module of this package with ``words`` as arguments.
 
-    ``alone``: whether it wants the GPU for itself, for its times or its memory. ``smokes``: whether it can run without
-    a GPU; the kernels are interpreted then, which a layer has no option for, and there is no cuDNN.
+    ``seconds`` are kept for it; it may also take what the parts before it have left over. ``smokes``: whether it runs
+    without a GPU, where the kernels are interpreted and there is no cuDNN.
     """
 
-    name: str
     module: str
     words: tuple[str, ...]
-    limit: int
-    alone: bool = True
+    seconds: int
     smokes: bool = True
 
 
-# The most important parts come first: the limits add up to more than the total, which only hanging parts would use up.
-PARTS = [
-    Part("correctness", "gpu_check.correctness", ("mosaic_gpu",), 130, alone=False),
-    Part("correctness", "gpu_check.correctness", ("xla",), 120, alone=False),
-    Part("correctness", "gpu_check.correctness", ("reference",), 90, alone=False),
-    Part("speed", "gpu_check.speed", ("ops", "mosaic_gpu"), 90),
-    Part("speed", "gpu_check.speed", ("ops", "xla"), 75),
-    Part("step", "gpu_check.speed", ("step", "mosaic_gpu", "cudnn"), 60, smokes=False),
-    Part("step", "gpu_check.speed", ("step", "xla", "cudnn"), 60, smokes=False),
-    Part("step", "gpu_check.speed", ("step", "xla", "xla"), 60),
-    Part("layer", "gpu_check.model", ("layer", "mosaic_gpu"), 60, smokes=False),
-    Part("layer", "gpu_check.model", ("layer", "xla"), 60),
-    Part("attention", "gpu_check.model", ("attention",), 60),
-    Part("correctness", "gpu_check.correctness", ("mosaic_gpu", "large"), 60, smokes=False),
-    Part("speed", "gpu_check.speed", ("ops", "reference"), 60),
-    Part("speed", "gpu_check.pytorch", (), 75),
+# Parts that run at once, one group after the other, the most important ones first. Most want the GPU for themselves,
+# for their times or for their memory.
+GROUPS = [
+    [
+        Part("correctness", ("mosaic_gpu",), 120),
+        Part("correctness", ("xla", "reference"), 120),
+    ],
+    [Part("speed", ("ops", "mosaic_gpu"), 70)],
+    [Part("speed", ("step", "mosaic_gpu", "cudnn"), 30)],
+    [Part("model", ("layer",), 35)],
+    [Part("speed", ("step", "xla", "cudnn"), 25, smokes=False)],
+    [Part("speed", ("step", "xla", "xla"), 25, smokes=False)],
+    [Part("correctness", ("mosaic_gpu", "large"), 30, smokes=False)],
+    [Part("model", ("attention",), 30)],
+    [Part("pytorch", (), 45)],
+    [Part("speed", ("ops", "xla"), 40)],
+    [Part("speed", ("ops", "reference"), 20)],
 ]
 RUNNING: list[subprocess.Popen] = []
 
 
-def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
-    """The rows that the part printed, and one more that says what went wrong, if anything did."""
-    implementation = " ".join(part.words[1:] or part.words) or "pytorch"
-    left = deadline - time.monotonic()
-    if left < 10:
-        return [failure(part.name, implementation, "left out: the time was used up")]
-    limit = min(part.limit * (PATIENCE if smoke else 1), left)
-    command = [sys.executable, "-m", part.module, *part.words, *(["--smoke"] if smoke else [])]
+def run(part: Part, limit: float, smoke: bool) -> list[dict]:
+    """The rows that the part printed within ``limit`` seconds; one says how long it took, or what went wrong."""
+    label = " ".join((part.module, *part.words))
+    command = [sys.executable, "-m", f"gpu_check.{part.module}", *part.words, *(["--smoke"] if smoke else [])]
     start = time.monotonic()
     # In a session of its own, so that it can be killed together with the processes that it started: as long as one of
     # these holds the pipe, `communicate` waits.
@@ -89,12 +85,13 @@ def run(part: Part, deadline: float, smoke: bool) -> list[dict]:
         problem = f"stopped after {limit:.0f} s; the rows above are from before"
     RUNNING.remove(process)
     rows = [row for line in out.splitlines() if (row := parse(line)) is not None]
+    taken = f"{time.monotonic() - start:.0f} of {limit:.0f} s"
     if problem:
         print(err[-4000:], file=sys.stderr)
-        rows.append(failure(part.name, implementation, problem))
-    label = " ".join((part.module, *part.words))
-    print(f"{label}: {time.monotonic() - start:.0f} s, {len(rows)} rows", file=sys.stderr, flush=True)
-    return rows
+    result, passed = (problem, "FAIL") if problem else (f"ended after {taken}", "pass")
+    cells = ("parts", label, "", "the process", result, "ends", passed)
+    print(f"{label}: {taken}, {len(rows)} rows", file=sys.stderr, flush=True)
+    return [*rows, dict(zip(COLUMNS, cells, strict=True))]
 
 
 def setting() -> dict[str, str]:
@@ -125,10 +122,6 @@ def parse(line: str) -> dict | None:
     return row if isinstance(row, dict) and "part" in row else None
 
 
-def failure(part: str, implementation: str, result: str) -> dict:
-    return dict(zip(COLUMNS, (part, "whole part", implementation, "the process", result, "ends", "FAIL"), strict=True))
-
-
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1][:160]
 
@@ -149,6 +142,20 @@ def speed_ups(rows: list[dict], smoke: bool) -> list[dict]:
                 part = "layer" if case.startswith("PEER") else "speed"
                 cells = (part, case, implementation, f"{direction}: over {other}", f"{slow / taken:.2f}x")
                 found.append(dict(zip(COLUMNS, (*cells, target, verdict), strict=True)))
+    return found
+
+
+def first_losses(rows: list[dict]) -> list[dict]:
+    """How far the first loss of a step is from that of the plain one, which has the same parameters and tokens."""
+    losses = {row["implementation"]: row for row in rows if "first_loss" in row}
+    plain = losses.get("xla, attention xla")
+    found = []
+    for implementation, row in losses.items():
+        if plain is not None and row is not plain:
+            error = abs(row["first_loss"] / plain["first_loss"] - 1)
+            cells = ("step", row["case"], implementation, "first loss against xla, attention xla", f"{error:.1e}")
+            passed = "pass" if error <= LOSS_TOLERANCE else "FAIL"
+            found.append(dict(zip(COLUMNS, (*cells, f"<= {LOSS_TOLERANCE:.1e}", passed), strict=True)))
     return found
 
 
@@ -177,11 +184,9 @@ def table(rows: list[dict]) -> str:
 
 def write(folder: Path, machine: dict, rows: list[dict], took: float) -> str:
     """Writes both files; returns the text of the table."""
-    order = ["machine", "correctness", "expert_mix", "value_bag", "product_key_top_k", "speed", "top_k", "attention"]
-    order += ["layer", "step", "memory"]
-    rows = sorted(
-        [*rows, *speed_ups(rows, machine["smoke"])], key=lambda row: (order.index(row["part"]), natural(row["case"]))
-    )
+    order = ["machine", "expert_mix", "value_bag", "product_key_top_k", "cross_entropy", "speed", "top_k", "attention"]
+    order += ["layer", "step", "memory", "parts"]
+    rows = sorted(rows, key=lambda row: (order.index(row["part"]), natural(row["case"])))
     verdicts = [row["verdict"] for row in rows]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     summary = f"{verdicts.count('pass')} passed, {verdicts.count('FAIL')} failed, {took:.0f} s"
@@ -207,17 +212,18 @@ def main() -> int:
     folder = Path(arguments.directory)
     folder.mkdir(parents=True, exist_ok=True)
     start, machine, rows = time.monotonic(), environment() | {"smoke": arguments.smoke}, []
-    text = ""
-    limit = TOTAL * (PATIENCE if arguments.smoke else 1)
-    parts = [part for part in PARTS if part.smokes or not arguments.smoke]
-    alone, others = [part for part in parts if part.alone], [part for part in parts if not part.alone]
-    # In smoke mode the times mean nothing, so two parts run at once.
-    for group, at_once in ((others, 2), (alone, 2 if arguments.smoke else 1)):
-        with ThreadPoolExecutor(at_once) as pool:
+    groups, total = GROUPS, TOTAL
+    if arguments.smoke:  # the times mean nothing, so all parts are one group, of which two run at once
+        groups, total = [[part for group in GROUPS for part in group if part.smokes]], TOTAL * PATIENCE
+    for place, group in enumerate(groups):
+        kept = sum(max(part.seconds for part in later) for later in groups[place + 1 :])
+        limit = total - kept - (time.monotonic() - start)
+        with ThreadPoolExecutor(2) as pool:
             try:
-                for found in pool.map(lambda part: run(part, start + limit, arguments.smoke), group):
+                for found in pool.map(lambda part, limit=limit: run(part, limit, arguments.smoke), group):
                     rows += found
-                    text = write(folder, machine, rows, time.monotonic() - start)
+                    compared = [*rows, *speed_ups(rows, arguments.smoke), *first_losses(rows)]
+                    text = write(folder, machine, compared, time.monotonic() - start)
             except BaseException:  # Ctrl-C doesn't reach the parts, which are in sessions of their own
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(RUNNING):
@@ -225,7 +231,7 @@ def main() -> int:
                 raise
     print(text, end="")
     print(f"written to {folder}/table.txt and {folder}/rows.json")
-    return int(any(row["verdict"] == "FAIL" for row in rows + speed_ups(rows, arguments.smoke)))
+    return int(any(row["verdict"] == "FAIL" for row in compared))
 
 
 if __name__ == "__main__":

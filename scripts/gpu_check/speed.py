@@ -1,4 +1,4 @@
-"""Times of expert_mix against the floor, and of a training step.
+"""Times of expert_mix and value_bag against the floor, and of a training step.
 
 python -m gpu_check.speed ops IMPLEMENTATION [--smoke]                prints rows as lines of JSON
 python -m gpu_check.speed step IMPLEMENTATION ATTENTION [--smoke]
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import peer_jax
-from gpu_check.ops import SMOKE, TOP_K, draw, emit, emit_error, mix_by, verdict
+from gpu_check.ops import SMOKE, TOP_K, bag_by, draw, emit, emit_error, mix_by, verdict
 from peer_jax.ops import floor, mosaic_gpu
 
 # Targets: the least floor / time of each pass, and the most temporary memory as a fraction of inputs and outputs.
@@ -24,16 +24,20 @@ FORWARD, BACKWARD, MEMORY = 0.60, 0.50, 0.10
 LAST = 4096  # most tokens for which the gradient of "reference" fits the memory
 MOST_ROWS = 1024**2
 
-# t, d, N, r, type of x, type of the tables
+# op, t, d, N, r, type of x, type of the tables, share of the pairs that have one row
+BFLOAT16 = ("bfloat16", "bfloat16")
 SIZES = (
-    [(2, 64, 9, 4, "float32", "float32")]
+    [("expert_mix", 2, 64, 9, 4, "float32", "float32", 0.0), ("value_bag", 2, 64, 9, 4, *BFLOAT16, 0.5)]
     if SMOKE
     else [
-        (32768, 768, 1024**2, 128, "bfloat16", "bfloat16"),
-        *((4096, 1024, N, 32, "bfloat16", "bfloat16") for N in (1024, 4096, 16384, 65536)),
-        (32768, 768, 1024**2, 128, "float32", "float32"),
-        (32768, 768, 1024**2, 128, "bfloat16", "float32"),
-        (32768, 256, 4096**2, 128, "bfloat16", "bfloat16"),
+        ("expert_mix", 32768, 768, 1024**2, 128, *BFLOAT16, 0.0),
+        *(("expert_mix", 4096, 1024, N, 32, *BFLOAT16, 0.0) for N in (1024, 16384, 65536)),
+        *(("expert_mix", 4096, 1024, 16384, 32, *BFLOAT16, hot) for hot in (0.5, 1.0)),
+        ("value_bag", 32768, 768, 1024**2, 256, *BFLOAT16, 0.0),
+        ("value_bag", 4096, 1024, 1024, 32, *BFLOAT16, 0.0),
+        ("expert_mix", 32768, 768, 1024**2, 128, "float32", "float32", 0.0),
+        ("expert_mix", 32768, 768, 1024**2, 128, "bfloat16", "float32", 0.0),
+        ("expert_mix", 32768, 256, 4096**2, 128, *BFLOAT16, 0.0),
     ]
 )
 
@@ -63,9 +67,10 @@ def peak() -> str:
     return f"{stats['peak_bytes_in_use'] / 2**30:.1f} GiB" if "peak_bytes_in_use" in stats else "not told"
 
 
-def name_of(t: int, d: int, N: int, r: int, dtype: str, rows: str) -> str:
+def name_of(op: str, t: int, d: int, N: int, r: int, dtype: str, rows: str, hot: float) -> str:
     kind = dtype if dtype == rows else f"{dtype}, rows {rows}"
-    return f"T={t} d={d} N={N} hk={r}, {kind}"
+    skew = f", one row has {hot:g} of the pairs" if hot else ""
+    return f"{op if op != 'expert_mix' else ''} T={t} d={d} N={N} hk={r}, {kind}{skew}".strip()
 
 
 def ops(implementation: str) -> None:
@@ -76,7 +81,7 @@ def ops(implementation: str) -> None:
     for sizes in SIZES:
         for direction in ("forward", "backward"):
             # The gradients of "xla" are float32 until they are whole, which is too much for the largest tables.
-            too_large = sizes[0] > LAST if implementation == "reference" else sizes[2] > MOST_ROWS
+            too_large = sizes[1] > LAST if implementation == "reference" else sizes[3] > MOST_ROWS
             if implementation != "mosaic_gpu" and direction == "backward" and too_large:
                 continue
             try:
@@ -88,18 +93,25 @@ def ops(implementation: str) -> None:
 
 def time_op(implementation: str, direction: str, sizes: tuple, bandwidth: float) -> None:
     """Prints rows with the time, the fraction of the floor that it reaches, and the memory."""
-    t, d, N, r, dtype, rows = sizes
-    x, down, up, gates, indices, dy = draw(*sizes, 0.0)
-    mix = mix_by(implementation)
-    arguments = (x, down, up, gates, indices)
-    if direction == "forward":
-        function, least = mix, floor.expert_mix
-    else:  # starts from what the forward pass kept, inputs included
-        forward = jax.jit(lambda *a: jax.vjp(lambda *primals: mix(*primals, a[-1]), *a[:-1])[1])
+    op, t, d, N, r, dtype, rows, hot = sizes
+    x, down, up, gates, indices, dy = draw(*sizes[1:])
+    if op == "expert_mix":
+        function, arguments = mix_by(implementation), (x, down, up, gates, indices)
+    else:
+        function, arguments = bag_by(implementation), (down, gates, indices)
+    del x, down, up
+    least = getattr(floor, op if direction == "forward" else f"{op}_backward")
+    if direction == "backward":  # starts from what the forward pass kept, inputs included
+        call = function
+        forward = jax.jit(lambda *a: jax.vjp(lambda *primals: call(*primals, a[-1]), *a[:-1])[1])
         arguments = (forward(*arguments), dy)
-        function, least = lambda pullback, dy: pullback(dy), floor.expert_mix_backward
+        function = lambda pullback, dy: pullback(dy)  # noqa: E731
     compiled = jax.jit(function).lower(*arguments).compile()
     taken = seconds(functools.partial(compiled, *arguments))
+    case = name_of(*sizes)
+    emit("speed", case, implementation, direction, f"{taken * 1e3:.3f} ms", seconds=taken)
+    if hot:  # the floor counts the rows of uniform draws
+        return
     item, row_item = (np.dtype(jax.numpy.dtype(name)).itemsize for name in (dtype, rows))
     share = {
         order: least(t, r, d, N, order, size=item, row_size=row_item).seconds(bandwidth) / taken
@@ -108,11 +120,9 @@ def time_op(implementation: str, direction: str, sizes: tuple, bandwidth: float)
     better = min(share, key=share.get)
     wanted = FORWARD if direction == "forward" else BACKWARD
     bound = implementation == "mosaic_gpu" and not SMOKE
-    case = name_of(*sizes)
     result = f"{share[better]:.0%} ({better} order); " + ", ".join(
         f"{value:.0%} ({order})" for order, value in share.items() if order != better
     )
-    emit("speed", case, implementation, direction, f"{taken * 1e3:.3f} ms", seconds=taken)
     passed = verdict(share[better] >= wanted) if bound else ""
     target = f">= {wanted:.0%}" if bound else ""
     emit("speed", case, implementation, f"{direction}: floor / time", result, target, passed, fraction=share[better])
@@ -140,7 +150,9 @@ def step(implementation: str, attention: str) -> None:
         from peer_jax.training.optimizer import AdamW
         from peer_jax.training.step import Trainer
 
-        if implementation == "mosaic_gpu":
+        if SMOKE:  # the layer falls back, and there is no cuDNN
+            attention = "xla"
+        elif implementation == "mosaic_gpu":
             x, table = (
                 jax.ShapeDtypeStruct((batch * length, d), "bfloat16"),
                 jax.ShapeDtypeStruct((side**2, d), "float32"),
@@ -178,7 +190,7 @@ def step(implementation: str, attention: str) -> None:
         emit("step", case, both, "time", f"{taken * 1e3:.1f} ms, {tokens_per_second:.0f} tokens/s")
         first, last = float(losses[0]), float(losses[-1])
         falls = f"{first:.3f} to {last:.3f}, {len(losses)} steps on one batch"
-        emit("step", case, both, "loss", falls, "falls", verdict(last < first))
+        emit("step", case, both, "loss", falls, "falls", verdict(last < first), first_loss=first)
         emit("memory", case, both, "peak of the allocator", peak())
     except Exception as error:
         emit_error("step", case, both, "time", error)

@@ -1,8 +1,8 @@
 """``expert_mix`` and ``value_bag`` as Pallas Mosaic GPU kernels, for NVIDIA GPUs from Hopper on.
 
 No array of size [t, r, d] reaches memory. The module `tokens` has the kernel for the forward pass and for the gradients
-of the tokens, `tables` that for the gradients of the tables. Pallas is imported when a kernel is built, so that this
-module can be imported quickly, and on a JAX that has no such kernels.
+of the tokens, `tables` those for the gradients of the tables; `copies` counts the bytes that they ask of memory. Pallas
+is imported when a kernel is built, so that this module can be imported quickly, and on a JAX that has no such kernels.
 
 t  tokens     r  rows per token     d  row width     N  rows of a table
 """

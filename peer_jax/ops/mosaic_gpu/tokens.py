@@ -156,6 +156,7 @@ def mix_tokens(
         scratch_types=list(scratch.values()),
         grid=(t,),
         grid_names=("token",),
+        kernel_name="_".join(["mix_tokens", *outputs]),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpreter(interpret),
     )(*operands.values())
