@@ -245,6 +245,14 @@ def target() -> Any:
     return jax.devices()[0] if _compiled_for.value is None else _compiled_for.value
 
 
+def may_run_kernels() -> bool:
+    """Whether a kernel of Pallas can be traced here, which XLA can't partition: without a mesh, on one of ours, where
+    ``on_each_device`` gives each device its part, or where somebody else's ``shard_map`` does.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return current() is not None or all(kind == AxisType.Manual for kind in kinds)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays ``x`` out by its logical axes if a placement is in use; axes that are not named are replicated."""
     placement = current()

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from peer_jax.errors import InputError
 from peer_jax.ops import choice, expert_mix, mosaic_gpu, sharded
 from peer_jax.ops.choice import choose
+from peer_jax.ops.top_k import is_for_tpu
 from peer_jax.sharding import AXES, Placement, compiled_for, use
 
 
@@ -119,3 +120,22 @@ def test_a_fallback_is_said_once_and_computes_the_same(rng, caplog):
     assert len(caplog.messages) == 1
     assert "falls back to 'xla'" in caplog.text
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_no_kernels_on_a_mesh_of_somebody_else():
+    """XLA can't partition a kernel. Within a `shard_map` each device has its part."""
+
+    def chosen(device):
+        with compiled_for(device):
+            return choose(None, *arrays(), 128), is_for_tpu(64, 8)
+
+    def of_part(x):
+        assert chosen(Device("tpu")) == ("xla", True)
+        return x
+
+    mesh = jax.make_mesh((1,), ("mine",))
+    with jax.set_mesh(mesh):
+        assert chosen(Device("gpu", "9.0")) == ("xla", False)
+        assert chosen(Device("tpu")) == ("xla", False)
+        jax.shard_map(of_part, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())(jnp.ones(1))
+    assert chosen(Device("tpu")) == ("xla", True)

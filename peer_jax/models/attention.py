@@ -18,7 +18,7 @@ from peer_jax.layers.checks import check_sizes
 from peer_jax.layers.interface import by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models import splash
-from peer_jax.sharding import automatic, current, split_of, target
+from peer_jax.sharding import automatic, may_run_kernels, split_of, target
 
 
 @by_position
@@ -143,8 +143,7 @@ class Attention(nnx.Module):
             InputError: if one was asked for that can't run.
         """
         reasons = {"cudnn": why_not_cudnn(query), "splash": splash.why_not(query)}
-        is_foreign = current() is None and not jax.sharding.get_abstract_mesh().empty
-        if reasons["splash"] is None and (is_split or is_foreign):
+        if reasons["splash"] is None and (is_split or not may_run_kernels()):
             reasons["splash"] = "no mesh, or one of peer_jax.sharding"  # XLA can't partition a kernel
         if reason := reasons.get(self.implementation):
             raise InputError(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from peer_jax.errors import InputError
 from peer_jax.ops import mosaic_gpu, sharded
 from peer_jax.ops.parts import Xla
-from peer_jax.sharding import target
+from peer_jax.sharding import may_run_kernels, target
 
 # Bytes of the table, and of the gathered rows, up to which a CPU is fastest if it holds all of these rows at once
 # (docs/performance.md).
@@ -61,6 +61,8 @@ def choose(
         small = 4 * x.shape[1] * max(x.shape[0] * r, table.shape[0]) <= HELD and table.dtype == jnp.float32
         return "reference" if small and not sharded.splits_experts() else "xla"
     reason = mosaic_gpu.why_not(*sharded.part_shapes(x, table), r)
+    if not may_run_kernels():
+        reason = "Mosaic GPU kernels need no mesh, or one of peer_jax.sharding."
     if reason and implementation:
         _say_once(reason)
     is_hopper = getattr(device, "compute_capability", None) == HOPPER

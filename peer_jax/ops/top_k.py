@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from peer_jax.ops.cpu import top_k as on_cpu
 from peer_jax.ops.keys import key_of, place_of, value_of
 from peer_jax.ops.tpu import columns as on_tpu
-from peer_jax.sharding import target
+from peer_jax.sharding import may_run_kernels, target
 
 # The most elements per column that a GPU is given to sort at once; and the highest k for which groups were checked on
 # one. Their time was measured as a part of a training step (docs/performance.md).
@@ -25,7 +25,7 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
 
     1 <= k <= n. -0 ranks below 0. A column that has a NaN gives NaN values, at valid places.
     """
-    if _is_for_tpu(x.shape[0], k):
+    if is_for_tpu(x.shape[0], k):
         return on_tpu.top_k_columns(x, k)
     cpu = on_cpu.by_tournament if on_cpu.is_faster(k, x.shape[1]) else plain
     cuda = by_groups if k <= MOST and x.shape[0] > SORTED else plain
@@ -36,21 +36,22 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
 
 def take_columns(x: Shaped[Array, "n m"], place: Int[Array, "k m"]) -> Shaped[Array, "k m"]:
     """``x[place[i, j], j]``; places must be in range. TPUs gather single elements slowly, so they compare all n."""
-    if _is_for_tpu(len(x), len(place)):
+    if is_for_tpu(len(x), len(place)):
         return functools.reduce(lambda taken, i: jnp.where(place == i, x[i], taken), range(1, len(x)), x[:1])
     return jnp.take_along_axis(x, place, axis=0, mode="promise_in_bounds")
 
 
 def spread_columns(x: Float[Array, "k m"], place: Int[Array, "k m"], n: int) -> Float[Array, "{n} m"]:
     """Adds ``x[i, j]`` at ``[place[i, j], j]``; places must be in range."""
-    if _is_for_tpu(n, len(x)):
+    if is_for_tpu(n, len(x)):
         return on_tpu.spread_columns(x, place, n)
     column = jnp.arange(x.shape[1])[:, None]
     return jnp.zeros((x.shape[1], n), x.dtype).at[column, place.T].add(x.T, mode="promise_in_bounds").T
 
 
-def _is_for_tpu(n: int, k: int) -> bool:
-    return target().platform == "tpu" and on_tpu.is_faster(n, k)
+def is_for_tpu(n: int, k: int) -> bool:
+    """Whether the kernels of ``peer_jax.ops.tpu.columns`` are used for columns of n elements."""
+    return target().platform == "tpu" and may_run_kernels() and on_tpu.is_faster(n, k)
 
 
 def plain(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], Int[Array, "k m"]]:
