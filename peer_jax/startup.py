@@ -75,16 +75,18 @@ def prepare(*, keep_programs: bool = True, workdir: str | None = None) -> None:
 
 
 def leave_out_libtpu() -> None:
-    """Keeps JAX on the CPU where libtpu is installed, to compile for TPUs, and nothing else that JAX could start.
+    """Keeps JAX on the CPU where libtpu is installed, to compile for TPUs, and there is nothing that JAX could start.
 
     JAX would load libtpu, which prints that it has found no TPU, or fails because another process has loaded it. Where
-    JAX finds TPUs or is told its platforms, it has set them when it was imported.
+    JAX is told its platforms, or finds TPUs at its import, it has set them. Plugins other than that of CUDA may be for
+    devices that ``accelerators`` does not know.
     """
     import jax
 
-    if importlib.util.find_spec("libtpu") is None or jax.config.jax_platforms:
+    if importlib.util.find_spec("libtpu") is None or jax.config.jax_platforms or accelerators():
         return
-    if importlib.util.find_spec("jax_plugins") is None and not importlib.metadata.entry_points(group="jax_plugins"):
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if all(plugin.name.startswith("xla_cuda") for plugin in plugins):
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -138,7 +138,13 @@ def test_chips_send_what_the_docs_say(step):
     assert set(sent) <= {"all-gather", "reduce-scatter", "all-to-all", "all-reduce"}
 
 
+def test_loops_over_own_pairs_say_how_often_they_turn(step):
+    loops = [loop for loop in step.compiled.account.loops if loop.about]
+    assert len(loops) == (2 if step.case.tables == "rows" else 0)
+    assert all(loop.turns is not None for loop in step.compiled.account.loops)
+
+
 def test_sorts_within_a_row_are_short(step):
-    sorts = [re.findall(r"\d+(?=[,\]])", of) for of in step.compiled.account.unestimated if of.startswith("sort of")]
-    assert all(int(sizes[-1]) <= LONGEST_SORT for sizes in sorts if len(sizes) > 1)
+    sorts = re.findall(r"= \(?[a-z]+\d+\[(\d+(?:,\d+)+)\]\S* .*\bsort\(", step.compiled.text)
+    assert all(int(sizes.split(",")[-1]) <= LONGEST_SORT for sizes in sorts)
     assert "top_k_columns" in step.compiled.text

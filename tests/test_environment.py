@@ -1,5 +1,6 @@
 """Environments that JAX or XLA can't start with, each one sentence; and what kills leave among compiled programs."""
 
+import fnmatch
 import importlib
 import signal
 import subprocess
@@ -159,17 +160,24 @@ def test_libtpu_is_not_loaded_without_a_tpu():
 
 
 @pytest.mark.parametrize(
-    ("installed", "given", "expected"),
+    ("installed", "devices", "plugins", "given", "expected"),
     [
-        (["libtpu"], None, "cpu"),
-        (["libtpu"], "tpu,cpu", "tpu,cpu"),  # what JAX sets where it finds TPUs
-        (["libtpu", "jax_plugins"], None, None),  # which may be those of a GPU
-        ([], None, None),
+        (["libtpu"], [], [], None, "cpu"),
+        (["libtpu"], [], [], "tpu,cpu", "tpu,cpu"),  # what JAX sets where it finds TPUs
+        (["libtpu"], ["/dev/accel0"], [], "", ""),  # where JAX_PLATFORMS is empty, it doesn't
+        (["libtpu", "jax_cuda13_plugin"], [], ["xla_cuda13"], None, "cpu"),
+        (["libtpu", "jax_cuda13_plugin"], ["/dev/nvidia0"], ["xla_cuda13"], None, None),
+        (["libtpu"], [], ["of_another_device"], None, None),
+        ([], [], [], None, None),
     ],
 )
-def test_platforms_with_libtpu(monkeypatch, installed, given, expected):
+def test_platforms_with_libtpu(monkeypatch, installed, devices, plugins, given, expected):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **group: ())
+    monkeypatch.setattr(startup.glob, "glob", lambda pattern: [d for d in devices if fnmatch.fnmatch(d, pattern)])
+    points = [importlib.metadata.EntryPoint(name, "module", "jax_plugins") for name in plugins]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **group: points)
     before = jax.config.jax_platforms
     try:
         jax.config.update("jax_platforms", given)

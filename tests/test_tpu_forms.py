@@ -7,7 +7,7 @@ import pytest
 from devices import Device
 
 from peer_jax.ops import expert_mix, value_bag
-from peer_jax.ops.rows import ready
+from peer_jax.ops.rows import cast_whole
 from peer_jax.ops.top_k import take_columns
 from peer_jax.ops.tpu import columns, rows
 from peer_jax.sharding import compiled_for
@@ -71,6 +71,6 @@ def test_ops_and_their_gradients_are_those_of_other_devices(rng, num_rows, dtype
 def test_which_tables_are_cast_whole():
     table, bfloat16 = jnp.ones((10, 4)), jnp.dtype(jnp.bfloat16)
     with compiled_for(Device("tpu")):
-        assert ready(table, bfloat16, 10).dtype == bfloat16
-        assert ready(table, bfloat16, 9).dtype == jnp.float32
-    assert ready(table, bfloat16, 10).dtype == jnp.float32
+        assert cast_whole(table, bfloat16, 10).dtype == bfloat16
+        assert cast_whole(table, bfloat16, 9).dtype == jnp.float32
+    assert cast_whole(table, bfloat16, 10).dtype == jnp.float32

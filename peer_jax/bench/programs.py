@@ -168,7 +168,7 @@ def _step(case: Case) -> Program:
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (case.tokens // length, length)).astype(np.int32)
     data = {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}
     rates = trainer.optimizer.rates(trainer.labels, 0, 10)
-    compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, data, rates).compile()
+    compiled = trainer.compiled_step().lower(state, data, rates).compile()
     memory = compiled.memory_analysis()
 
     def call() -> Any:

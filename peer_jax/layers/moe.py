@@ -299,8 +299,11 @@ class MoE(FeedForward):
     ) -> tuple[Float[Array, "b s d"], Aux]:
         routing, place = self._choose_experts(logits, mask)
         experts, gates = routing.indices[:, :, 0], routing.gates[:, :, 0]
-        run = self._dropless if self.capacity_factor is None else self._within_capacity
-        y = jnp.einsum("bskd,bsk->bsd", run(x, experts, place, kernels), gates.astype(x.dtype))
+        if self.capacity_factor is None:
+            outputs = self._dropless(x, experts, kernels)
+        else:
+            outputs = self._within_capacity(x, experts, place, kernels)
+        y = jnp.einsum("bskd,bsk->bsd", outputs, gates.astype(x.dtype))
 
         real = mask.astype(jnp.float32)
         tokens = jnp.maximum(jnp.sum(real, axis=1), 1.0)
@@ -336,7 +339,6 @@ class MoE(FeedForward):
         self,
         x: Float[Array, "b s d"],
         experts: Int[Array, "b s k"],
-        place: Int[Array, "b s k"],
         kernels: list[Array],
     ) -> Float[Array, "b s k d"]:
         """Outputs of the chosen experts, by grouped products over the choices sorted by expert.

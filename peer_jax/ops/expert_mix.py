@@ -19,7 +19,7 @@ from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.kept import keep
 from peer_jax.ops.reverse_mode import explained, reverse_mode
-from peer_jax.ops.rows import dot_rows, ready, sum_rows
+from peer_jax.ops.rows import cast_whole, dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
 
@@ -132,7 +132,7 @@ def _chunk(indices: Int[Array, "t r"], d: int) -> int:
 
 
 def _xla_forward(x, down, up, indices, gates, activation):
-    u, v = (ready(table, x.dtype, indices.size) for table in (down, up))
+    u, v = (cast_whole(table, x.dtype, indices.size) for table in (down, up))
 
     def body(_, chunk):
         x, indices, gates = chunk
@@ -147,7 +147,7 @@ def _xla_forward(x, down, up, indices, gates, activation):
 def _xla_backward(activation, residuals, dy):
     """With a = act(s) and r = dy . v:  dg = r a,  ds = r g act'(s),  dx = sum ds u,  du_i += ds x,  dv_i += g a dy."""
     x, down, up, indices, gates, s = residuals
-    u, v = (ready(table, x.dtype, indices.size) for table in (down, up))
+    u, v = (cast_whole(table, x.dtype, indices.size) for table in (down, up))
 
     def body(_, chunk):
         indices, gates, s, dy = chunk

@@ -77,11 +77,17 @@ def _sums_of_outer_products(
 
 
 def _primitive(
-    name: str, function: Callable[..., Array], transposes: tuple[Callable[..., Array], Callable[..., Array]]
+    name: str,
+    function: Callable[..., Array],
+    options: tuple[str, ...],
+    transposes: tuple[Callable[..., Array], Callable[..., Array]],
 ) -> Primitive:
-    """``function`` of two arrays in which it is linear, and of sizes of groups; ``transposes`` has a rule for each."""
+    """``function`` of two arrays in which it is linear, of sizes of groups and of ``options``.
+
+    ``transposes`` has a rule for each of the two arrays.
+    """
     primitive = Primitive(name)
-    primitive.def_impl(lambda *arrays, **options: jax.jit(functools.partial(function, **options))(*arrays))
+    primitive.def_impl(jax.jit(function, static_argnames=options))
 
     @primitive.def_abstract_eval
     def abstract(*arrays, **options):
@@ -154,6 +160,7 @@ def _swap(kernels: Array, transposed: bool) -> Array:
 _product = _primitive(
     "grouped_product",
     _products,
+    ("transposed", "tiled"),
     (
         lambda dy, kernels, sizes, rows, *, transposed, tiled: _product.bind(
             dy, kernels, sizes, transposed=not transposed, tiled=tiled
@@ -166,6 +173,7 @@ _product = _primitive(
 _outer = _primitive(
     "grouped_outer_products",
     _sums_of_outer_products,
+    ("dtype", "tiled"),
     (
         lambda d_sums, others, sizes, rows, *, dtype, tiled: _product.bind(
             others, d_sums, sizes, transposed=True, tiled=tiled

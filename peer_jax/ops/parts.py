@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.pairs import Term, chosen_first
-from peer_jax.ops.rows import dot_rows, ready, sum_rows
+from peer_jax.ops.rows import cast_whole, dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import EXPERT, current
 
@@ -60,7 +60,7 @@ class Xla:
     gradients = staticmethod(table_gradients)
 
     def dots(self, x, table, indices):
-        table = ready(table, x.dtype, indices.size)
+        table = cast_whole(table, x.dtype, indices.size)
 
         def body(_: None, chunk: Any) -> tuple[None, Array]:
             x, indices = chunk
@@ -69,7 +69,7 @@ class Xla:
         return scan_chunks(body, None, (x, indices), *_chunks(x.shape[1], indices))[1]
 
     def sums(self, weights, table, indices, dtype):
-        table = ready(table, dtype, indices.size)
+        table = cast_whole(table, dtype, indices.size)
 
         def body(_: None, chunk: Any) -> tuple[None, Array]:
             weights, indices = chunk
@@ -79,21 +79,21 @@ class Xla:
 
     def mix(self, x, down, up, indices, gates, activation):
         pairs = OwnPairs(indices, gates, down)
-        u, v = (ready(table, x.dtype, pairs.expected) for table in (down, up))
+        u_rows, v_rows = (cast_whole(table, x.dtype, pairs.expected) for table in (down, up))
 
         def body(y, token, row, gate, live, place):
-            s = _dot(x[token], u[row].astype(x.dtype))
-            return y.at[token].add(_rows(gate * activation(s), v[row].astype(x.dtype), live), **_IN_ORDER)
+            s = _dot(x[token], u_rows[row].astype(x.dtype))
+            return y.at[token].add(_rows(gate * activation(s), v_rows[row].astype(x.dtype), live), **_IN_ORDER)
 
         return pairs.loop(body, jnp.zeros(x.shape, jnp.float32)), None
 
     def mix_backward(self, x, down, up, indices, gates, activation, kept, dy):
         dtype, pairs = x.dtype, OwnPairs(indices, gates, down)
-        down_ready, up_ready = (ready(table, dtype, pairs.expected) for table in (down, up))
+        u_rows, v_rows = (cast_whole(table, dtype, pairs.expected) for table in (down, up))
 
         def body(carry, token, row, gate, live, place):
             dx, d_gates, d_down, d_up = carry
-            u, v = down_ready[row].astype(dtype), up_ready[row].astype(dtype)
+            u, v = u_rows[row].astype(dtype), v_rows[row].astype(dtype)
             own_x, own_dy = x[token], dy[token]
             s = _dot(own_x, u)
             a, slope = jax.jvp(activation, (s,), (jnp.ones_like(s),))
@@ -112,7 +112,7 @@ class Xla:
 
     def bag(self, values, indices, gates):
         pairs = OwnPairs(indices, gates, values)
-        v = ready(values, gates.dtype, pairs.expected)
+        v = cast_whole(values, gates.dtype, pairs.expected)
 
         def body(y, token, row, gate, live, place):
             return y.at[token].add(_rows(gate, v[row].astype(gates.dtype), live), **_IN_ORDER)
@@ -121,7 +121,7 @@ class Xla:
 
     def bag_backward(self, values, indices, gates, dy):
         pairs = OwnPairs(indices, gates, values)
-        v = ready(values, dy.dtype, pairs.expected)
+        v = cast_whole(values, dy.dtype, pairs.expected)
 
         def body(carry, token, row, gate, live, place):
             d_gates, d_values = carry
@@ -164,7 +164,8 @@ class OwnPairs:
         self._num_rows, self._width = table.shape
         self._gates, self._row = gates.reshape(-1), indices.reshape(-1)
         self._pair, self._count = chosen_first((self._row >= 0) & (self._row < self._num_rows))
-        self.expected = indices.size // current().size(EXPERT)  # pairs, if the rows of all devices are as popular
+        # How many there are if the rows of all devices are equally popular.
+        self.expected = indices.size // (1 if current() is None else current().size(EXPERT))
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
         """``carry = body(carry, token, row, gate, live, place)`` over chunks of this device's pairs.

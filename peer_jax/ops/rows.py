@@ -36,8 +36,8 @@ def sum_rows(
     return jax.lax.platform_dependent(weights.astype(jnp.float32), table, indices, cpu=cpu, default=default)
 
 
-def ready(table: Float[Array, "N d"], dtype: jnp.dtype, pairs: int) -> Float[Array, "N d"]:
-    """The table from which ``pairs`` rows are looked up: in ``dtype`` if a TPU should cast it whole; else as it is."""
+def cast_whole(table: Float[Array, "N d"], dtype: jnp.dtype, pairs: int) -> Float[Array, "N d"]:
+    """The table from which ``pairs`` rows are looked up: in ``dtype`` on a TPU, if there are enough; else as it is."""
     return table.astype(dtype) if _is_for_tpu() and pairs >= CAST_FROM * len(table) else table
 
 

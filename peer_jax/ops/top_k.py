@@ -25,12 +25,13 @@ def top_k_columns(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "k m"], 
 
     1 <= k <= n. -0 ranks below 0. A column that has a NaN gives NaN values, at valid places.
     """
-    if is_for_tpu(x.shape[0], k):
-        return on_tpu.top_k_columns(x, k)
+    ways = {}
+    if is_for_tpu(x.shape[0], k) and x.size:
+        ways["tpu"] = functools.partial(on_tpu.top_k_columns, k=k)
     cpu = on_cpu.by_tournament if on_cpu.is_faster(k, x.shape[1]) else plain
     cuda = by_groups if k <= MOST and x.shape[0] > SORTED else plain
     return jax.lax.platform_dependent(
-        x, cpu=lambda x: cpu(x, k), cuda=lambda x: cuda(x, k), default=lambda x: plain(x, k)
+        x, cpu=lambda x: cpu(x, k), cuda=lambda x: cuda(x, k), default=lambda x: plain(x, k), **ways
     )
 
 
@@ -43,10 +44,15 @@ def take_columns(x: Shaped[Array, "n m"], place: Int[Array, "k m"]) -> Shaped[Ar
 
 def spread_columns(x: Float[Array, "k m"], place: Int[Array, "k m"], n: int) -> Float[Array, "{n} m"]:
     """Adds ``x[i, j]`` at ``[place[i, j], j]``; places must be in range."""
-    if is_for_tpu(n, len(x)):
-        return on_tpu.spread_columns(x, place, n)
-    column = jnp.arange(x.shape[1])[:, None]
-    return jnp.zeros((x.shape[1], n), x.dtype).at[column, place.T].add(x.T, mode="promise_in_bounds").T
+
+    def scattered(x: Array, place: Array) -> Array:
+        column = jnp.arange(x.shape[1])[:, None]
+        return jnp.zeros((x.shape[1], n), x.dtype).at[column, place.T].add(x.T, mode="promise_in_bounds").T
+
+    if not (is_for_tpu(n, len(x)) and x.size):
+        return scattered(x, place)
+    tpu = functools.partial(on_tpu.spread_columns, n=n)
+    return jax.lax.platform_dependent(x, place, tpu=tpu, default=scattered)
 
 
 def is_for_tpu(n: int, k: int) -> bool:

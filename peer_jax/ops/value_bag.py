@@ -17,7 +17,7 @@ from peer_jax.ops.checks import check_arrays, check_indices, check_pairs, drop_i
 from peer_jax.ops.choice import PARTS, choose
 from peer_jax.ops.chunks import chunk_size, scan_chunks
 from peer_jax.ops.reverse_mode import explained, reverse_mode
-from peer_jax.ops.rows import dot_rows, ready, sum_rows
+from peer_jax.ops.rows import cast_whole, dot_rows, sum_rows
 from peer_jax.ops.table_gradients import table_gradients
 from peer_jax.sharding import automatic, split_of
 
@@ -96,7 +96,7 @@ def _xla(values: Float[Array, "N d"], indices: Int[Array, "t r"], gates: Float[A
 
 
 def _xla_forward(values, indices, gates):
-    v = ready(values, gates.dtype, indices.size)
+    v = cast_whole(values, gates.dtype, indices.size)
 
     def body(_, chunk):
         indices, gates = chunk
@@ -110,7 +110,7 @@ def _xla_forward(values, indices, gates):
 def _xla_backward(residuals, dy):
     """dg = dy . v,  dv_i += g dy."""
     values, indices, gates = residuals
-    v = ready(values, gates.dtype, indices.size)
+    v = cast_whole(values, gates.dtype, indices.size)
 
     def body(_, chunk):
         indices, dy = chunk

@@ -27,7 +27,7 @@ _COMPUTATIONS = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ABOUT = re.compile(r'op_name="[^"]*\babout_(\d+)_turns/while"')
+_ABOUT = re.compile(r'op_name="[^"]*\babout_(\d+)_turns\)*/while"')
 
 # Files of the package that serve several parts of the model: what they do counts for their callers.
 _SHARED = ("layers/linear.py", "layers/checks.py", "sharding.py")

@@ -117,9 +117,9 @@ def tpu_slice(name: str) -> TpuSlice:
 def compile_command(device: str, devices: int) -> str:
     """The beginning of the command that compiles for so many devices of a name in ``capacity.DEVICES``.
 
-    It names no shape if there are that many TPUs in no slice.
+    The shape of TPUs is left to the reader if there are that many in no slice.
     """
     kind = device.removeprefix("tpu-")
     slices = (TpuSlice(kind, shape) for shape in GENERATIONS[kind].topologies) if kind in GENERATIONS else ()
     shape = devices if kind == device else next((found.topology for found in slices if found.chips == devices), None)
-    return "peer-jax compile" + (f" --topology {kind}:{shape}" if shape is not None else "")
+    return f"peer-jax compile --topology {kind}:{'SHAPE' if shape is None else shape}"

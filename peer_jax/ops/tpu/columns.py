@@ -5,14 +5,17 @@ Without them, the compiler of TPUs sorts whole columns for ``jax.lax.top_k``, an
 n  elements per column     m  columns
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Columns that a kernel holds at a time, the lanes of a TPU; rows that it compares at a time, and how often before its
 # loop turns; the longest column that fits its fast memory; and the highest k for which k passes are taken to be faster
-# than a sort.
+# than a sort. Rows that are spread at a time.
 LANES, SLICE, UNROLLED, LONGEST, MOST = 128, 32, 32, 8192, 64
+SPREAD = 128
 _MAGNITUDE, _LOWEST = 2**31 - 1, -(2**31)
 
 
@@ -103,13 +106,21 @@ def spread_columns(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(x_ref, place_ref, spread_ref):
-        row = jax.lax.broadcasted_iota(jnp.int32, spread_ref.shape, 0)
-        at = (slice(i, i + 1) for i in range(k))
-        spread_ref[...] = sum(jnp.where(place_ref[i, :] == row, x_ref[i, :], 0) for i in at)
-
     k, m = x.shape
-    width = min(m, LANES)
+    width, size = min(m, LANES), math.gcd(n, SPREAD)
+    size = n if size % 8 else size  # rows of a TPU's registers are eight
+
+    def kernel(x_ref, place_ref, spread_ref):
+        row = jax.lax.broadcasted_iota(jnp.int32, (size, width), 0)
+        at = [slice(i, i + 1) for i in range(k)]
+
+        def spread(number, _):
+            first = pl.multiple_of(number * size, size)
+            rows = (jnp.where(place_ref[i, :] - first == row, x_ref[i, :], 0) for i in at)
+            spread_ref[pl.ds(first, size), :] = sum(rows)
+
+        jax.lax.fori_loop(0, n // size, spread, None)
+
     given = pl.BlockSpec((k, width), lambda column: (0, column))
     return pl.pallas_call(
         kernel,

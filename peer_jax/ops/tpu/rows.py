@@ -8,10 +8,12 @@ that mix tokens are left out: more arithmetic in less time, 2.3 times less for `
 t  tokens     r  rows per token     d  row width     N  rows of the table     g  groups     s  tokens per group
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 GROUP = 8
+BFLOAT16 = jnp.finfo(jnp.bfloat16)
 
 
 def can_multiply(table: Float[Array, "N d"], dtype: jnp.dtype, tokens: int) -> bool:
@@ -29,13 +31,18 @@ def dot_rows(x: Float[Array, "t d"], table: Float[Array, "N d"], indices: Int[Ar
 def sum_rows(
     weights: Float[Array, "t r"], table: Float[Array, "N d"], indices: Int[Array, "t r"]
 ) -> Float[Array, "t d"]:
-    """Weighted sums of each token's rows, in float32. Three bfloat16 terms make up a weight, and lose nothing of it."""
+    """Weighted sums of each token's rows, in float32. Three bfloat16 terms make up a weight, and lose nothing of it.
+
+    Rows of other tokens of the group are multiplied by zero, so a row that is not finite makes all of its group NaN.
+    """
     t, r = indices.shape
     rows = _rows_of_groups(table, indices)
     left, terms = jnp.where(_own(), weights.reshape(-1, 1, GROUP, r), 0).reshape(-1, GROUP, GROUP * r), []
     for _ in range(3):
-        terms.append(left.astype(jnp.bfloat16))
-        left = left - terms[-1].astype(jnp.float32)
+        # XLA could leave out a cast to bfloat16 and its reverse.
+        term = jax.lax.reduce_precision(left, BFLOAT16.nexp, BFLOAT16.nmant)
+        terms.append(term.astype(jnp.bfloat16))
+        left = left - term
     sums = _product("gsp,gpd->gsd", jnp.concatenate(terms, axis=1), rows)
     return jnp.sum(sums.reshape(-1, 3, GROUP, table.shape[1]), axis=1).reshape(t, -1)
 
