@@ -156,7 +156,11 @@ def test_what_experts_and_rows_of_moments_and_remat_change():
 
 @pytest.mark.parametrize(
     ("device", "devices", "flag"),
-    [("tpu-v5p", 64, " --topology v5p:4x4x4"), ("tpu-v6e", 3, ""), ("h200", 16, " --topology h200:16")],
+    [
+        ("tpu-v5p", 64, " --topology v5p:4x4x4"),
+        ("tpu-v6e", 3, " --topology v6e:SHAPE"),
+        ("h200", 16, " --topology h200:16"),
+    ],
 )
 def test_the_command_that_compiles_names_the_devices(device, devices, flag):
     assert compile_command(device, devices) == f"peer-jax compile{flag}"

@@ -74,3 +74,17 @@ def test_only_tpus_get_ragged_products(platform, ragged):
     assert ("ragged_dot" in text) == ragged
     largest = max(math.prod(map(int, shape.split("x"))) for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x\w+>", text))
     assert largest < 5 * 640 * O
+
+
+def test_a_second_product_compiles_nothing(rng):
+    rows = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    kernels, sizes = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32), jnp.asarray([5, 3])
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    grouped_product(rows, kernels, sizes)
+    assert compiled
+    compiled.clear()
+    grouped_product(rows, kernels, sizes)
+    assert not compiled
