@@ -16,6 +16,7 @@ from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
 from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
+from peer_jax.training.touched import TouchedTables, row_gradients, with_changes
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -63,6 +64,7 @@ class Trainer:
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
         optimizer.check(self.labels)
+        self.touched = TouchedTables(abstract if getattr(optimizer, "table_updates", None) == "touched" else None)
         state = jax.eval_shape(functools.partial(optimizer.init, self.labels), params)
         self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, state)
 
@@ -107,9 +109,9 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch, rates: dict[str, Array]) -> tuple[TrainState, Metrics]:
         """The state after one update and the step's metrics. Compile it with the state donated."""
         total = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
-        gradient = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        gradient = functools.partial(self._gradient, total=total)
         if self.accumulation == 1:
-            (_, (metrics, others)), grads = gradient(state.params, state.others, batch)
+            grads, metrics, others = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
@@ -120,15 +122,33 @@ class Trainer:
             )
         return TrainState(state.step + 1, params, others, optimizer), metrics | norms
 
-    def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
-        """A micro-batch's share of the batch's loss."""
-        model = nnx.merge(self.graph, params, others, copy=True)
+    def _gradient(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
+        """The gradient of a micro-batch's share of the batch's loss, the metrics and the new ``others``."""
+        whole, tables = self.touched.split(params)
+        trained = whole, self.touched.changes(tables, batch["inputs"].size)
+        loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
+        return nnx.merge_state(grads, row_gradients(rows, of_changes)), metrics, others
+
+    def _loss(
+        self, trained: tuple[nnx.State, nnx.State], tables: nnx.State, others: nnx.State, batch: Batch, *, total: Array
+    ):
+        """A micro-batch's share of the batch's loss.
+
+        Args:
+            trained: the parameters that are trained whole, and the changes of the tables that are not.
+            tables: these tables.
+            others, batch: the rest of the model's state, and the micro-batch.
+            total: real tokens of the batch.
+        """
+        whole, changes = trained
+        model = nnx.merge(self.graph, whole, with_changes(tables, changes), others, copy=True)
         summed, aux = model.cross_entropy(batch["inputs"], batch["targets"], batch["segment_ids"])
         loss = summed / total
         aux_loss = aux.loss / self.accumulation
-        others = nnx.split(model, nnx.Param, ...)[2]
+        _, params, others = nnx.split(model, nnx.Param, ...)
         share = {name: value / self.accumulation for name, value in aux.metrics.items()}
-        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
+        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others, self.touched.rows(params))
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
         """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows.
@@ -139,7 +159,7 @@ class Trainer:
 
         def add(carry, micro_batch):
             grads, others = carry
-            (_, (metrics, others)), new = gradient(state.params, others, micro_batch)
+            new, metrics, others = gradient(state.params, others, micro_batch)
             return (jax.tree.map(lambda total, g: total + in_float32(g), grads, new), others), metrics
 
         zeros = jax.tree.map(lambda p: in_float32(jnp.zeros_like(p)), state.params)
