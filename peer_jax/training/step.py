@@ -60,11 +60,17 @@ class Trainer:
                 f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the "
                 f"whole batch: {way_out}, or accumulation to 1"
             )
+        by_rows = getattr(optimizer, "table_updates", None) == "touched"
+        self.touched = TouchedTables(abstract if by_rows else None)
+        if accumulation > 1 and self.touched:
+            raise InputError(
+                f"accumulation={accumulation} can't add up the gradients of the rows that each micro-batch touches: "
+                "set AdamW.table_updates to 'all', or accumulation to 1"
+            )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
         optimizer.check(self.labels)
-        self.touched = TouchedTables(abstract if getattr(optimizer, "table_updates", None) == "touched" else None)
         state = jax.eval_shape(functools.partial(optimizer.init, self.labels), params)
         self._shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, others, state)
 
@@ -88,6 +94,11 @@ class Trainer:
     def shardings(self) -> TrainState | None:
         """The sharding of each array of the state in the placement in use; None on one device."""
         placement = current()
+        if placement is not None and self.touched:
+            raise InputError(
+                f"AdamW.table_updates='touched' works on one device, not on a mesh of {placement.mesh.size}: set it to "
+                "'all', or sizes of Sharding that use one device"
+            )
         return None if placement is None else placement.shardings(self._shapes)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -28,7 +27,7 @@ class RowGradients(NamedTuple):
 
 
 class TouchedTables:
-    """The tables of a model that are trained by touched rows: those whose layers allow it; none if ``model`` is None."""
+    """The tables of a model that are trained by touched rows, those whose layers allow it; no model has none."""
 
     def __init__(self, model: Transformer | None) -> None:
         self._most: dict[Path, Callable[[int], int]] = {}

@@ -66,6 +66,6 @@ def update_touched_rows(
         gradient: one row for each of these.
     """
     # All rows are read before any is written back: otherwise XLA would copy a table to read the old rows from.
-    part = jax.tree.map(lambda a: take_rows(a, rows), tables)
-    new, sums = jax.lax.optimization_barrier(update(*jax.lax.optimization_barrier((*part, gradient))))
+    part = jax.lax.optimization_barrier(jax.tree.map(lambda a: take_rows(a, rows), tables))
+    new, sums = update_by_rows(update, part, gradient)
     return jax.tree.map(lambda a, b: put_rows(a, rows, b), others, new), sums
