@@ -1,6 +1,7 @@
 """Steps on the rows that a batch touches: equal to steps on whole tables, and without a gradient of a table's size."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -37,9 +38,9 @@ def _standard_promotion():
         yield
 
 
-def trainer(table_updates, layer, *, d=8, blocks=1, sparse_blocks="all", remat=False, accumulation=1, **sizes):
+def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, **sizes):
     def build(*, rngs):
-        options = {"sparse_blocks": sparse_blocks, "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
+        options = {"sparse_blocks": "all", "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
         sparse = functools.partial(layer, **sizes)
         return Transformer(V, d, blocks, 2, ffw=Dense, sparse_ffw=sparse, **options, rngs=rngs)
 
@@ -63,12 +64,11 @@ def tables(state):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(-2, 11), min_size=1, max_size=12), st.integers(0, 3))
-def test_touched_rows_are_numpy_s_unique_ones(indices, more):
+@given(st.lists(st.integers(-2, 11), min_size=8, max_size=8), st.sampled_from((8, 9)))
+def test_touched_rows_are_numpy_s_unique_ones(indices, most):
     """Rows and places; an index outside of the table, of 10 rows, has a place outside of the compact one."""
     valid = [i for i in indices if 0 <= i < 10]
     unique = np.unique(valid).astype(int)
-    most = max(1, len(unique) + more)
     rows, slots = touched_rows(jnp.asarray(indices, jnp.int32), 10, most)
     assert rows[: len(unique)].tolist() == unique.tolist()
     assert rows[len(unique) :].tolist() == [10 + i for i in range(len(unique), most)]
@@ -85,10 +85,10 @@ def test_touched_rows_are_numpy_s_unique_ones(indices, more):
 
 
 CASES = {
-    "two blocks, remat, rows in common": (PEER, {"num_heads": 2, "top_k": 2, "blocks": 3, "remat": True}, 64, (2, 5)),
-    "k=1": (PKM, {"num_heads": 2, "top_k": 1}, 64, (2, 3)),
-    "one token": (PEER, {"num_heads": 1, "top_k": 1, "query_norm": "layer"}, 16, (1, 1)),
+    "two blocks, remat": (PEER, {"num_heads": 2, "top_k": 2, "blocks": 2, "remat": True}, 64, (2, 5)),
+    "one token, k=1": (PKM, {"num_heads": 1, "top_k": 1, "query_norm": "layer"}, 16, (1, 1)),
     "all rows": (PKM, {"num_heads": 1, "top_k": 4}, 4, (2, 3)),
+    "accumulated": (PEER, {"num_heads": 2, "top_k": 2, "query_norm": "layer"}, 64, (4, 3)),
 }
 
 
@@ -96,10 +96,10 @@ CASES = {
 def test_ten_steps_equal_those_on_whole_tables(case):
     """Parameters, moments and metrics; some rows are touched again after steps without them, some never."""
     layer, options, num_experts, size = CASES[case]
-    blocks = {"sparse_blocks": [0, 2]} if "blocks" in options else {}
     states, metrics, history = {}, {}, []
     for updates in ("all", "touched"):
-        made = trainer(updates, layer, num_experts=num_experts, d_key=4, **options, **blocks)
+        accumulation = 2 if (case, updates) == ("accumulated", "touched") else 1
+        made = trainer(updates, layer, num_experts=num_experts, d_key=4, accumulation=accumulation, **options)
         state, step = made.init(0), made.compiled_step()
         for index in range(10):
             if updates == "touched":
@@ -111,11 +111,12 @@ def test_ten_steps_equal_those_on_whole_tables(case):
     assert max(relative_error(ours, whole) for ours, whole in pairs) < EQUAL
     for ours, whole in zip(metrics["touched"], metrics["all"], strict=True):
         assert ours.keys() == whole.keys()
-        assert max(relative_error(ours[name], whole[name]) for name in ours if np.any(whole[name])) < EQUAL
+        for name in ("loss", "grad_norm", "update_norm", "param_norm"):
+            assert relative_error(ours[name], whole[name]) < EQUAL, name
 
     history.append(tables(states["touched"]))
     for name in history[0]:
-        moved = np.array([np.any(b[name] != a[name], axis=1) for a, b in zip(history, history[1:], strict=False)])
+        moved = np.array([np.any(b[name] != a[name], axis=1) for a, b in itertools.pairwise(history)])
         assert moved.any()
         if case == "all rows":
             assert moved.all()
@@ -125,9 +126,8 @@ def test_ten_steps_equal_those_on_whole_tables(case):
 
 
 def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():
-    made = {
-        updates: trainer(updates, PEER, num_experts=64, num_heads=2, top_k=2, d_key=4) for updates in ("all", "touched")
-    }
+    sizes = {"num_experts": 64, "num_heads": 2, "top_k": 2, "d_key": 4}
+    made = {updates: trainer(updates, PEER, **sizes) for updates in ("all", "touched")}
     state, data, total = made["all"].init(0), batch(0, 2, 5), jnp.float32(6)
     gradient = {name: jax.jit(functools.partial(t._gradient, total=total)) for name, t in made.items()}
 
@@ -146,7 +146,7 @@ def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():
         assert not np.any(np.asarray(values)[count:])
 
         direction = np.random.default_rng(1).normal(size=dense.shape).astype(np.float32)
-        size = 1e-2  # float32: roundings of the loss, 1e-7, over it; and its square
+        size = 1e-2
 
         def shifted(sign, name=name, direction=direction, size=size):
             params = jax.tree.map(lambda p: p, state.params)
@@ -155,11 +155,12 @@ def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():
             return loss(params)
 
         slope = (shifted(1) - shifted(-1)) / (2 * size)
-        assert abs(slope - np.sum(scattered * direction)) < 1e-3 * np.linalg.norm(scattered)
+        # Ten roundings of a loss near 3, 2e-6, over twice the size are 1e-4; the norms are 0.1.
+        assert abs(slope - np.sum(scattered * direction)) < 1e-2 * np.linalg.norm(scattered)
 
 
 def test_the_program_has_no_array_of_a_table_s_size_but_the_table():
-    """Tables are arguments, and what is scattered into them in place; the step on whole tables has other such arrays."""
+    """But for what is scattered into it in place. The step on whole tables has other arrays of its size."""
     N, D = 4096, 32
     found, temporary = {}, {}
     for updates in ("all", "touched"):
@@ -189,7 +190,7 @@ class Lookup(FeedForward):
         self.rows = Table(jnp.ones((4, d_model), param_dtype), axes=("rows", "columns"))
 
     def __call__(self, x, mask=None):
-        return x * jnp.mean(self.rows[...], axis=0), Aux(jnp.zeros(()), {})
+        return x * jnp.mean(self.rows[...], axis=0)[None, None], Aux(jnp.zeros(()), {})
 
 
 class Promising(Lookup):
@@ -215,8 +216,6 @@ def test_what_can_t_be_done_by_rows_is_refused_with_a_way_out():
     sizes = {"num_experts": 16, "num_heads": 1, "top_k": 2, "d_key": 4, "query_norm": "layer"}
     with pytest.raises(InputError, match=r"reads a whole table.*retrieved.*table_updates='all'"):
         traced(trainer("touched", Promising))
-    with pytest.raises(InputError, match=r"accumulation=2 .*table_updates to 'all', or accumulation to 1"):
-        trainer("touched", PEER, accumulation=2, **sizes)
     made = trainer("touched", PEER, **sizes)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     with use(Placement(mesh, "rows")), pytest.raises(InputError, match=r"one device, not on a mesh of 1: .*'all'"):

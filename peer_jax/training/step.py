@@ -15,8 +15,8 @@ from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
-from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
-from peer_jax.training.touched import TouchedTables, row_gradients, with_changes
+from peer_jax.training.optimizer import NORMS, Optimizer, label_params
+from peer_jax.training.touched import TouchedTables, row_gradients, sum_of_gradients, with_changes
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -62,11 +62,6 @@ class Trainer:
             )
         by_rows = getattr(optimizer, "table_updates", None) == "touched"
         self.touched = TouchedTables(abstract if by_rows else None)
-        if accumulation > 1 and self.touched:
-            raise InputError(
-                f"accumulation={accumulation} can't add up the gradients of the rows that each micro-batch touches: "
-                "set AdamW.table_updates to 'all', or accumulation to 1"
-            )
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
@@ -171,8 +166,8 @@ class Trainer:
         def add(carry, micro_batch):
             grads, others = carry
             new, metrics, others = gradient(state.params, others, micro_batch)
-            return (jax.tree.map(lambda total, g: total + in_float32(g), grads, new), others), metrics
+            return (jax.tree.map(sum_of_gradients, state.params, grads, new), others), metrics
 
-        zeros = jax.tree.map(lambda p: in_float32(jnp.zeros_like(p)), state.params)
+        zeros = self.touched.zero_gradients(state.params, batch["inputs"].size)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others

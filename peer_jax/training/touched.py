@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.layers.interface import Table
 from peer_jax.layers.touched import TouchedTable
 from peer_jax.models import Transformer
+from peer_jax.ops.touched import touched_rows
 
 Path = tuple[str | int, ...]
 
@@ -52,6 +53,18 @@ class TouchedTables:
 
         return nnx.map_state(of, tables)
 
+    def zero_gradients(self, params: nnx.State, tokens: int) -> nnx.State:
+        """Gradients of zero in float32, with room for those of the rows that ``tokens`` tokens touch."""
+
+        def of(path: Path, parameter: nnx.Variable) -> nnx.Variable:
+            if path not in self._most:
+                return parameter.replace(jnp.zeros(parameter.shape, jnp.float32))
+            (num_rows, d), most = parameter.shape, self._most[path](tokens)
+            rows = jnp.arange(num_rows, num_rows + most, dtype=jnp.int32)
+            return parameter.replace(RowGradients(rows, jnp.zeros((most, d), jnp.float32)))
+
+        return nnx.map_state(of, params)
+
     def rows(self, params: nnx.State) -> nnx.State:
         """The numbers of the rows that a model has retrieved from these tables, from its parameters after a call."""
         return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), self.split(params)[1])
@@ -65,6 +78,16 @@ def with_changes(tables: nnx.State, changes: nnx.State) -> nnx.State:
 def row_gradients(rows: nnx.State, of_changes: nnx.State) -> nnx.State:
     """The gradients of tables, from those of their changes and the rows that were changed."""
     return _zipped(RowGradients, rows, of_changes)
+
+
+def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array | RowGradients) -> Array | RowGradients:
+    """The sum of two gradients of a parameter in the type of ``total``, which has room for the rows of both."""
+    if not isinstance(total, RowGradients):
+        return total + more.astype(total.dtype)
+    most = total.rows.size
+    rows, slots = touched_rows(jnp.concatenate([total.rows, more.rows]), parameter.shape[0], most)
+    values = jnp.concatenate([total.values, more.values.astype(total.values.dtype)])
+    return RowGradients(rows, jnp.zeros_like(total.values).at[slots].add(values, mode="drop"))
 
 
 def _zipped(join: Callable, first: nnx.State, second: nnx.State) -> nnx.State:
