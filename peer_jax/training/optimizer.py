@@ -61,6 +61,9 @@ class Optimizer(Protocol):
         The scalars must include the global norms of ``NORMS``: a run that finds the norm of the gradient or of the new
         parameters not finite stops before it saves them. The call is traced, and the old parameters and state are
         donated.
+
+        An optimiser with an attribute ``table_updates`` of "touched" gets the gradients of those tables whose layers
+        retrieve rows as ``peer_jax.training.touched.RowGradients``; any other gets arrays alone.
         """
         ...
 
