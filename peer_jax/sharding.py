@@ -185,6 +185,8 @@ class Placement:
         def of(path: tuple, leaf: Any) -> Any:
             if not _is_variable(leaf):
                 return PartitionSpec()
+            if leaf.get_value() is None:  # a moment that a table doesn't have
+                return leaf
             axes = leaf.get_metadata().get("axes", ())
             shape = leaf.get_value().shape
             name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -25,6 +25,14 @@ from peer_jax.sharding import AXES, Placement, use
 from peer_jax.training import loop
 from peer_jax.training.optimizer import AdamW, Optimizer, label_params
 
+TOUCHED_OPTIONS = {
+    "learning_rate": 0.01,
+    "table_b1": 0.0,
+    "table_second_moment": "row",
+    "table_updates": "touched",
+}
+TOUCHED = AdamW(**TOUCHED_OPTIONS)
+
 
 @pytest.fixture(autouse=True)
 def _standard_promotion():
@@ -174,12 +182,13 @@ def numpy_adamw(params, gradients, optimizer, rates):
             same_group = [gradient[other].astype(np.float64) for other in params if GROUP[other] == GROUP[name]]
             norm = math.sqrt(sum((g**2).sum() for g in same_group))
             g = gradient[name].astype(np.float64) * (1.0 if clip is None else min(1.0, clip / (norm or 1.0)))
-            first[name] = optimizer.b1 * first[name] + (1 - optimizer.b1) * g
+            b1 = optimizer.table_b1 if table and optimizer.table_b1 is not None else optimizer.b1
+            first[name] = b1 * first[name] + (1 - b1) * g
             square = g**2
             if table and optimizer.table_second_moment == "row":
                 square = square.mean(axis=-1, keepdims=True)
             second[name] = optimizer.b2 * second[name] + (1 - optimizer.b2) * square
-            m, v = first[name] / (1 - optimizer.b1**t), second[name] / (1 - optimizer.b2**t)
+            m, v = first[name] / (1 - b1**t), second[name] / (1 - optimizer.b2**t)
             update = m / (np.sqrt(v) + optimizer.eps) + (decay * p if p.ndim > 1 else 0.0)
             params[name] = p - rate[GROUP[name]] * update
     return params
@@ -209,6 +218,9 @@ def three_steps(rng, optimizer, gradients=None):
         {"clip_norm": 2.0, "table_clip_norm": None, "weight_decay": 0.0},
         {"clip_norm": 1e3, "table_clip_norm": 1e3, "b1": 0.5, "b2": 0.7, "eps": 0.1},
         {"table_second_moment": "row"},
+        {"table_second_moment": "row", "table_b1": 0.0},
+        {"table_b1": 0.0, "table_weight_decay": 0.3},
+        {"table_b1": 0.5},
     ],
 )
 def test_three_updates_equal_numpy_s(rng, options):
@@ -314,6 +326,11 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
         ({"learning_rate": 0.1, "warmup_steps": -1}, "warmup_steps=-1"),
         ({"learning_rate": 0.1, "table_second_moment": "column"}, "table_second_moment='column'"),
         ({"learning_rate": 0.1, "rounding": "up"}, "rounding='up'"),
+        ({"learning_rate": 0.1, "table_b1": 1.0}, "table_b1=1.0"),
+        ({"learning_rate": 0.1, "table_updates": "some"}, "table_updates='some'"),
+        ({"learning_rate": 0.1, "table_updates": "touched"}, "table_b1=None changes them: set it to 0"),
+        (TOUCHED_OPTIONS | {"table_second_moment": "element"}, "table_second_moment='element' changes them"),
+        (TOUCHED_OPTIONS | {"table_weight_decay": 0.1}, "table_weight_decay=0.1 changes them"),
         ({"learning_rate": 0.1, "final_fraction": 1.5}, "final_fraction=1.5"),
         ({"learning_rate": 0.1, "final_fraction": -0.5}, "final_fraction=-0.5"),
     ],
@@ -412,8 +429,8 @@ def die_at(monkeypatch, step):
 @pytest.mark.usefixtures("trains")
 @pytest.mark.parametrize(
     ("optimizer", "param_dtype"),
-    [(Sgd(), "float32"), (Lion(), "float32"), (AdamW(learning_rate=0.01), "bfloat16")],
-    ids=["sgd", "lion", "compensated"],
+    [(Sgd(), "float32"), (Lion(), "float32"), (AdamW(learning_rate=0.01), "bfloat16"), (TOUCHED, "bfloat16")],
+    ids=["sgd", "lion", "compensated", "touched"],
 )
 def test_any_optimizer_trains_is_killed_and_goes_on_to_the_same(tiny, tmp_path, monkeypatch, optimizer, param_dtype):
     assert isinstance(optimizer, Optimizer)

@@ -34,7 +34,10 @@ SYMBOLS = {"tokens": "T", "d_model": "d", "num_experts": "N", "num_heads": "h", 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one program computes; ``layer`` is the class to build, None for an op."""
+    """What one program computes; ``layer`` is the class to build, None for an op.
+
+    With ``table_updates="touched"``, a step's tables have one second moment per row and no first moment.
+    """
 
     what: str
     name: str
@@ -49,6 +52,7 @@ class Case:
     table_dtype: str = "float32"
     implementation: str = "xla"
     layer: type[FeedForward] | None = None
+    table_updates: str = "all"
 
     @property
     def sizes(self) -> dict[str, int | str]:
@@ -65,7 +69,8 @@ class Case:
     @property
     def problem(self) -> tuple:
         """What competitors share: the case without its implementation and without sizes that don't matter."""
-        return (self.what, self.name, self.direction, self.dtype, self.table_dtype, *self.sizes.items())
+        types = self.dtype, self.table_dtype
+        return (self.what, self.name, self.direction, *types, self.table_updates, *self.sizes.items())
 
     def described(self) -> dict[str, Any]:
         """The fields as plain values, without the class."""
@@ -85,6 +90,7 @@ def cases(
     top_k: Sequence[int],
     dtype: str,
     table_dtype: str,
+    table_updates: str = "all",
 ) -> Iterator[list[Case]]:
     """Yields the competitors of each problem (direction and sizes): a case per implementation. Problems are unique."""
     if layer is not None and "implementation" not in arguments_of(layer):
@@ -92,7 +98,8 @@ def cases(
     seen = set()
     for direction in (BOTH,) if what == "step" else DIRECTIONS:
         for sizes in itertools.product(tokens, d_model, num_experts, heads, top_k):
-            case = Case(what, name, direction, *sizes, dtype=dtype, table_dtype=table_dtype, layer=layer)
+            types = {"dtype": dtype, "table_dtype": table_dtype}
+            case = Case(what, name, direction, *sizes, **types, layer=layer, table_updates=table_updates)
             retrieves = {"N", "k"} <= case.sizes.keys()
             if case.problem in seen or (retrieves and case.top_k > case.num_experts):
                 continue

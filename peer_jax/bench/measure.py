@@ -57,6 +57,7 @@ class Options:
         dtype: type of tokens and computation.
         table_dtype: type of tables and, for a layer, of all parameters.
         implementation: the implementations of the ops that compete.
+        table_updates: how steps update tables, "all" or "touched", see ``AdamW``; each is measured.
         against: "pytorch" compares with the layer of PEER-pytorch, given the same weights.
         repeats: samples of each competitor.
         quick: one small size, few repeats.
@@ -73,6 +74,7 @@ class Options:
     dtype: str = "float32"
     table_dtype: str = "float32"
     implementation: Sequence[str] = ()
+    table_updates: Sequence[str] = ()
     against: str | None = None
     repeats: int = 5
     quick: bool = False
@@ -86,6 +88,10 @@ class Options:
             _check_one("only", name, tuple(self._known()))
         for value in self.implementation:
             check_implementation(value)
+        for value in self.table_updates:
+            _check_one("table_updates", value, ("all", "touched"))
+            if self.what != "step":
+                raise InputError("only a step updates tables: use what='step'", argument="what")
         for name in ("tokens", "d_model", "num_experts", "heads", "top_k"):
             for value in getattr(self, name):
                 if value < 1:
@@ -143,7 +149,9 @@ class Options:
             usual_sizes = defaults | ({"num_experts": own} if own else {})
             sizes = {size: getattr(self, size) or values for size, values in usual_sizes.items()}
             types = {"dtype": self.dtype, "table_dtype": self.table_dtype}
-            found += cases(self.what, name, layer, implementations, **sizes, **types)
+            for updates in self.table_updates or ("all",):
+                shown = f"{name} on touched rows" if updates == "touched" else name
+                found += cases(self.what, shown, layer, implementations, **sizes, **types, table_updates=updates)
         if not found:
             raise InputError("nothing is left to measure: top_k is more than num_experts in all combinations")
         return found

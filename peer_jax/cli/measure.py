@@ -73,6 +73,10 @@ def bench(
         list[str],
         typer.Option(metavar="NAME", help="An implementation of the ops, such as 'reference' or 'xla'; repeatable."),
     ] = [],  # noqa: B006
+    table_updates: Annotated[
+        list[str],
+        typer.Option(metavar="all|touched", help="How a step updates tables, as AdamW.table_updates; repeatable."),
+    ] = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
     dtype: Annotated[
         str, typer.Option(help="Type of tokens and computation: float32, bfloat16 or float16.")
@@ -114,6 +118,7 @@ def bench(
         dtype=dtype,
         table_dtype=table_dtype,
         implementation=implementation,
+        table_updates=table_updates,
         against=against,
         repeats=repeats,
         quick=quick,

@@ -185,6 +185,14 @@ class FeedForward(nnx.Module):
         """The parameters that one token uses."""
         return self.num_params()
 
+    def rows_touched(self, tokens: int) -> int | None:
+        """The most rows of each of its tables that ``tokens`` tokens retrieve.
+
+        A layer that defines it reads its tables through ``peer_jax.layers.touched.retrieved``. None, the default, means
+        that it reads whole tables: their gradients and updates are those of all rows.
+        """
+        return None
+
     def exchanged(self, load: DeviceLoad) -> Collectives | None:
         """What a micro-batch exchanges, forward and backward, for parameters that are split over ``expert``.
 

@@ -12,6 +12,7 @@ from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_function, initial, real_tokens
 from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.layers.touched import retrieved
 from peer_jax.ops import expert_mix, floor, traffic
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.traffic import FLOAT, Collectives
@@ -91,16 +92,21 @@ class PEER(ProductKeyRetrieval):
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        routing = self._route(x, mask, self.query_norm)
+        indices, gates = routing = self._route(x, mask, self.query_norm)
+        indices, down, up = retrieved(indices, self.down, self.up)
         y = expert_mix(
             x.astype(self.dtype or x.dtype),
-            self.down[...],
-            self.up[...],
-            *routing,
+            down,
+            up,
+            indices,
+            gates,
             ACTIVATIONS[self.activation],
             implementation=self.implementation,
         )
         return y, self._aux(routing, mask)
+
+    def rows_touched(self, tokens: int) -> int:
+        return self._rows_touched(tokens)
 
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 4 * self.num_heads * self.top_k * self.d_model

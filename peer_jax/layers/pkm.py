@@ -12,6 +12,7 @@ from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_function, initial, real_tokens
 from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.layers.touched import retrieved
 from peer_jax.ops import floor, traffic, value_bag
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.traffic import Collectives
@@ -68,10 +69,12 @@ class PKM(ProductKeyRetrieval):
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
         indices, gates = routing = self._route(x, mask, self.query_norm)
-        y = value_bag(
-            self.values[...], indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation
-        )
+        indices, values = retrieved(indices, self.values)
+        y = value_bag(values, indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation)
         return y, self._aux(routing, mask)
+
+    def rows_touched(self, tokens: int) -> int:
+        return self._rows_touched(tokens)
 
     def flops_per_token(self, seq_len: int) -> float:
         return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model

@@ -153,6 +153,9 @@ class ProductKeyRetrieval(FeedForward):
         idle = max(0, self.num_experts - self.num_heads * self.top_k)
         return self.num_params() - self.num_tables * idle * self.d_model
 
+    def _rows_touched(self, tokens: int) -> int:
+        return min(self.num_experts, tokens * self.num_heads * self.top_k)
+
     def _exchanged(self, step: Callable[..., Collectives], load: DeviceLoad, gate_size: int) -> Collectives:
         """What ``step``, a function of ``traffic``, exchanges for the subclass's tables."""
         sizes = load.tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, load.expert, load.copies

@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from peer_jax.errors import InputError
+from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_positive
 from peer_jax.layers.interface import Table
 from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
 from peer_jax.training import rounding
-from peer_jax.training.update_by_rows import update_by_rows
+from peer_jax.training.touched import RowGradients
+from peer_jax.training.update_by_rows import update_by_rows, update_touched_rows
 
 BACKBONE = "backbone"
 NORMS = ("grad_norm", "update_norm", "param_norm")
@@ -59,6 +61,9 @@ class Optimizer(Protocol):
         The scalars must include the global norms of ``NORMS``: a run that finds the norm of the gradient or of the new
         parameters not finite stops before it saves them. The call is traced, and the old parameters and state are
         donated.
+
+        An optimiser with an attribute ``table_updates`` of "touched" gets the gradients of those tables whose layers
+        retrieve rows as ``peer_jax.training.touched.RowGradients``; any other gets arrays alone.
         """
         ...
 
@@ -70,6 +75,24 @@ class Compensated(NamedTuple):
     mu: nnx.State
     nu: nnx.State
     lost: nnx.State
+
+
+class WithoutFirstMoment(NamedTuple):
+    """The state if tables have no first moment: ``mu`` is None for them.
+
+    ``lost`` is that of ``Compensated``, or None. ``squares`` is the sum of the squared parameters of each table, so
+    that the norm of the parameters is known without reading whole tables: a float32 number, and what it has lost to
+    rounding.
+    """
+
+    count: Array
+    mu: nnx.State
+    nu: nnx.State
+    lost: nnx.State | None
+    squares: dict[str, Float[Array, "2"]]
+
+
+State = optax.ScaleByAdamState | Compensated | WithoutFirstMoment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +112,9 @@ class AdamW:
         weight_decay, table_weight_decay: multiplied by the rate.
         table_second_moment: "element" for Adam's, or "row" for a single one per row of a table, the running mean of the
             row's mean squared gradient, which halves the optimiser's memory (docs/log.md).
+        table_b1: b1 of the tables; None: ``b1``. With 0, tables have no first moment, and no memory for it.
+        table_updates: "all": gradients and updates of whole tables; "touched": those of the rows that the batch
+            retrieves, which is the same update (``update``). None: "all".
         rounding: how parameters in bfloat16 are rounded after an update (docs/performance.md). "compensated": to the
             nearest value, and what is lost is kept in bfloat16 for the next update; "nearest": an update of less than
             1/512 of a parameter is lost. None: "compensated".
@@ -108,6 +134,8 @@ class AdamW:
     weight_decay: float = 0.1
     table_weight_decay: float = 0.0
     table_second_moment: str = "element"
+    table_b1: float | None = None
+    table_updates: Placed[str | None] = None
     rounding: str | None = None
     clip_norm: float | None = 1.0
     table_clip_norm: float | None = 1.0
@@ -132,9 +160,17 @@ class AdamW:
                 raise InputError(f"{name}={getattr(self, name)} must be finite and not negative")
         if not 0 <= self.final_fraction <= 1:
             raise InputError(f"final_fraction={self.final_fraction} must lie in [0, 1]")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("b1", "b2", "table_b1"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise InputError(f"{name}={value} must lie in [0, 1)")
+        check_choice("table_updates", self.table_updates, (None, "all", "touched"))
+        needed = {"table_b1": 0, "table_second_moment": "row", "table_weight_decay": 0}
+        for name, value in needed.items() if self.table_updates == "touched" else ():
+            if getattr(self, name) != value:
+                raise InputError(
+                    f"AdamW.table_updates='touched' leaves rows as they are that a batch does not touch, but "
+                    f"{name}={getattr(self, name)!r} changes them: set it to {value!r}, or table_updates to 'all'"
+                )
 
     def schedule(self, step: int, steps: int) -> float:
         """The rate of update ``step``, counted from 0, in a run of ``steps``, relative to the peak."""
@@ -165,7 +201,7 @@ class AdamW:
         if unknown := sorted(named.keys() - set(jax.tree.leaves(labels))):
             raise InputError(f"table_learning_rate has a rate for {unknown[0]!r}, but the model has no such table")
 
-    def init(self, labels: nnx.State, params: nnx.State) -> "optax.ScaleByAdamState | Compensated":
+    def init(self, labels: nnx.State, params: nnx.State) -> State:
         """The moments of the gradients before the first step, and what parameters have lost to rounding so far.
 
         Raises:
@@ -181,42 +217,60 @@ class AdamW:
         if self.table_second_moment == "row":
             by_row = jax.tree.map(lambda label, nu: nu if label == BACKBONE else nu[:, :1], labels, state.nu)
             state = state._replace(nu=by_row)
-        if in_bfloat16 and self.rounding in (None, "compensated"):
-            return Compensated(*state, jax.tree.map(jnp.zeros_like, params))
-        return state
+        compensates = in_bfloat16 and self.rounding in (None, "compensated")
+        lost = jax.tree.map(jnp.zeros_like, params) if compensates else None
+        if self.table_b1 == 0:
+            mu = jax.tree.map(lambda label, mu: mu if label == BACKBONE else None, labels, state.mu)
+            leaves = jax.tree.leaves(params)
+            squares = {name: _plus(jnp.zeros(2), _sum_of_squares(leaves[place])) for place, name in _tables(labels)}
+            return WithoutFirstMoment(state.count, mu, state.nu, lost, squares)
+        return Compensated(*state, lost) if compensates else state
 
     def update(
         self,
         labels: nnx.State,
         params: nnx.State,
         grads: nnx.State,
-        state: "optax.ScaleByAdamState | Compensated",
+        state: State,
         rates: Mapping[str, Array | float],
-    ) -> tuple[nnx.State, "optax.ScaleByAdamState | Compensated", dict[str, Float[Array, ""]]]:
-        """Parameters and state after a step, and the global norms of gradient, update and parameters."""
+    ) -> tuple[nnx.State, State, dict[str, Float[Array, ""]]]:
+        """Parameters and state after a step, and the global norms of gradient, update and parameters.
+
+        With ``table_b1=0`` and ``table_second_moment="row"``, a row u of a table with the gradient g and its second
+        moment n change as follows in step t: n <- b2 n + (1 - b2) mean(g^2), u <- u - rate g / (sqrt(n / (1 - b2^t)) +
+        eps). Without a gradient n only decays and u stays as it is, which is what ``table_updates="touched"`` rests
+        upon. The norm of the gradient, by which it is clipped, is that of the touched rows too.
+        """
         label, treedef = jax.tree.flatten(labels)
-        squares = [_sum_of_squares(g) for g in treedef.flatten_up_to(grads)]
+        squares = [
+            _sum_of_squares(g.values if isinstance(g, RowGradients) else g) for g in treedef.flatten_up_to(grads)
+        ]
         clip = {
             group: _clip(self._clip_norm(group), sum(s for s, of in zip(squares, label, strict=True) if of == group))
             for group in sorted(set(label))
         }
 
-        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array, mu: Array, nu: Array, lost: Any):
+        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array | RowGradients, mu: Any, nu: Array, lost: Any):
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
             moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
+            by_rows = isinstance(g, RowGradients)
 
-            def part(tables: tuple, g: Array, clip: Array, rate: Array, count: Array):
-                def step(p: Array, mu: Array, nu: Array, lost: Array | None, g: Array):
+            def part(tables: tuple, g: Array | RowGradients, clip: Array, rate: Array, count: Array):
+                def step(p: Array, mu: Array | None, nu: Array, lost: Array | None, g: Array):
                     moments = optax.ScaleByAdamState(count, mu, nu)
-                    direction, after = self._direction(in_float32(g) * clip, moments, spec)
+                    direction, after = self._direction(in_float32(g) * clip, moments, self._b1(group), spec)
                     exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
                     u = -rate * (direction + decay * exact)
                     if lost is not None:
                         new, lost = rounding.compensated(exact + u, p.dtype)
                     else:
                         new = (exact + u).astype(p.dtype)
-                    return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), _sum_of_squares(new)])
+                    squares = _change_of_squares(p, new) if by_rows else _sum_of_squares(new)
+                    return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), squares])
 
+                if by_rows:
+                    p, mu, nu, lost = tables
+                    return update_touched_rows(step, tables, (p, mu, self.b2 * nu, lost), *g)
                 new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
@@ -226,26 +280,44 @@ class AdamW:
             return update((p, mu, nu, lost), g, clip[group], rate, state.count)
 
         trees = [treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu)]
-        lost = treedef.flatten_up_to(state.lost) if isinstance(state, Compensated) else [None] * len(label)
-        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, lost, strict=True)), strict=True)
-        params, mu, nu, lost = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
-        update_norm, param_norm = jnp.sqrt(sum(sums))
-        norms = {"grad_norm": jnp.sqrt(sum(squares)), "update_norm": update_norm, "param_norm": param_norm}
-        after = optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
-        return params, Compensated(*after, lost) if isinstance(state, Compensated) else after, norms
+        lost = getattr(state, "lost", None)
+        losses = [None] * len(label) if lost is None else treedef.flatten_up_to(lost)
+        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, losses, strict=True)), strict=True)
+        params, mu, nu, losses = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
+        update_squares, param_squares = map(list, zip(*sums, strict=True))
+        moments = optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+        if isinstance(state, WithoutFirstMoment):
+            before, known = state.squares, {}
+            for place, name in _tables(labels):
+                by_rows = isinstance(trees[2][place], RowGradients)
+                known[name] = _plus(before[name] if by_rows else jnp.zeros(2), param_squares[place])
+                param_squares[place] = known[name][0]
+            after = WithoutFirstMoment(*moments, None if lost is None else losses, known)
+        else:
+            after = moments if lost is None else Compensated(*moments, losses)
+        norms = {"grad_norm": squares, "update_norm": update_squares, "param_norm": param_squares}
+        return params, after, {name: jnp.sqrt(sum(each)) for name, each in norms.items()}
 
     def _direction(
-        self, g: Array, state: optax.ScaleByAdamState, spec: PartitionSpec
+        self, g: Array, state: optax.ScaleByAdamState, b1: float, spec: PartitionSpec
     ) -> tuple[Array, optax.ScaleByAdamState]:
-        """The direction of Adam's update, with a second moment per element or per row, whichever the state has."""
-        if state.nu.shape == g.shape:
-            return optax.scale_by_adam(self.b1, self.b2, self.eps).update(g, state)
+        """The direction of Adam's update, with the moments that the state has.
+
+        The second moment is per element or per row. Without a first moment, the gradient is in its place.
+        """
+        if state.nu.shape == g.shape and state.mu is not None:
+            return optax.scale_by_adam(b1, self.b2, self.eps).update(g, state)
         count = optax.safe_increment(state.count)
-        mu = self.b1 * state.mu + (1 - self.b1) * g
-        squares = mean_over(PartitionSpec(*spec[1:]), jnp.mean(jnp.square(g), axis=-1, keepdims=True))
+        mu = None if state.mu is None else b1 * state.mu + (1 - b1) * g
+        squares = jnp.square(g)
+        if state.nu.shape != g.shape:
+            squares = mean_over(PartitionSpec(*spec[1:]), jnp.mean(squares, axis=-1, keepdims=True))
         nu = self.b2 * state.nu + (1 - self.b2) * squares
-        unbiased_mu, unbiased_nu = mu / (1 - self.b1**count), nu / (1 - self.b2**count)
+        unbiased_mu, unbiased_nu = g if mu is None else mu / (1 - b1**count), nu / (1 - self.b2**count)
         return unbiased_mu / (jnp.sqrt(unbiased_nu) + self.eps), optax.ScaleByAdamState(count, mu, nu)
+
+    def _b1(self, label: str) -> float:
+        return self.b1 if label == BACKBONE or self.table_b1 is None else self.table_b1
 
     def _clip_norm(self, label: str) -> float | None:
         return self.clip_norm if label == BACKBONE else self.table_clip_norm
@@ -257,6 +329,19 @@ def in_float32(x: Array) -> Array:
 
 def _sum_of_squares(x: Array) -> Float[Array, ""]:
     return jnp.sum(jnp.square(in_float32(x)))
+
+
+def _change_of_squares(before: Array, after: Array) -> Float[Array, ""]:
+    """The sum of the squares of ``after`` less that of ``before``."""
+    before, after = in_float32(before), in_float32(after)
+    return jnp.sum((after - before) * (after + before))
+
+
+def _plus(total: Float[Array, "2"], more: Float[Array, ""]) -> Float[Array, "2"]:
+    """Kahan's sum: a number and what it lacks, after ``more`` has been added."""
+    number, lacks = total
+    more += lacks
+    return jnp.stack([number + more, more - ((number + more) - number)])
 
 
 def _clip(largest: float | None, sum_of_squares: Float[Array, ""]) -> Float[Array, ""]:
@@ -274,3 +359,13 @@ def label_params(params: nnx.State) -> nnx.State:
         return variable.replace(str(path[-1].key) if isinstance(variable, Table) else BACKBONE)
 
     return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def _tables(labels: nnx.State) -> list[tuple[int, str]]:
+    """The places of the tables among the leaves of ``labels``, and their names, such as "blocks.2.ffw.up"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(labels, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return [
+        (place, jax.tree_util.keystr(path, simple=True, separator="."))
+        for place, (path, label) in enumerate(flat)
+        if label.get_value() != BACKBONE
+    ]

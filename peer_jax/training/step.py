@@ -15,7 +15,8 @@ from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
-from peer_jax.training.optimizer import NORMS, Optimizer, in_float32, label_params
+from peer_jax.training.optimizer import NORMS, Optimizer, label_params
+from peer_jax.training.touched import TouchedTables, row_gradients, sum_of_gradients, with_changes
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -59,6 +60,8 @@ class Trainer:
                 f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the "
                 f"whole batch: {way_out}, or accumulation to 1"
             )
+        by_rows = getattr(optimizer, "table_updates", None) == "touched"
+        self.touched = TouchedTables(abstract if by_rows else None)
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
@@ -86,6 +89,11 @@ class Trainer:
     def shardings(self) -> TrainState | None:
         """The sharding of each array of the state in the placement in use; None on one device."""
         placement = current()
+        if placement is not None and self.touched:
+            raise InputError(
+                f"AdamW.table_updates='touched' works on one device, not on a mesh of {placement.mesh.size}: set it to "
+                "'all', or sizes of Sharding that use one device"
+            )
         return None if placement is None else placement.shardings(self._shapes)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -107,9 +115,9 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch, rates: dict[str, Array]) -> tuple[TrainState, Metrics]:
         """The state after one update and the step's metrics. Compile it with the state donated."""
         total = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
-        gradient = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        gradient = functools.partial(self._gradient, total=total)
         if self.accumulation == 1:
-            (_, (metrics, others)), grads = gradient(state.params, state.others, batch)
+            grads, metrics, others = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
@@ -120,15 +128,33 @@ class Trainer:
             )
         return TrainState(state.step + 1, params, others, optimizer), metrics | norms
 
-    def _loss(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
-        """A micro-batch's share of the batch's loss."""
-        model = nnx.merge(self.graph, params, others, copy=True)
+    def _gradient(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
+        """The gradient of a micro-batch's share of the batch's loss, the metrics and the new ``others``."""
+        whole, tables = self.touched.split(params)
+        trained = whole, self.touched.changes(tables, batch["inputs"].size)
+        loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
+        return nnx.merge_state(grads, row_gradients(rows, of_changes)), metrics, others
+
+    def _loss(
+        self, trained: tuple[nnx.State, nnx.State], tables: nnx.State, others: nnx.State, batch: Batch, *, total: Array
+    ):
+        """A micro-batch's share of the batch's loss.
+
+        Args:
+            trained: the parameters that are trained whole, and the changes of the tables that are not.
+            tables: these tables.
+            others, batch: the rest of the model's state, and the micro-batch.
+            total: real tokens of the batch.
+        """
+        whole, changes = trained
+        model = nnx.merge(self.graph, whole, with_changes(tables, changes), others, copy=True)
         summed, aux = model.cross_entropy(batch["inputs"], batch["targets"], batch["segment_ids"])
         loss = summed / total
         aux_loss = aux.loss / self.accumulation
-        others = nnx.split(model, nnx.Param, ...)[2]
+        _, params, others = nnx.split(model, nnx.Param, ...)
         share = {name: value / self.accumulation for name, value in aux.metrics.items()}
-        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others)
+        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others, self.touched.rows(params))
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
         """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows.
@@ -139,9 +165,9 @@ class Trainer:
 
         def add(carry, micro_batch):
             grads, others = carry
-            (_, (metrics, others)), new = gradient(state.params, others, micro_batch)
-            return (jax.tree.map(lambda total, g: total + in_float32(g), grads, new), others), metrics
+            new, metrics, others = gradient(state.params, others, micro_batch)
+            return (jax.tree.map(sum_of_gradients, state.params, grads, new), others), metrics
 
-        zeros = jax.tree.map(lambda p: in_float32(jnp.zeros_like(p)), state.params)
+        zeros = self.touched.zero_gradients(state.params, batch["inputs"].size)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from peer_jax.ops.cpu import KEEPS_BARRIERS
+from peer_jax.ops.touched import put_rows, take_rows
 from peer_jax.sharding import target
 
 # Bytes of a table's rows that are updated at a time: few enough for one pass to find in the cache what another wrote.
@@ -46,3 +47,25 @@ def update_by_rows(
         tables, more = at(n - n % rows, n % rows, tables)
         sums = sums + more
     return tables, sums
+
+
+def update_touched_rows(
+    update: Callable[..., tuple[tuple[Any, ...], jax.Array]],
+    tables: tuple[Any, ...],
+    others: tuple[Any, ...],
+    rows: jax.Array,
+    gradient: jax.Array,
+) -> tuple[tuple[Any, ...], jax.Array]:
+    """Computes ``new, sums = update(*tables, gradient)`` for some rows of the tables, in place.
+
+    Args:
+        update: as in ``update_by_rows``.
+        tables: what is updated, with N rows each. None stands for a table that isn't there.
+        others: the tables that the updated rows are written to, which have all other rows as they are to be.
+        rows: numbers of the rows, as ``peer_jax.ops.touched`` has them.
+        gradient: one row for each of these.
+    """
+    # All rows are read before any is written back: otherwise XLA would copy a table to read the old rows from.
+    part = jax.lax.optimization_barrier(jax.tree.map(lambda a: take_rows(a, rows), tables))
+    new, sums = update_by_rows(update, part, gradient)
+    return jax.tree.map(lambda a, b: put_rows(a, rows, b), others, new), sums

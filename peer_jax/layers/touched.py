@@ -1,0 +1,57 @@
+"""Tables of which a training step reads, differentiates and updates only the rows that its batch retrieves.
+
+During such a step a ``Table`` holds a ``TouchedTable``. The layer works on the compact table of the retrieved rows,
+[U, d], and its op is none the wiser: it gets places in the compact table for indices of the whole one. The gradient is
+taken with respect to ``change``, which is zero and is added to the compact table, as ``nnx.Perturbation`` is. No
+gradient has the size of the whole table.
+
+N  rows of the table     U  the most rows that a batch can touch     d  d_model
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import Table
+from peer_jax.ops.checks import check_indices
+from peer_jax.ops.kept import keep
+from peer_jax.ops.touched import take_rows, touched_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TouchedTable:
+    """What a ``Table`` holds during a step on touched rows.
+
+    Attributes:
+        table: the whole table, which has no gradient.
+        change: zeros in the type of the table; what is added to the retrieved rows.
+        rows: the numbers of the retrieved rows, as ``peer_jax.ops.touched`` has them, once the layer has retrieved.
+    """
+
+    table: Float[Array, "N d"]
+    change: Float[Array, "U d"]
+    rows: Int[Array, " U"] | None = None
+
+    def __getitem__(self, key: object) -> Array:
+        raise InputError(
+            "a layer that defines rows_touched reads a whole table, of which only the touched rows are trained: read "
+            "it through peer_jax.layers.touched.retrieved, or set AdamW.table_updates='all'"
+        )
+
+
+def retrieved(indices: Int[Array, "*tokens h k"], *tables: Table) -> tuple[Array, ...]:
+    """The indices and the tables to call an op with: compact ones in a step on touched rows, else the whole ones."""
+    values = [table.get_value() for table in tables]
+    if not isinstance(values[0], TouchedTable):
+        return indices, *values
+    if any(value.rows is not None for value in values):
+        raise InputError("a layer retrieves rows of one table twice in a step: set AdamW.table_updates='all'")
+    num_rows, most = values[0].table.shape[0], values[0].change.shape[0]
+    check_indices("retrieved", indices, num_rows)
+    rows, slots = keep(touched_rows(indices, num_rows, most))
+    for table, value in zip(tables, values, strict=True):
+        table.set_value(dataclasses.replace(value, rows=rows))
+    return slots, *(take_rows(value.table, rows) + value.change for value in values)

@@ -1,0 +1,229 @@
+"""Steps on the rows that a batch touches: equal to steps on whole tables, and without a gradient of a table's size."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from reference import relative_error
+
+from peer_jax.errors import InputError
+from peer_jax.layers import PEER, PKM, Aux, Dense, FeedForward
+from peer_jax.layers.interface import Table
+from peer_jax.models import Transformer
+from peer_jax.ops.touched import put_rows, take_rows, touched_rows
+from peer_jax.sharding import AXES, Placement, use
+from peer_jax.training.optimizer import AdamW
+from peer_jax.training.step import Trainer
+from peer_jax.training.touched import RowGradients
+
+V = 13
+# As in test_step: a large eps makes the update a smooth function of the gradient, so that only roundings may differ.
+OPTIONS = {"learning_rate": 0.1, "table_learning_rate": 0.5, "warmup_steps": 1, "eps": 0.1, "table_clip_norm": 0.05}
+BY_ROW = {"table_b1": 0.0, "table_second_moment": "row"}
+EQUAL = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """optax's bias correction raises a float to the power of an integer count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, **sizes):
+    def build(*, rngs):
+        options = {"sparse_blocks": "all", "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
+        sparse = functools.partial(layer, **sizes)
+        return Transformer(V, d, blocks, 2, ffw=Dense, sparse_ffw=sparse, **options, rngs=rngs)
+
+    optimizer = AdamW(**OPTIONS, **BY_ROW, table_updates=table_updates)
+    return Trainer(build, optimizer, accumulation=accumulation)
+
+
+def batch(seed, rows, length):
+    """Random tokens; the first row ends in padding, unless it has a single token."""
+    inputs, targets = np.random.default_rng(seed).integers(V, size=(2, rows, length)).astype(np.int32)
+    segment_ids = np.ones_like(inputs)
+    segment_ids[0, 1:] = 0
+    return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids}
+
+
+def tables(state):
+    return {path: np.asarray(v) for path, v in nnx.to_flat_state(state.params) if isinstance(v, Table)}
+
+
+# Rows
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(-2, 11), min_size=8, max_size=8), st.sampled_from((8, 9)))
+def test_touched_rows_are_numpy_s_unique_ones(indices, most):
+    """Rows and places; an index outside of the table, of 10 rows, has a place outside of the compact one."""
+    valid = [i for i in indices if 0 <= i < 10]
+    unique = np.unique(valid).astype(int)
+    rows, slots = touched_rows(jnp.asarray(indices, jnp.int32), 10, most)
+    assert rows[: len(unique)].tolist() == unique.tolist()
+    assert rows[len(unique) :].tolist() == [10 + i for i in range(len(unique), most)]
+    assert [unique[s] if s < most else None for s in slots.tolist()] == [i if i in valid else None for i in indices]
+    table = np.arange(20.0, dtype=np.float32).reshape(10, 2)
+    expected = table.copy()
+    expected[unique] += 100
+    taken = take_rows(jnp.asarray(table), rows)
+    assert taken[: len(unique)].tolist() == table[unique].tolist()
+    assert put_rows(jnp.asarray(table), rows, taken + 100).tolist() == expected.tolist()
+
+
+# Steps
+
+
+CASES = {
+    "two blocks, remat": (PEER, {"num_heads": 2, "top_k": 2, "blocks": 2, "remat": True}, 64, (2, 5)),
+    "one token, k=1": (PKM, {"num_heads": 1, "top_k": 1, "query_norm": "layer"}, 16, (1, 1)),
+    "all rows": (PKM, {"num_heads": 1, "top_k": 4}, 4, (2, 3)),
+    "accumulated": (PEER, {"num_heads": 2, "top_k": 2, "query_norm": "layer"}, 64, (4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_steps_equal_those_on_whole_tables(case):
+    """Parameters, moments and metrics, also if the form changes from step to step, as between two parts of a run.
+
+    Some rows are touched again after steps without them, some never.
+    """
+    layer, options, num_experts, size = CASES[case]
+    made, steps = {}, {}
+    for updates in ("all", "touched"):
+        accumulation = 2 if (case, updates) == ("accumulated", "touched") else 1
+        made[updates] = trainer(updates, layer, num_experts=num_experts, d_key=4, accumulation=accumulation, **options)
+        steps[updates] = made[updates].compiled_step()
+    initial, states, metrics, history = made["all"].init(0), {}, {}, []
+    for name, forms in {"all": ["all"], "touched": ["touched"], "in turns": ["touched", "all"]}.items():
+        state = jax.tree.map(jnp.copy, initial)
+        for index in range(10):
+            if name == "touched":
+                history.append(tables(state))
+            rates = made["all"].optimizer.rates(made["all"].labels, index, 10)
+            state, measured = steps[forms[index % len(forms)]](state, batch(index, *size), rates)
+            metrics.setdefault(name, []).append(measured)
+        states[name] = state
+    for name in ("touched", "in turns"):
+        pairs = zip(jax.tree.leaves(states[name]), jax.tree.leaves(states["all"]), strict=True)
+        assert max(relative_error(ours, whole) for ours, whole in pairs) < EQUAL
+        for ours, whole in zip(metrics[name], metrics["all"], strict=True):
+            for norm in ("loss", "grad_norm", "update_norm", "param_norm"):
+                assert relative_error(ours[norm], whole[norm]) < EQUAL, norm
+
+    history.append(tables(states["touched"]))
+    for name in history[0]:
+        moved = np.array([np.any(b[name] != a[name], axis=1) for a, b in itertools.pairwise(history)])
+        assert moved.any()
+        if case == "all rows":
+            assert moved.all()
+        else:
+            assert not moved.any(axis=0).all()
+            assert (np.diff(moved.astype(int), axis=0) == 1).any(), "no row is touched again after a step without it"
+
+
+def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():
+    sizes = {"num_experts": 64, "num_heads": 2, "top_k": 2, "d_key": 4}
+    made = {updates: trainer(updates, PEER, **sizes) for updates in ("all", "touched")}
+    state, data, total = made["all"].init(0), batch(0, 2, 5), jnp.float32(6)
+    gradient = {name: jax.jit(functools.partial(t._gradient, total=total)) for name, t in made.items()}
+
+    def loss(params):
+        return float(gradient["all"](params, state.others, data)[1]["loss"])
+
+    whole, by_rows = (gradient[name](state.params, state.others, data)[0] for name in ("all", "touched"))
+    for name in ("down", "up"):
+        dense = np.asarray(whole["blocks"][0]["ffw"][name])
+        rows, values = by_rows["blocks"][0]["ffw"][name].get_value()
+        count = int(np.sum(np.asarray(rows) < 64))
+        assert 0 < count < 20  # 6 real tokens at most, each with 4 rows, and 4 of padding
+        scattered = np.zeros_like(dense)
+        scattered[np.asarray(rows)[:count]] = np.asarray(values)[:count]
+        assert relative_error(scattered, dense) < 1e-6
+        assert not np.any(np.asarray(values)[count:])
+
+        direction = np.random.default_rng(1).normal(size=dense.shape).astype(np.float32)
+        size = 1e-2
+
+        def shifted(sign, name=name, direction=direction, size=size):
+            params = jax.tree.map(lambda p: p, state.params)
+            table = params["blocks"][0]["ffw"][name]
+            params["blocks"][0]["ffw"][name] = table.replace(table.get_value() + sign * size * direction)
+            return loss(params)
+
+        slope = (shifted(1) - shifted(-1)) / (2 * size)
+        # Ten roundings of a loss near 3, 2e-6, over twice the size are 1e-4; the norms are 0.1.
+        assert abs(slope - np.sum(scattered * direction)) < 1e-2 * np.linalg.norm(scattered)
+
+
+def test_the_program_has_no_array_of_a_table_s_size_but_the_table():
+    """But for what is scattered into it in place. The step on whole tables has other arrays of its size."""
+    N, D = 4096, 32
+    found, temporary = {}, {}
+    for updates in ("all", "touched"):
+        made = trainer(updates, PEER, d=D, num_experts=N, num_heads=2, top_k=2, d_key=4)
+        data = jax.tree.map(jnp.asarray, batch(0, 2, 5))
+        rates = made.optimizer.rates(made.labels, 0, 10)
+        compiled = made.compiled_step().lower(made.abstract_state(), data, rates).compile()
+        produced = re.findall(rf"= \(?f32\[{N},{D}\]\S* ([a-z-]+)\(", compiled.as_text())
+        found[updates] = set(produced) - {"parameter", "get-tuple-element", "bitcast", "scatter", "fusion"}
+        temporary[updates] = compiled.memory_analysis().temp_size_in_bytes
+    assert found["touched"] == set()
+    assert found["all"]
+    # A gradient takes 4 N D bytes; what is left is for each row a few integers.
+    assert temporary["touched"] < 4 * N * D
+    assert temporary["all"] > 2 * 4 * N * D
+
+
+# Layers of a user's own, and what is refused
+
+
+class Lookup(FeedForward):
+    """y = x * (mean of a table's rows): it reads the whole table."""
+
+    num_experts = 4
+
+    def __init__(self, d_model, *, dtype, param_dtype, rngs):
+        self.rows = Table(jnp.ones((4, d_model), param_dtype), axes=("rows", "columns"))
+
+    def __call__(self, x, mask=None):
+        return x * jnp.mean(self.rows[...], axis=0)[None, None], Aux(jnp.zeros(()), {})
+
+
+class Promising(Lookup):
+    def rows_touched(self, tokens):
+        return 2
+
+
+def traced(made):
+    data = jax.tree.map(jnp.asarray, batch(0, 2, 3))
+    gradient = functools.partial(made._gradient, total=jnp.float32(4))
+    state = made.abstract_state()
+    return jax.eval_shape(gradient, state.params, state.others, data)[0]
+
+
+def test_a_layer_that_reads_whole_tables_is_trained_by_whole_gradients():
+    gradients = traced(trainer("touched", Lookup))
+    assert gradients["blocks"][0]["ffw"]["rows"].shape == (4, 8)
+    by_rows = traced(trainer("touched", PKM, num_experts=16, num_heads=1, top_k=2, d_key=4))
+    assert isinstance(by_rows["blocks"][0]["ffw"]["values"].get_value(), RowGradients)
+
+
+def test_what_can_t_be_done_by_rows_is_refused_with_a_way_out():
+    sizes = {"num_experts": 16, "num_heads": 1, "top_k": 2, "d_key": 4, "query_norm": "layer"}
+    with pytest.raises(InputError, match=r"reads a whole table.*retrieved.*table_updates='all'"):
+        traced(trainer("touched", Promising))
+    made = trainer("touched", PEER, **sizes)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    with use(Placement(mesh, "rows")), pytest.raises(InputError, match=r"one device, not on a mesh of 1: .*'all'"):
+        made.abstract_state()
