@@ -79,7 +79,6 @@ def top_k_columns(
         out_shape=[jax.ShapeDtypeStruct((k, m), jnp.float32), jax.ShapeDtypeStruct((k, m), jnp.int32)],
         scratch_shapes=[pltpu.VMEM((slices * size, width), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=pl.CostEstimate(flops=6 * n * m * k, bytes_accessed=4 * m * (n + 2 * k), transcendentals=0),
         interpret=interpret,
         name="top_k_columns",
     )(x)
@@ -129,7 +128,6 @@ def spread_columns(
         out_specs=pl.BlockSpec((n, width), lambda column: (0, column)),
         out_shape=jax.ShapeDtypeStruct((n, m), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=pl.CostEstimate(flops=3 * n * m * k, bytes_accessed=4 * m * (n + 2 * k), transcendentals=0),
         interpret=interpret,
         name="spread_columns",
     )(x, place)
