@@ -274,7 +274,17 @@ def bench(run_cli):
 
 KEYS = {
     *("what", "name", "direction", "tokens", "d_model", "num_experts", "heads", "top_k", "d_key", "dtype"),
-    *("table_dtype", "implementation", "median", "low", "high", "samples", "floor", "fraction_of_floor"),
+    *(
+        "table_dtype",
+        "table_updates",
+        "implementation",
+        "median",
+        "low",
+        "high",
+        "samples",
+        "floor",
+        "fraction_of_floor",
+    ),
     *("faster_than_first", "memory", "extra_memory", "process_peak", "sizes"),
 }
 
