@@ -42,7 +42,6 @@ HEADER = (
     "temporary, GiB",
     "of a chip",
     "estimate, ms",
-    "with loops once, ms",
     "exchanges at the links' peak, ms",
     "chip-ns per token",
     "chip-s per 1e18 counted FLOPs",
@@ -74,7 +73,6 @@ def figures(topology: str, layer: str, bindings: tuple[str, ...]) -> Figures:
         "of a chip": compiled.memory.total / on.kind.memory,
         # Each loop as often as it turns, which the compiler's own estimate of seconds leaves out.
         "seconds": sum(account.cycles.values()) / CLOCK,
-        "once": compiled.seconds or float("nan"),
         "exchanges": received / on.kind.links,
         "sorts": sum(number for what, number in apart if what.startswith("sort of")),
         "on SparseCores": sum(number for what, number in apart if what.endswith("SparseCores")),
@@ -104,7 +102,6 @@ def row(name: str, of: Figures) -> list[str]:
         f"{of['temporary'] / gib:.1f}",
         f"{of['of a chip']:.0%}",
         f"{1e3 * of['seconds']:.0f}",
-        f"{1e3 * of['once']:.0f}",
         f"{1e3 * of['exchanges']:.1f}",
         f"{1e9 * of['seconds'] * of['chip-seconds per second and token']:.0f}",
         f"{1e18 * of['seconds'] * of['chips per counted FLOP']:.0f}",

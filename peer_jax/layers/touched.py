@@ -1,9 +1,9 @@
 """Tables of which a training step reads, differentiates and updates only the rows that its batch retrieves.
 
 During such a step a ``Table`` holds a ``TouchedTable``. The layer works on the compact table of the retrieved rows,
-[U, d], and its op is none the wiser: it gets places in the compact table for indices of the whole one. The gradient is
-taken with respect to ``change``, which is zero and is added to the compact table, as ``nnx.Perturbation`` is. No
-gradient has the size of the whole table.
+[U, d]: its op gets places in that table instead of indices of the whole one. The gradient is taken with respect to
+``change``, which is zero and is added to the compact table, as ``nnx.Perturbation`` is. No gradient has the size of the
+whole table.
 
 N  rows of the table     U  the most rows that a batch can touch     d  d_model
 """

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peer_jax.ops.keys import nan_alone, of_rank, rank_of
+
 # Columns that a kernel holds at a time, the lanes of a TPU; rows that it compares at a time, and how often before its
 # loop turns; the longest column that fits its fast memory; and the highest k for which k passes are taken to be faster
-# than a sort. Rows that are spread at a time.
+# than a sort.
 LANES, SLICE, UNROLLED, LONGEST, MOST = 128, 32, 32, 8192, 64
-SPREAD = 128
-_MAGNITUDE, _LOWEST = 2**31 - 1, -(2**31)
+SPREAD = 128  # rows that are spread at a time
+_LOWEST = -(2**31)  # below the rank of any number
 
 
 def is_faster(n: int, k: int) -> bool:
@@ -40,11 +42,11 @@ def top_k_columns(
     width, size = min(m, LANES), min(-(-n // 8) * 8, SLICE)
     slices = pl.cdiv(n, size)
 
-    def kernel(x_ref, values_ref, places_ref, keys_ref):
+    def kernel(x_ref, values_ref, places_ref, ranks_ref):
         row = jax.lax.broadcasted_iota(jnp.int32, (size, width), 0)
         if slices * size > n:
-            keys_ref[pl.ds((slices - 1) * size, size), :] = jnp.full((size, width), _LOWEST)
-        keys_ref[:n, :] = _key(x_ref[...])
+            ranks_ref[pl.ds((slices - 1) * size, size), :] = jnp.full((size, width), _LOWEST)
+        ranks_ref[:n, :] = rank_of(x_ref[...])
 
         def take(rank, taken):
             """Removes what was taken last, in row i of the slice ``taken[i]``, or nothing where that is -1; and takes
@@ -54,17 +56,17 @@ def top_k_columns(
             def compare(number, best):
                 highest, slice_of = best
                 here = pl.ds(pl.multiple_of(number * size, size), size)
-                keys = jnp.where(taken == number, _LOWEST, keys_ref[here, :])
-                keys_ref[here, :] = keys
-                better = keys > highest
-                return jnp.where(better, keys, highest), jnp.where(better, number, slice_of)
+                ranks = jnp.where(taken == number, _LOWEST, ranks_ref[here, :])
+                ranks_ref[here, :] = ranks
+                better = ranks > highest
+                return jnp.where(better, ranks, highest), jnp.where(better, number, slice_of)
 
             start = jnp.full((size, width), _LOWEST), jnp.zeros((size, width), jnp.int32)
             highest, slice_of = jax.lax.fori_loop(0, slices, compare, start, unroll=min(slices, UNROLLED))
-            key = jnp.max(highest, axis=0, keepdims=True)
+            highest_rank = jnp.max(highest, axis=0, keepdims=True)
             places = slice_of * size + row
-            place = jnp.min(jnp.where(highest == key, places, n), axis=0, keepdims=True)
-            values_ref[pl.ds(rank, 1), :] = _value(key)
+            place = jnp.min(jnp.where(highest == highest_rank, places, n), axis=0, keepdims=True)
+            values_ref[pl.ds(rank, 1), :] = of_rank(highest_rank)
             places_ref[pl.ds(rank, 1), :] = place
             return jnp.where(places == place, slice_of, -1)
 
@@ -82,20 +84,7 @@ def top_k_columns(
         interpret=interpret,
         name="top_k_columns",
     )(x)
-    return jnp.where(jnp.isnan(values[:1]), jnp.nan, values), places
-
-
-def _ordered(bits: Int[Array, "n m"]) -> Int[Array, "n m"]:
-    """The bits of floats, changed such that they rank as integers, or changed back."""
-    return bits ^ ((bits >> 31) & _MAGNITUDE)
-
-
-def _key(x: Float[Array, "n m"]) -> Int[Array, "n m"]:
-    return jnp.where(x != x, _MAGNITUDE, _ordered(jax.lax.bitcast_convert_type(x, jnp.int32)))
-
-
-def _value(key: Int[Array, "n m"]) -> Float[Array, "n m"]:
-    return jax.lax.bitcast_convert_type(_ordered(key), jnp.float32)
+    return nan_alone(values), places
 
 
 def spread_columns(
