@@ -20,7 +20,7 @@ from peer_jax.layers.interface import Table
 from peer_jax.models import Transformer
 from peer_jax.ops.touched import put_rows, take_rows, touched_rows
 from peer_jax.sharding import AXES, Placement, use
-from peer_jax.training.optimizer import AdamW
+from peer_jax.training.optimizer import AdamW, label_params
 from peer_jax.training.step import Trainer
 from peer_jax.training.touched import RowGradients
 
@@ -28,6 +28,7 @@ V = 13
 # As in test_step: a large eps makes the update a smooth function of the gradient, so that only roundings may differ.
 OPTIONS = {"learning_rate": 0.1, "table_learning_rate": 0.5, "warmup_steps": 1, "eps": 0.1, "table_clip_norm": 0.05}
 BY_ROW = {"table_b1": 0.0, "table_second_moment": "row"}
+RESTING = {"untouched_rows": "rest", "table_weight_decay": 0.1}
 EQUAL = 5e-6
 
 
@@ -38,13 +39,13 @@ def _standard_promotion():
         yield
 
 
-def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, **sizes):
+def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, form=BY_ROW, **sizes):
     def build(*, rngs):
         options = {"sparse_blocks": "all", "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
         sparse = functools.partial(layer, **sizes)
         return Transformer(V, d, blocks, 2, ffw=Dense, sparse_ffw=sparse, **options, rngs=rngs)
 
-    optimizer = AdamW(**OPTIONS, **BY_ROW, table_updates=table_updates)
+    optimizer = AdamW(**OPTIONS, **form, table_updates=table_updates)
     return Trainer(build, optimizer, accumulation=accumulation)
 
 
@@ -89,6 +90,13 @@ CASES = {
     "one token, k=1": (PKM, {"num_heads": 1, "top_k": 1, "query_norm": "layer"}, 16, (1, 1)),
     "all rows": (PKM, {"num_heads": 1, "top_k": 4}, 4, (2, 3)),
     "accumulated": (PEER, {"num_heads": 2, "top_k": 2, "query_norm": "layer"}, 64, (4, 3)),
+    "Adam, rows rest": (PEER, {"num_heads": 2, "top_k": 2, "form": RESTING}, 64, (2, 5)),
+    "moment per row, rows rest": (
+        PKM,
+        {"num_heads": 1, "top_k": 2, "form": RESTING | {"table_second_moment": "row"}},
+        64,
+        (2, 5),
+    ),
 }
 
 
@@ -130,6 +138,48 @@ def test_ten_steps_equal_those_on_whole_tables(case):
         else:
             assert not moved.any(axis=0).all()
             assert (np.diff(moved.astype(int), axis=0) == 1).any(), "no row is touched again after a step without it"
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("updates", ["all", "touched"])
+def test_a_row_that_rests_has_adam_s_moments_once_it_has_a_gradient_again(second_moment, updates):
+    """Against loops in float64 over rows, in which the moments decay in every step, and the row moves in some."""
+    N, d, steps, rate, b1, b2, eps, decay = 6, 4, 12, 0.1, 0.8, 0.9, 1e-3, 0.2
+    options = {"b1": b1, "b2": b2, "eps": eps, "clip_norm": None, "table_clip_norm": None, "warmup_steps": 0}
+    options |= {"untouched_rows": "rest", "table_weight_decay": decay, "table_second_moment": second_moment}
+    optimizer = AdamW(learning_rate=rate, table_updates=updates, **options)
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(N, d))
+    params = nnx.State({"up": Table(jnp.asarray(u, jnp.float32))})
+    labels = label_params(params)
+    state, step = optimizer.init(labels, params), jax.jit(functools.partial(optimizer.update, labels))
+    m, n = np.zeros((N, d)), np.zeros((N, d))
+    for t in range(1, steps + 1):
+        # Row 0 in each step, row 1 never, the others now and then.
+        rows = [0, *(r for r in range(2, N) if rng.random() < 0.3)]
+        g = np.zeros((N, d))
+        g[rows] = rng.normal(size=(len(rows), d))
+        squares = g**2 if second_moment == "element" else np.mean(g**2, axis=1, keepdims=True)
+        m, n = b1 * m + (1 - b1) * g, b2 * n + (1 - b2) * squares
+        moved = m / (1 - b1**t) / (np.sqrt(n / (1 - b2**t)) + eps) + decay * u
+        u[rows] -= rate * moved[rows]
+        gradient = jnp.asarray(g, jnp.float32)
+        if updates == "touched":
+            padded = jnp.asarray([*sorted(rows), *range(N, 2 * N - len(rows))])
+            gradient = RowGradients(padded, take_rows(jnp.pad(gradient, ((0, N), (0, 0))), padded))
+        grads = nnx.State({"up": params["up"].replace(gradient)})
+        params, state, norms = step(params, grads, state, {"up": rate})
+        assert relative_error(params["up"].get_value(), u) < 1e-5
+        assert relative_error(norms["param_norm"], np.linalg.norm(u)) < 1e-5
+        assert relative_error(norms["update_norm"], rate * np.linalg.norm(moved[rows])) < 1e-5
+    assert state.last["up"].get_value()[:2, 0].tolist() == [steps, 0]
+
+
+def test_without_a_choice_rows_are_touched_where_they_rest_and_the_batch_is_small():
+    sizes = {"num_experts": 64, "num_heads": 1, "top_k": 2, "d_key": 4, "query_norm": "layer"}
+    for form, length, by_rows in ((BY_ROW, 8, True), (BY_ROW, 9, False), (RESTING, 8, True), ({}, 8, False)):
+        made = trainer(None, PKM, form=form, **sizes)
+        assert len(jax.tree.leaves(made.touched.split(made.abstract_state().params, 2 * length)[1])) == by_rows
 
 
 def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():

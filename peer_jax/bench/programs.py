@@ -178,7 +178,7 @@ def _step(case: Case) -> Program:
         return metrics
 
     # How many rows of a table a batch touches is not known beforehand: such tables are left out of the floor.
-    whole, _ = trainer.touched.split(trainer.abstract_state().params)
+    whole, _ = trainer.touched.split(trainer.abstract_state().params, tokens.size)
     num_params = sum(p.size for p in jax.tree.leaves(whole))
     least = training_step(num_params, training_flops(trainer.abstract_model, tokens.size, length))
     # The outputs need no memory: they are written into the arrays of the state.

@@ -4,7 +4,7 @@ t  tokens     r  rows per token     N  rows of the table     U  the most rows th
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 
 def touched_rows(indices: Int[Array, "..."], num_rows: int, most: int) -> tuple[Int[Array, " U"], Int[Array, "..."]]:
@@ -25,11 +25,11 @@ def touched_rows(indices: Int[Array, "..."], num_rows: int, most: int) -> tuple[
     return rows, slots.reshape(indices.shape)
 
 
-def take_rows(table: Float[Array, "N d"], rows: Int[Array, " U"]) -> Float[Array, "U d"]:
+def take_rows(table: Num[Array, "N d"], rows: Int[Array, " U"]) -> Num[Array, "U d"]:
     """The rows of the table; the padding of ``touched_rows`` stands for the last row."""
     return table.at[rows].get(mode="clip", indices_are_sorted=True)
 
 
-def put_rows(table: Float[Array, "N d"], rows: Int[Array, " U"], values: Float[Array, "U d"]) -> Float[Array, "N d"]:
+def put_rows(table: Num[Array, "N d"], rows: Int[Array, " U"], values: Num[Array, "U d"]) -> Num[Array, "N d"]:
     """The table with other values in the rows, which ``touched_rows`` has made; nothing is written to the padding."""
     return table.at[rows].set(values, mode="drop", indices_are_sorted=True, unique_indices=True)

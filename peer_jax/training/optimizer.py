@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -62,8 +62,9 @@ class Optimizer(Protocol):
         parameters not finite stops before it saves them. The call is traced, and the old parameters and state are
         donated.
 
-        An optimiser with an attribute ``table_updates`` of "touched" gets the gradients of those tables whose layers
-        retrieve rows as ``peer_jax.training.touched.RowGradients``; any other gets arrays alone.
+        An optimiser with a method ``updates_touched(most, num_rows) -> bool`` gets the gradients of those tables for
+        which it is true, if their layers retrieve rows, as ``peer_jax.training.touched.RowGradients``: ``most`` is the
+        number of rows that a batch can touch. Any other gets arrays alone.
         """
         ...
 
@@ -77,12 +78,15 @@ class Compensated(NamedTuple):
     lost: nnx.State
 
 
-class WithoutFirstMoment(NamedTuple):
-    """The state if tables have no first moment: ``mu`` is None for them.
+class TouchableTables(NamedTuple):
+    """The state if the update of a table's row may rest while the row has no gradient.
 
-    ``lost`` is that of ``Compensated``, or None. ``squares`` is the sum of the squared parameters of each table, so
-    that the norm of the parameters is known without reading whole tables: a float32 number, and what it has lost to
-    rounding.
+    Attributes:
+        count, mu, nu, lost: as in ``Compensated``; ``mu`` is None for tables without a first moment, ``lost`` may be.
+        squares: the sum of the squared parameters of each table, so that the norm of the parameters is known without
+            reading whole tables: a float32 number, and what it has lost to rounding.
+        last: for each row of a table the update that its moments are from, None for the backbone; or None, if the
+            moments of all rows are from the last update.
     """
 
     count: Array
@@ -90,9 +94,10 @@ class WithoutFirstMoment(NamedTuple):
     nu: nnx.State
     lost: nnx.State | None
     squares: dict[str, Float[Array, "2"]]
+    last: nnx.State | None
 
 
-State = optax.ScaleByAdamState | Compensated | WithoutFirstMoment
+State = optax.ScaleByAdamState | Compensated | TouchableTables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,12 @@ class AdamW:
         table_second_moment: "element" for Adam's, or "row" for a single one per row of a table, the running mean of the
             row's mean squared gradient, which halves the optimiser's memory (docs/log.md).
         table_b1: b1 of the tables; None: ``b1``. With 0, tables have no first moment, and no memory for it.
+        untouched_rows: what happens to a row of a table in a step that gives it no gradient. "update": its momentum and
+            its weight decay move it, as Adam has it; "rest": it stays as it is, and its moments decay for the skipped
+            steps once it has a gradient again (``update``).
         table_updates: "all": gradients and updates of whole tables; "touched": those of the rows that the batch
-            retrieves, which is the same update (``update``). None: "all".
+            retrieves, which is the same update, and needs rows to rest. None: "touched" where rows rest and a batch can
+            retrieve at most half of a table's rows.
         rounding: how parameters in bfloat16 are rounded after an update (docs/performance.md). "compensated": to the
             nearest value, and what is lost is kept in bfloat16 for the next update; "nearest": an update of less than
             1/512 of a parameter is lost. None: "compensated".
@@ -135,6 +144,7 @@ class AdamW:
     table_weight_decay: float = 0.0
     table_second_moment: str = "element"
     table_b1: float | None = None
+    untouched_rows: str = "update"
     table_updates: Placed[str | None] = None
     rounding: str | None = None
     clip_norm: float | None = 1.0
@@ -163,14 +173,25 @@ class AdamW:
         for name in ("b1", "b2", "table_b1"):
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise InputError(f"{name}={value} must lie in [0, 1)")
+        check_choice("untouched_rows", self.untouched_rows, ("update", "rest"))
         check_choice("table_updates", self.table_updates, (None, "all", "touched"))
-        needed = {"table_b1": 0, "table_second_moment": "row", "table_weight_decay": 0}
-        for name, value in needed.items() if self.table_updates == "touched" else ():
-            if getattr(self, name) != value:
-                raise InputError(
-                    f"AdamW.table_updates='touched' leaves rows as they are that a batch does not touch, but "
-                    f"{name}={getattr(self, name)!r} changes them: set it to {value!r}, or table_updates to 'all'"
-                )
+        if self.table_updates == "touched" and (moving := self._moves_untouched_rows()):
+            raise InputError(
+                f"AdamW.table_updates='touched' leaves rows as they are that a batch does not touch, but {moving} "
+                "changes them: set AdamW.untouched_rows to 'rest', or table_updates to 'all'"
+            )
+
+    def _moves_untouched_rows(self) -> str | None:
+        """The argument by which rows without a gradient change; None if they rest."""
+        resting = {"table_b1": 0, "table_second_moment": "row", "table_weight_decay": 0}
+        moving = (f"{name}={getattr(self, name)!r}" for name, value in resting.items() if getattr(self, name) != value)
+        return None if self.untouched_rows == "rest" else next(moving, None)
+
+    def updates_touched(self, most: int, num_rows: int) -> bool:
+        """Whether it wants the gradient of a table of ``num_rows`` by rows, if a batch can touch ``most`` of them."""
+        if self.table_updates is None:
+            return self._moves_untouched_rows() is None and 2 * most <= num_rows
+        return self.table_updates == "touched"
 
     def schedule(self, step: int, steps: int) -> float:
         """The rate of update ``step``, counted from 0, in a run of ``steps``, relative to the peak."""
@@ -219,11 +240,17 @@ class AdamW:
             state = state._replace(nu=by_row)
         compensates = in_bfloat16 and self.rounding in (None, "compensated")
         lost = jax.tree.map(jnp.zeros_like, params) if compensates else None
-        if self.table_b1 == 0:
-            mu = jax.tree.map(lambda label, mu: mu if label == BACKBONE else None, labels, state.mu)
+        rests = self.untouched_rows == "rest"
+        if rests or self.table_b1 == 0:
             leaves = jax.tree.leaves(params)
             squares = {name: _plus(jnp.zeros(2), _sum_of_squares(leaves[place])) for place, name in _tables(labels)}
-            return WithoutFirstMoment(state.count, mu, state.nu, lost, squares)
+
+            def of_tables(f: Callable[[Array], Array | None], tree: nnx.State, backbone: Callable = lambda leaf: leaf):
+                return jax.tree.map(lambda label, a: backbone(a) if label == BACKBONE else f(a), labels, tree)
+
+            mu = of_tables(lambda _: None, state.mu) if self.table_b1 == 0 else state.mu
+            last = of_tables(lambda p: jnp.zeros((len(p), 1), jnp.int32), params, lambda _: None) if rests else None
+            return TouchableTables(state.count, mu, state.nu, lost, squares, last)
         return Compensated(*state, lost) if compensates else state
 
     def update(
@@ -236,10 +263,18 @@ class AdamW:
     ) -> tuple[nnx.State, State, dict[str, Float[Array, ""]]]:
         """Parameters and state after a step, and the global norms of gradient, update and parameters.
 
-        With ``table_b1=0`` and ``table_second_moment="row"``, a row u of a table with the gradient g and its second
-        moment n change as follows in step t: n <- b2 n + (1 - b2) mean(g^2), u <- u - rate g / (sqrt(n / (1 - b2^t)) +
-        eps). Without a gradient n only decays and u stays as it is, which is what ``table_updates="touched"`` rests
-        upon. The norm of the gradient, by which it is clipped, is that of the touched rows too.
+        A row u of a table with the gradient g, its first moment m and its second moment n change as follows in step t:
+        m <- b1 m + (1 - b1) g, n <- b2 n + (1 - b2) g^2, and u <- u - rate (m / (1 - b1^t) / (sqrt(n / (1 - b2^t)) +
+        eps) + decay u). With ``table_second_moment="row"``, n is one number and g^2 the mean of the row's squares; with
+        ``table_b1=0``, there is no m, and g / (1 - b1^t) is in its place.
+
+        Where g = 0, m and n only decay, and u moves by its momentum and decay, unless ``untouched_rows="rest"``: then
+        the row stays as it is, and after s such steps in a row it begins with b1^s m and b2^s n, which are Adam's
+        moments. What is left out is the way that u would have gone in these steps. Weight decay is that of the steps
+        with a gradient. With ``table_b1=0``, a second moment per row and no decay, a row rests in either way.
+
+        The gradient of a table is zero but for the rows that a batch retrieves, so its norm, by which it is clipped, is
+        that of these rows.
         """
         label, treedef = jax.tree.flatten(labels)
         squares = [
@@ -250,51 +285,64 @@ class AdamW:
             for group in sorted(set(label))
         }
 
-        def leaf(group: str, spec: PartitionSpec, p: Array, g: Array | RowGradients, mu: Any, nu: Array, lost: Any):
+        def leaf(group: str, spec: PartitionSpec, g: Array | RowGradients, p: Array, mu: Any, nu: Array, *others: Any):
             decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
             moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
             by_rows = isinstance(g, RowGradients)
 
             def part(tables: tuple, g: Array | RowGradients, clip: Array, rate: Array, count: Array):
-                def step(p: Array, mu: Array | None, nu: Array, lost: Array | None, g: Array):
+                def step(p: Array, mu: Array | None, nu: Array, lost: Array | None, last: Array | None, g: Array):
+                    before = p, mu, nu, lost, last
+                    if last is not None:
+                        skipped = count - last
+                        mu = None if mu is None else self._b1(group) ** skipped * mu
+                        nu = self.b2**skipped * nu
                     moments = optax.ScaleByAdamState(count, mu, nu)
-                    direction, after = self._direction(in_float32(g) * clip, moments, self._b1(group), spec)
+                    direction, moments = self._direction(in_float32(g) * clip, moments, self._b1(group), spec)
                     exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
                     u = -rate * (direction + decay * exact)
                     if lost is not None:
                         new, lost = rounding.compensated(exact + u, p.dtype)
                     else:
                         new = (exact + u).astype(p.dtype)
-                    squares = _change_of_squares(p, new) if by_rows else _sum_of_squares(new)
-                    return (new, after.mu, after.nu, lost), jnp.stack([_sum_of_squares(u), squares])
+                    after = new, moments.mu, moments.nu, lost, last
+                    if last is not None:
+                        touched = mean_over(PartitionSpec(*spec[1:]), jnp.any(g != 0, axis=-1, keepdims=True) * 1.0) > 0
+                        after = *after[:-1], jnp.broadcast_to(moments.count, last.shape)
+                        after = jax.tree.map(lambda new, old: jnp.where(touched, new, old), after, before)
+                        u = jnp.where(touched, u, 0)
+                    squares = _change_of_squares(p, after[0]) if by_rows else _sum_of_squares(after[0])
+                    return after, jnp.stack([_sum_of_squares(u), squares])
 
                 if by_rows:
-                    p, mu, nu, lost = tables
-                    return update_touched_rows(step, tables, (p, mu, self.b2 * nu, lost), *g)
+                    p, mu, nu, lost, last = tables
+                    decayed = self.b2 * nu if last is None else nu
+                    return update_touched_rows(step, tables, (p, mu, decayed, lost, last), *g)
                 new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
-            tables = (spec, spec, moment_spec, spec)
+            tables = (spec, spec, moment_spec, spec, PartitionSpec(*spec[:1]))
             update = on_each_device(part, (tables, spec, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
             rate = jnp.asarray(rates[group], jnp.float32)
-            return update((p, mu, nu, lost), g, clip[group], rate, state.count)
+            return update((p, mu, nu, *others), g, clip[group], rate, state.count)
 
-        trees = [treedef.flatten_up_to(tree) for tree in (specs(params), params, grads, state.mu, state.nu)]
-        lost = getattr(state, "lost", None)
-        losses = [None] * len(label) if lost is None else treedef.flatten_up_to(lost)
-        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, losses, strict=True)), strict=True)
-        params, mu, nu, losses = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
+        further = [getattr(state, name, None) for name in ("lost", "last")]
+        trees = [treedef.flatten_up_to(tree) for tree in (specs(params), grads, params, state.mu, state.nu)]
+        trees += [[None] * len(label) if tree is None else treedef.flatten_up_to(tree) for tree in further]
+        new, sums = zip(*(leaf(*of) for of in zip(label, *trees, strict=True)), strict=True)
+        params, mu, nu, *changed = (treedef.unflatten(leaves) for leaves in zip(*new, strict=True))
+        lost, last = (None if tree is None else after for tree, after in zip(further, changed, strict=True))
         update_squares, param_squares = map(list, zip(*sums, strict=True))
         moments = optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
-        if isinstance(state, WithoutFirstMoment):
+        if isinstance(state, TouchableTables):
             before, known = state.squares, {}
             for place, name in _tables(labels):
-                by_rows = isinstance(trees[2][place], RowGradients)
+                by_rows = isinstance(trees[1][place], RowGradients)
                 known[name] = _plus(before[name] if by_rows else jnp.zeros(2), param_squares[place])
                 param_squares[place] = known[name][0]
-            after = WithoutFirstMoment(*moments, None if lost is None else losses, known)
+            after = TouchableTables(*moments, lost, known, last)
         else:
-            after = moments if lost is None else Compensated(*moments, losses)
+            after = moments if lost is None else Compensated(*moments, lost)
         norms = {"grad_norm": squares, "update_norm": update_squares, "param_norm": param_squares}
         return params, after, {name: jnp.sqrt(sum(each)) for name, each in norms.items()}
 

@@ -16,7 +16,7 @@ from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
 from peer_jax.training.optimizer import NORMS, Optimizer, label_params
-from peer_jax.training.touched import TouchedTables, row_gradients, sum_of_gradients, with_changes
+from peer_jax.training.touched import TouchedTables, retrieved_rows, row_gradients, sum_of_gradients, with_changes
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -60,8 +60,7 @@ class Trainer:
                 f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the "
                 f"whole batch: {way_out}, or accumulation to 1"
             )
-        by_rows = getattr(optimizer, "table_updates", None) == "touched"
-        self.touched = TouchedTables(abstract if by_rows else None)
+        self.touched = TouchedTables(abstract, getattr(optimizer, "updates_touched", None))
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
@@ -89,7 +88,7 @@ class Trainer:
     def shardings(self) -> TrainState | None:
         """The sharding of each array of the state in the placement in use; None on one device."""
         placement = current()
-        if placement is not None and self.touched:
+        if placement is not None and getattr(self.optimizer, "table_updates", None) == "touched":
             raise InputError(
                 f"AdamW.table_updates='touched' works on one device, not on a mesh of {placement.mesh.size}: set it to "
                 "'all', or sizes of Sharding that use one device"
@@ -130,8 +129,9 @@ class Trainer:
 
     def _gradient(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """The gradient of a micro-batch's share of the batch's loss, the metrics and the new ``others``."""
-        whole, tables = self.touched.split(params)
-        trained = whole, self.touched.changes(tables, batch["inputs"].size)
+        tokens = batch["inputs"].size
+        whole, tables = self.touched.split(params, self.accumulation * tokens)
+        trained = whole, self.touched.changes(tables, tokens)
         loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
         (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
         return nnx.merge_state(grads, row_gradients(rows, of_changes)), metrics, others
@@ -154,7 +154,7 @@ class Trainer:
         aux_loss = aux.loss / self.accumulation
         _, params, others = nnx.split(model, nnx.Param, ...)
         share = {name: value / self.accumulation for name, value in aux.metrics.items()}
-        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others, self.touched.rows(params))
+        return loss + aux_loss, ({"loss": loss, "aux_loss": aux_loss} | share, others, retrieved_rows(params))
 
     def _accumulate(self, gradient: Callable, state: TrainState, batch: Batch):
         """The gradients, metrics and ``others`` of a batch that is worked through in micro-batches of rows.

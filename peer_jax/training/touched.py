@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -28,25 +29,32 @@ class RowGradients(NamedTuple):
 
 
 class TouchedTables:
-    """The tables of a model that are trained by touched rows, those whose layers allow it; no model has none."""
+    """The tables of a model that are trained by touched rows.
 
-    def __init__(self, model: Transformer | None) -> None:
+    Args:
+        model: the model; tables whose layers define no ``rows_touched`` are trained whole.
+        wanted: ``updates_touched`` of the optimiser; None: all tables are trained whole.
+    """
+
+    def __init__(self, model: Transformer, wanted: Callable[[int, int], bool] | None) -> None:
+        self._wanted = wanted
         self._most: dict[Path, Callable[[int], int]] = {}
-        for index, block in enumerate([] if model is None else model.blocks):
+        for index, block in enumerate([] if wanted is None else model.blocks):
             if block.ffw.rows_touched(1) is not None:
                 for path, parameter in nnx.to_flat_state(nnx.state(block.ffw, nnx.Param)):
                     if isinstance(parameter, Table):
                         self._most["blocks", index, "ffw", *path] = block.ffw.rows_touched
 
-    def __len__(self) -> int:
-        return len(self._most)
+    def split(self, params: nnx.State, tokens: int) -> tuple[nnx.State, nnx.State]:
+        """The parameters that are trained whole with batches of ``tokens`` tokens, and the tables that are not."""
 
-    def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """The parameters that are trained whole, and these tables."""
-        return nnx.split_state(params, lambda path, _: path not in self._most, ...)
+        def is_whole(path: Path, parameter: nnx.Variable) -> bool:
+            return path not in self._most or not self._wanted(self._most[path](tokens), parameter.shape[0])
+
+        return nnx.split_state(params, is_whole, ...)
 
     def changes(self, tables: nnx.State, tokens: int) -> nnx.State:
-        """The zeros of compact tables for a batch of ``tokens`` tokens."""
+        """The zeros of compact tables for a batch or micro-batch of ``tokens`` tokens."""
 
         def of(path: Path, table: Table) -> Table:
             return table.replace(jnp.zeros((self._most[path](tokens), table.shape[1]), table.dtype))
@@ -54,20 +62,22 @@ class TouchedTables:
         return nnx.map_state(of, tables)
 
     def zero_gradients(self, params: nnx.State, tokens: int) -> nnx.State:
-        """Gradients of zero in float32, with room for those of the rows that ``tokens`` tokens touch."""
+        """Gradients of zero in float32, with room for those of the rows that a batch of ``tokens`` tokens touches."""
+        whole, tables = self.split(params, tokens)
 
-        def of(path: Path, parameter: nnx.Variable) -> nnx.Variable:
-            if path not in self._most:
-                return parameter.replace(jnp.zeros(parameter.shape, jnp.float32))
-            (num_rows, d), most = parameter.shape, self._most[path](tokens)
+        def by_rows(path: Path, table: Table) -> Table:
+            (num_rows, d), most = table.shape, self._most[path](tokens)
             rows = jnp.arange(num_rows, num_rows + most, dtype=jnp.int32)
-            return parameter.replace(RowGradients(rows, jnp.zeros((most, d), jnp.float32)))
+            return table.replace(RowGradients(rows, jnp.zeros((most, d), jnp.float32)))
 
-        return nnx.map_state(of, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), whole)
+        return nnx.merge_state(zeros, nnx.map_state(by_rows, tables))
 
-    def rows(self, params: nnx.State) -> nnx.State:
-        """The numbers of the rows that a model has retrieved from these tables, from its parameters after a call."""
-        return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), self.split(params)[1])
+
+def retrieved_rows(params: nnx.State) -> nnx.State:
+    """The numbers of the rows that a model has retrieved from its ``TouchedTable``s, from its parameters after a call."""
+    tables = nnx.split_state(params, lambda _, parameter: isinstance(parameter.get_value(), TouchedTable), ...)[0]
+    return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), tables)
 
 
 def with_changes(tables: nnx.State, changes: nnx.State) -> nnx.State:
