@@ -285,7 +285,7 @@ KEYS = {
         "floor",
         "fraction_of_floor",
     ),
-    *("faster_than_first", "memory", "extra_memory", "process_peak", "sizes"),
+    *("faster_than_first", "memory", "state", "extra_memory", "process_peak", "sizes", "shown"),
 }
 
 
@@ -331,20 +331,27 @@ def test_layers_at_sizes_from_the_command_line(bench, tmp_path):
     ]
 
 
-def test_a_step_is_measured_in_its_own_process(bench, tmp_path):
-    status, printed, errors = bench("step", "--quick", "--out", tmp_path)
+def test_steps_are_measured_in_their_own_processes(bench, tmp_path):
+    """Those on whole tables and on touched rows are competitors. The latter have two arrays of a table's size less."""
+    updates = ("--table-updates", "all", "--table-updates", "touched")
+    status, printed, errors = bench("step", "--quick", *updates, "--out", tmp_path)
     assert status == 0, errors
-    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
-    assert row["name"] == cases.STEP
-    assert 0 < row["fraction_of_floor"]["token"] < 1.5
-    if sys.platform == "linux":
-        assert row["process_peak"] > 2**26
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["shown"] for row in rows] == ["xla", "xla, touched rows"]
+    assert rows[0]["faster_than_first"] == 1
+    tables = 2 * 4 * rows[0]["num_experts"] * rows[0]["d_model"]
+    assert 2 * tables * 0.95 < rows[0]["state"] - rows[1]["state"] < 2 * tables
+    for row in rows:
+        assert row["name"] == cases.STEP
+        assert 0 < row["fraction_of_floor"]["token"] < 1.5
+        if sys.platform == "linux":
+            assert row["process_peak"] > 2**26
     assert (tmp_path / "step-training-step-forward-backward.png").is_file()
 
 
 def test_a_refused_competitor_of_a_step_is_left_out(monkeypatch):
     class Worker:
-        floors, answer = {}, dict.fromkeys(("memory", "extra_memory", "process_peak"))
+        floors, answer = {}, {"measured": {"memory": None}}
 
         def __init__(self, case, results):
             self.case = case
@@ -377,7 +384,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
 def test_steps_are_drawn_against_the_number_of_experts():
     least = {"bytes": 1.0, "flops": 1.0, "seconds": 0.01}
     rows = [
-        {**case.described(), "sizes": case.sizes, "median": 0.1 * side, "low": 0.09 * side, "high": 0.11 * side}
+        {**case.described(), "shown": case.shown, "sizes": case.sizes, "median": 0.1 * side, "low": 0.09 * side, "high": 0.11 * side}
         | {"floor": {"token": least, "expert": least}}
         for side in (4, 8)
         for case in [cases.Case("step", cases.STEP, cases.BOTH, 8, 8, side * side, 1, 2, layer=families()["PEER"])]

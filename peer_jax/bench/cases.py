@@ -36,7 +36,8 @@ SYMBOLS = {"tokens": "T", "d_model": "d", "num_experts": "N", "num_heads": "h", 
 class Case:
     """What one program computes; ``layer`` is the class to build, None for an op.
 
-    With ``table_updates="touched"``, a step's tables have one second moment per row and no first moment.
+    With ``table_updates="touched"``, a step's tables have one second moment per row and no first moment; else they have
+    Adam's moments.
     """
 
     what: str
@@ -68,9 +69,14 @@ class Case:
 
     @property
     def problem(self) -> tuple:
-        """What competitors share: the case without its implementation and without sizes that don't matter."""
+        """What competitors share: the case without how it is computed and without sizes that don't matter."""
         types = self.dtype, self.table_dtype
-        return (self.what, self.name, self.direction, *types, self.table_updates, *self.sizes.items())
+        return (self.what, self.name, self.direction, *types, *self.sizes.items())
+
+    @property
+    def shown(self) -> str:
+        """How it is computed, as tables and figures call it."""
+        return f"{self.implementation}, touched rows" if self.table_updates == "touched" else self.implementation
 
     def described(self) -> dict[str, Any]:
         """The fields as plain values, without the class."""
@@ -82,6 +88,7 @@ def cases(
     name: str,
     layer: type[FeedForward] | None,
     implementations: Sequence[str],
+    table_updates: Sequence[str] = ("all",),
     *,
     tokens: Sequence[int],
     d_model: Sequence[int],
@@ -90,21 +97,26 @@ def cases(
     top_k: Sequence[int],
     dtype: str,
     table_dtype: str,
-    table_updates: str = "all",
 ) -> Iterator[list[Case]]:
-    """Yields the competitors of each problem (direction and sizes): a case per implementation. Problems are unique."""
+    """Yields the competitors of each problem (direction and sizes): a case per implementation and form of updates.
+
+    Problems are unique.
+    """
     if layer is not None and "implementation" not in arguments_of(layer):
         implementations = (ONLY_ONE,)
     seen = set()
     for direction in (BOTH,) if what == "step" else DIRECTIONS:
         for sizes in itertools.product(tokens, d_model, num_experts, heads, top_k):
             types = {"dtype": dtype, "table_dtype": table_dtype}
-            case = Case(what, name, direction, *sizes, **types, layer=layer, table_updates=table_updates)
+            case = Case(what, name, direction, *sizes, **types, layer=layer)
             retrieves = {"N", "k"} <= case.sizes.keys()
             if case.problem in seen or (retrieves and case.top_k > case.num_experts):
                 continue
             seen.add(case.problem)
-            yield [dataclasses.replace(case, implementation=implementation) for implementation in implementations]
+            yield [
+                dataclasses.replace(case, implementation=implementation, table_updates=updates)
+                for implementation, updates in itertools.product(implementations, table_updates)
+            ]
 
 
 def layer_factory(case: Case) -> Callable[..., FeedForward]:

@@ -149,9 +149,7 @@ class Options:
             usual_sizes = defaults | ({"num_experts": own} if own else {})
             sizes = {size: getattr(self, size) or values for size, values in usual_sizes.items()}
             types = {"dtype": self.dtype, "table_dtype": self.table_dtype}
-            for updates in self.table_updates or ("all",):
-                shown = f"{name} on touched rows" if updates == "touched" else name
-                found += cases(self.what, shown, layer, implementations, **sizes, **types, table_updates=updates)
+            found += cases(self.what, name, layer, implementations, self.table_updates or ("all",), **sizes, **types)
         if not found:
             raise InputError("nothing is left to measure: top_k is more than num_experts in all combinations")
         return found
@@ -231,23 +229,16 @@ def apart(competitors: Sequence[Case], repeats: int) -> tuple[Measured, list[str
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peer_jax-")))
         for case in competitors:
             try:
-                worker = Worker(case, folder / f"{case.implementation}.npz")
+                worker = Worker(case, folder / f"{case.shown}.npz")
             except InputError as error:
-                notes.append(f"{case.implementation}: {error}")
+                notes.append(f"{case.shown}: {error}")
                 continue
-            workers[case.implementation] = stack.enter_context(contextlib.closing(worker))
+            workers[case.shown] = stack.enter_context(contextlib.closing(worker))
         if {PYTORCH, PYTORCH_KEEPING} & workers.keys():
             results = {name: worker.results() for name, worker in workers.items()}
             pytorch.check_agreement(competitors[0], results)
         times = interleaved({name: worker.sample for name, worker in workers.items()}, repeats)
-        return {
-            worker.case: (
-                times[name],
-                worker.floors,
-                {key: worker.answer[key] for key in ("memory", "extra_memory", "process_peak")},
-            )
-            for name, worker in workers.items()
-        }, notes
+        return {w.case: (times[name], w.floors, w.answer["measured"]) for name, w in workers.items()}, notes
 
 
 def _row(
@@ -264,12 +255,13 @@ def _row(
     unknown = dict.fromkeys(floors)
     return {
         **case.described(),
+        "shown": case.shown,
         "sizes": case.sizes,
         **times._asdict(),
         "floor": unknown
         | {order: dataclasses.asdict(floor) | {"seconds": least[order]} for order, floor in known.items()},
         "fraction_of_floor": unknown | {order: seconds / times.median for order, seconds in least.items()},
         "faster_than_first": None if first is None else first.median / times.median,
-        **{"extra_memory": None, "process_peak": None},
+        **{"state": None, "extra_memory": None, "process_peak": None},
         **memory,
     }

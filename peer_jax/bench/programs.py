@@ -24,6 +24,7 @@ class Program(NamedTuple):
     floors: dict[str, Floor | None]  # by order; None if unknown
     memory: int | None  # bytes of outputs and temporary arrays, according to the compiler
     results: Callable[[], dict[str, np.ndarray]] | None = None
+    state: int | None = None  # bytes that a step keeps from one call to the next
 
 
 def program(case: Case) -> Program:
@@ -177,9 +178,16 @@ def _step(case: Case) -> Program:
         state, metrics = compiled(state, data, rates)
         return metrics
 
-    # How many rows of a table a batch touches is not known beforehand: such tables are left out of the floor.
-    whole, _ = trainer.touched.split(trainer.abstract_state().params, tokens.size)
-    num_params = sum(p.size for p in jax.tree.leaves(whole))
-    least = training_step(num_params, training_flops(trainer.abstract_model, tokens.size, length))
+    whole, tables = trainer.touched.split(trainer.abstract_state().params, tokens.size)
+    routes = jax.jit(lambda state: trainer.model(state).route(tokens))(state) if tables else {}
+    touched = {block: len(np.unique(routing.indices)) for block, routing in routes.items()}
+    least = training_step(
+        sum(p.size for p in jax.tree.leaves(whole)), training_flops(trainer.abstract_model, tokens.size, length)
+    )
+    for (_, block, *_), table in nnx.to_flat_state(tables):
+        # A row and its second moment, which is one number, are read and written once.
+        least += Floor(2.0 * touched[block] * (table.shape[1] * table.dtype.itemsize + 4), 0.0)
     # The outputs need no memory: they are written into the arrays of the state.
-    return Program(call, {"token": least, "expert": least}, None if memory is None else int(memory.temp_size_in_bytes))
+    temporary = None if memory is None else int(memory.temp_size_in_bytes)
+    kept = sum(a.nbytes for a in jax.tree.leaves(state))
+    return Program(call, {"token": least, "expert": least}, temporary, state=kept)

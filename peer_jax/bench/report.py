@@ -51,7 +51,7 @@ def _percent(value: float | None) -> str:
 
 def line(row: Row) -> str:
     """The line that is printed when a row has been measured."""
-    return f"{row['name']}, {row['direction']}, {sizes(row)}, {row['implementation']}: {seconds(row['median'])}"
+    return f"{row['name']}, {row['direction']}, {sizes(row)}, {row['shown']}: {seconds(row['median'])}"
 
 
 # An implementation looks the same in all figures; the colour-blind can tell these colours apart, too.
@@ -61,6 +61,7 @@ LOOKS = {
     "pytorch": ("#0072b2", "^"),
     "pytorch, keeping memory": ("#56b4e9", "v"),
     "mosaic_gpu": ("#009e73", "D"),
+    "xla, touched rows": ("#0072b2", "o"),
 }
 COLUMNS = ("sizes", "implementation", "median", "quartiles", "ratio", "floor, token", "expert", "memory")
 
@@ -70,7 +71,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [
         (
             sizes(row),
-            row["implementation"],
+            row["shown"],
             seconds(row["median"]),
             f"{seconds(row['low'])} to {seconds(row['high'])}",
             f"{row['faster_than_first']:.2f}",
@@ -152,12 +153,12 @@ def figure_of(title: str, rows: Sequence[Row]):
     with house_style():
         labels = list(dict.fromkeys(sizes(row) for row in rows))
         against_n = rows[0]["what"] == "step" and len({row["num_experts"] for row in rows}) == len(labels) > 1
-        names = dict.fromkeys(row["implementation"] for row in rows)
+        names = dict.fromkeys(row["shown"] for row in rows)
         looks = {name: Style(name, *LOOKS.get(name, ("#7f5aa2", "v")), "-") for name in names}
         made, (axes,) = figure(1, 1, height=4.0 if against_n else 1.6 + 0.34 * len(labels), width=8.0)
         axes.set_title(title)
         for name, look in looks.items():
-            own = [row for row in rows if row["implementation"] == name]
+            own = [row for row in rows if row["shown"] == name]
             place = [row["num_experts"] if against_n else labels.index(sizes(row)) for row in own]
             medians = [row["median"] for row in own]
             spread = [[row["median"] - row["low"] for row in own], [row["high"] - row["median"] for row in own]]

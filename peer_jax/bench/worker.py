@@ -20,7 +20,7 @@ import numpy as np
 from peer_jax.bench.cases import PYTORCH, PYTORCH_KEEPING, Case
 from peer_jax.errors import InputError
 from peer_jax.ops.floor import Floor
-from peer_jax.startup import accelerators, keep_freed_memory, return_freed_memory
+from peer_jax.startup import accelerators, keep_freed_memory, leave_out_libtpu, return_freed_memory
 
 
 class Worker:
@@ -139,6 +139,8 @@ def main() -> None:
         keep_freed_memory()
     import jax
 
+    leave_out_libtpu()
+
     from peer_jax.bench import programs, pytorch
     from peer_jax.bench.timing import sampler
 
@@ -153,6 +155,7 @@ def main() -> None:
     sample = sampler(program.call)
     extra, peak = peak_of(lambda: jax.block_until_ready(program.call()))
     floors = {order: floor and dataclasses.asdict(floor) for order, floor in program.floors.items()}
-    answer({"floors": floors, "memory": program.memory, "extra_memory": extra, "process_peak": peak})
+    memory = {"memory": program.memory, "state": program.state, "extra_memory": extra, "process_peak": peak}
+    answer({"floors": floors, "measured": memory})
     for _ in sys.stdin:
         answer(sample())

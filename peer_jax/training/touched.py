@@ -75,7 +75,7 @@ class TouchedTables:
 
 
 def retrieved_rows(params: nnx.State) -> nnx.State:
-    """The numbers of the rows that a model has retrieved from its ``TouchedTable``s, from its parameters after a call."""
+    """The numbers of the rows that a model has retrieved from each ``TouchedTable``, from its parameters after a call."""
     tables = nnx.split_state(params, lambda _, parameter: isinstance(parameter.get_value(), TouchedTable), ...)[0]
     return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), tables)
 
