@@ -19,7 +19,7 @@ from peer_jax.layers.interface import Table
 from peer_jax.sharding import mean_over, on_each_device, specs, sum_over
 from peer_jax.training import rounding
 from peer_jax.training.touched import RowGradients
-from peer_jax.training.update_by_rows import update_by_rows, update_touched_rows
+from peer_jax.training.update_by_rows import update_by_rows
 
 BACKBONE = "backbone"
 NORMS = ("grad_norm", "update_norm", "param_norm")
@@ -316,9 +316,10 @@ class AdamW:
 
                 if by_rows:
                     p, mu, nu, lost, last = tables
-                    decayed = self.b2 * nu if last is None else nu
-                    return update_touched_rows(step, tables, (p, mu, decayed, lost, last), *g)
-                new, sums = update_by_rows(step, tables, g)
+                    onto = tables if last is not None else (p, mu, self.b2 * nu, lost, last)
+                    new, sums = update_by_rows(step, tables, g.values, rows=g.rows, onto=onto)
+                else:
+                    new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
             tables = (spec, spec, moment_spec, spec, PartitionSpec(*spec[:1]))
