@@ -270,12 +270,14 @@ class AdamW:
 
                 if by_rows:
                     p, mu, nu, lost = tables
-                    return update_touched_rows(step, tables, (p, mu, self.b2 * nu, lost), *g)
-                new, sums = update_by_rows(step, tables, g)
+                    new, sums = update_touched_rows(step, tables, (p, mu, self.b2 * nu, lost), *g)
+                else:
+                    new, sums = update_by_rows(step, tables, g)
                 return new, sum_over(spec, sums)
 
             tables = (spec, spec, moment_spec, spec)
-            update = on_each_device(part, (tables, spec, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
+            gradient = RowGradients(PartitionSpec(*spec[:1]), spec) if by_rows else spec
+            update = on_each_device(part, (tables, gradient, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
             rate = jnp.asarray(rates[group], jnp.float32)
             return update((p, mu, nu, lost), g, clip[group], rate, state.count)
 
