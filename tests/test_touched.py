@@ -202,6 +202,13 @@ class Promising(Lookup):
         return 2
 
 
+class Unplaced(Promising):
+    """Nobody can say which part of its table a device has."""
+
+    def __init__(self, d_model, *, dtype, param_dtype, rngs):
+        self.rows = Table(jnp.ones((4, d_model), param_dtype))
+
+
 def traced(made):
     data = jax.tree.map(jnp.asarray, batch(0, 2, 3))
     gradient = functools.partial(made._gradient, total=jnp.float32(4))
@@ -217,6 +224,7 @@ def test_a_layer_that_reads_whole_tables_is_trained_by_whole_gradients():
 
 
 def test_what_can_t_be_done_by_rows_is_refused_with_a_way_out():
-    sizes = {"num_experts": 16, "num_heads": 1, "top_k": 2, "d_key": 4, "query_norm": "layer"}
     with pytest.raises(InputError, match=r"reads a whole table.*retrieved.*table_updates='all'"):
         traced(trainer("touched", Promising))
+    with pytest.raises(InputError, match=r"Unplaced defines rows_touched, but its table 'rows' has no axes=\('rows', "):
+        trainer("touched", Unplaced)

@@ -80,6 +80,7 @@ class DeviceLoad(NamedTuple):
         tables: whether tables are split by "rows" or by "columns".
         size: bytes of an element of the computation.
         remat: whether the backward pass computes the layer's forward pass again.
+        touched: whether a step works on touched rows, in layers that define ``rows_touched``.
     """
 
     tokens: int
@@ -89,6 +90,7 @@ class DeviceLoad(NamedTuple):
     tables: str
     size: int
     remat: bool
+    touched: bool = False
 
 
 class FeedForward(nnx.Module):
