@@ -190,8 +190,9 @@ class FeedForward(nnx.Module):
     def rows_touched(self, tokens: int) -> int | None:
         """The most rows of each of its tables that ``tokens`` tokens retrieve.
 
-        A layer that defines it reads its tables through ``peer_jax.layers.touched.retrieved``. None, the default, means
-        that it reads whole tables: their gradients and updates are those of all rows.
+        A layer that defines it reads its tables, which have the axes ``TABLE_AXES``, through
+        ``peer_jax.layers.touched.retrieved``. None, the default, means that it reads whole tables: their gradients and
+        updates are those of all rows.
         """
         return None
 
