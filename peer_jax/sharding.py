@@ -261,6 +261,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement.sharding(*axes))
 
 
+def spec_of(*axes: str | None) -> PartitionSpec:
+    """How the placement in use splits an array with these logical axes; on one device, a spec that splits nothing."""
+    return PartitionSpec() if current() is None else current().spec(axes)
+
+
+def parts_of(axis: str) -> int:
+    """The number of parts that the placement in use splits a logical axis into."""
+    return math.prod(current().size(over) for over in mesh_axes(spec_of(axis)))
+
+
 def split_batch(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | jax.Array]:
     """Joins the ``rows`` of all processes to a batch split over all devices; on one device, returns ``rows``."""
     if current() is None:

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program sends between devices, and where it makes arrays of a table's size, read from its text."""
 
 import math
 import re
@@ -34,6 +34,15 @@ def collectives(text):
     """
     matches = (_INSTRUCTION.search(line) for line in text.splitlines())
     return [Collective(match[2], _bytes(match[1])) for match in matches if match and match[3] != "-start"]
+
+
+def makers(text, rows, columns):
+    """The kinds of instructions that make a float32 array of a table's size, apart from those that write rows in place.
+
+    These are scatters, also within fusions.
+    """
+    made = re.findall(rf"= \(?f32\[{rows},{columns}\]\S* ([a-z-]+)\(", text)
+    return sorted(set(made) - {"parameter", "get-tuple-element", "bitcast", "scatter", "fusion"})
 
 
 def _bytes(result):

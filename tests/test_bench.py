@@ -384,7 +384,14 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
 def test_steps_are_drawn_against_the_number_of_experts():
     least = {"bytes": 1.0, "flops": 1.0, "seconds": 0.01}
     rows = [
-        {**case.described(), "shown": case.shown, "sizes": case.sizes, "median": 0.1 * side, "low": 0.09 * side, "high": 0.11 * side}
+        {
+            **case.described(),
+            "shown": case.shown,
+            "sizes": case.sizes,
+            "median": 0.1 * side,
+            "low": 0.09 * side,
+            "high": 0.11 * side,
+        }
         | {"floor": {"token": least, "expert": least}}
         for side in (4, 8)
         for case in [cases.Case("step", cases.STEP, cases.BOTH, 8, 8, side * side, 1, 2, layer=families()["PEER"])]

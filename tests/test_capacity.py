@@ -30,23 +30,26 @@ LAYERS = {
     "moe": functools.partial(MoE, num_experts=8),
     "dropless": functools.partial(MoE, num_experts=8, routing="token_choice", capacity_factor=None),
 }
-# Layer; devices along data, fsdp and expert; how tables are split; d_model; tokens per row; remat.
+ADAM = AdamW(learning_rate=1e-3)
+TOUCHED = AdamW(learning_rate=1e-3, table_b1=0.0, table_second_moment="row", table_updates="touched")
+# Layer; devices along data, fsdp and expert; how tables are split; d_model; tokens per row; remat; optimiser.
 CASES = {
     "PEER, rows": ("peer", (2, 1, 4), "rows", 64, 64, False),
     "PEER, columns": ("peer", (1, 2, 4), "columns", 64, 64, False),
     "PEER, whole": ("small peer", (8, 1, 1), "rows", 128, 64, False),
     "PKM, rows": ("pkm", (1, 1, 8), "rows", 128, 128, True),
+    "PEER, touched rows": ("peer", (2, 1, 4), "rows", 64, 16, True, TOUCHED),
     "MoE": ("moe", (2, 1, 4), "rows", 64, 64, False),
 }
 
 
-def run_of(layer, mesh, tables, d_model, seq_len, remat, **options):
+def run_of(layer, mesh, tables, d_model, seq_len, remat, optimizer=ADAM, **options):
     model = functools.partial(
         Transformer, d_model=d_model, num_blocks=2, num_heads=4, ffw=Dense, sparse_ffw=LAYERS[layer], remat=remat
     )
     return Run(
         model=model,
-        optimizer=AdamW(learning_rate=1e-3),
+        optimizer=optimizer,
         task=TextTask(python_stdlib(), vocabulary="bytes", seq_len=seq_len),
         batch_size=16,
         steps=1,
@@ -96,7 +99,7 @@ def test_memory_is_that_of_the_compiled_step(steps, case):
     assert least < total
 
 
-@pytest.mark.parametrize("case", ["PEER, rows", "PEER, whole", "PKM, rows", "MoE"])
+@pytest.mark.parametrize("case", ["PEER, rows", "PEER, whole", "PKM, rows", "PEER, touched rows", "MoE"])
 def test_exchanges_are_those_of_the_compiled_step(steps, case):
     """Collectives tell the causes apart: all-reduces are over D or P devices, all others are over ``expert``."""
     data, fsdp, E = CASES[case][1]
@@ -142,6 +145,7 @@ def test_what_experts_and_rows_of_moments_and_remat_change():
         "small": run_of("small peer", (2, 1, 4), "rows", 64, 64, False),
         "remat": run_of("peer", (2, 1, 4), "rows", 64, 64, True),
         "by row": dataclasses.replace(plain, optimizer=AdamW(learning_rate=1e-3, table_second_moment="row")),
+        "touched": dataclasses.replace(plain, optimizer=TOUCHED, batch_size=8),
     }
     of = {name: capacity.plan(run) for name, run in runs.items()}
     tables, sub_keys = 2 * 4 * 256**2 * 64 / 4, 4 * 256 * 64  # a quarter of two tables; two halves of width 32
@@ -152,6 +156,12 @@ def test_what_experts_and_rows_of_moments_and_remat_change():
     assert of["plain"].memory.optimizer - of["by row"].memory.optimizer == tables - tables / 64
     assert of["remat"].step.flops == 4 / 3 * of["plain"].step.flops
     assert of["plain"].step.state == 2 * (of["plain"].memory.parameters + of["plain"].memory.optimizer)
+    # A batch of 8 rows of 64 tokens touches at most 8192 of the 16384 rows of a part.
+    gradients = of["touched"].memory.working
+    assert gradients == of["touched"].memory.parameters - tables / 2
+    # Parameters and moments, but of tables only their rows, which nobody knows beforehand.
+    backbone = of["plain"].memory.parameters - tables
+    assert of["touched"].step.state == pytest.approx(2 * 3 * backbone, abs=100)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from reference import relative_error
 
 from peer_jax import ops
 from peer_jax.errors import InputError
+from peer_jax.layers.interface import Table
+from peer_jax.layers.touched import TouchedTable, retrieved
 from peer_jax.ops import chunks, cross_entropy
 from peer_jax.sharding import Sharding, current, use
 
@@ -35,6 +37,7 @@ WHOLE = [((8, 1, 1), "rows"), ((1, 8, 1), "rows"), ((2, 4, 1), "columns")]
 # Where "reference" is asked for, which XLA partitions by itself.
 PARTITIONED = [((1, 1, 8), "rows"), ((1, 1, 8), "columns"), ((2, 2, 2), "rows"), ((2, 2, 2), "columns")]
 OPS = ["expert_mix", "value_bag"]
+TOUCHED = [((1, 1, 8), "rows"), ((2, 2, 2), "rows"), ((2, 1, 4), "columns"), ((8, 1, 1), "rows")]
 
 
 def draw_indices():
@@ -150,7 +153,31 @@ def measure():
                 add(op, "bfloat16", form, "spread", function, arguments, alone)
     report["product_key_top_k"] = [retrieval(implementation) for implementation in (None, "reference", "mosaic_gpu")]
     report["linear_cross_entropy"] = losses()
+    report["touched"] = {
+        key("touched", mesh, form, case): found for mesh, form in TOUCHED for case, found in touched(mesh, form)
+    }
     return report | choices()
+
+
+def touched(mesh, form):
+    """By indices: whether the touched rows of each part are NumPy's, and the error of a sum over a table of them."""
+    values, gates = jnp.asarray(draw()[2]), draw()[3]
+
+    @jax.jit
+    def bag(indices, gates):
+        table = Table(TouchedTable(values, jnp.zeros((N, D))))  # room for all rows
+        slots, compact = retrieved(indices, table)
+        return table.get_value().rows, ops.value_bag(compact, slots, gates)
+
+    parts = mesh[2] if form == "rows" else 1
+    size = N // parts
+    for case, indices in INDICES.items():
+        with use(place(mesh, form)):
+            rows, y = bag(indices, gates)
+        of_parts = [np.unique(indices[indices // size == part]) - part * size for part in range(parts)]
+        padded = [np.append(of, np.arange(size + len(of), 2 * size)) for of in of_parts]
+        same = np.array_equal(rows, np.concatenate(padded))
+        yield case, (same, error([y], loops("value_bag", *draw(), indices)[:1], indices))
 
 
 def choices():
@@ -261,6 +288,15 @@ def test_split_tables(report, op, mesh, form):
 def test_whole_tables(report, op, mesh, form):
     """Every device has a copy of the tables, and its own tokens."""
     assert faults(report, op, mesh, form, ["spread"]) == {}
+
+
+@pytest.mark.parametrize(("mesh", "form"), TOUCHED)
+def test_touched_rows_of_all_devices(report, mesh, form):
+    """A bad index gives NaN for its token there, too."""
+    for case in INDICES:
+        same, difference = report["touched"][key("touched", mesh, form, case)]
+        assert same, case
+        assert difference < FP32, case
 
 
 @pytest.mark.parametrize(("mesh", "form"), PARTITIONED)

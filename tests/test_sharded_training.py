@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives
+from collectives import collectives, makers
 from eight_devices import measured
 from flax import nnx
 from reference import relative_error
@@ -41,8 +41,9 @@ MODELS = {
     "retrieval": (["pkm", "peer"], {}),
     "dropless": (["dropless"], {}),
     "moment a row": (["pkm", "peer"], {"moment": "row"}),
-    "accumulation": (["peer, layer norm"], {"accumulation": 2}),
     "bfloat16": (["peer"], {"dtype": jnp.bfloat16}),
+    "touched": (["pkm", "peer"], {"touched": True}),
+    "accumulation": (["peer, layer norm"], {"touched": True, "accumulation": 2, "remat": True}),
 }
 ALONE = ((1, 1, 1), "rows")
 # Devices along data, fsdp and expert, and the form of the tables.
@@ -52,14 +53,19 @@ WHOLE = [((8, 1, 1), "rows")]  # no table is split: rows are columns
 FSDP = [((2, 2, 2), "rows"), ((1, 8, 1), "rows")]
 RETRIEVING = [
     *(("retrieval", *case) for case in [*SPLIT, *COLUMNS, *WHOLE, *FSDP]),
-    ("moment a row", (1, 4, 2), "rows"),
     ("moment a row", (2, 1, 4), "columns"),
 ]
-OTHERS = [("accumulation", (2, 2, 2), "columns"), ("bfloat16", (2, 2, 2), "rows")]
+TOUCHED = [
+    ("touched", (2, 1, 4), "rows"),
+    ("touched", (1, 2, 4), "columns"),
+    ("touched", (8, 1, 1), "rows"),
+    ("accumulation", (2, 2, 2), "rows"),
+]
+OTHERS = [("bfloat16", (2, 2, 2), "rows")]
 COARSE = [("coarse", *case) for case in [*SPLIT, *WHOLE, *FSDP]]
 DROPLESS = [("dropless", *case) for case in [*SPLIT, *WHOLE]]
 # What a process measures.
-GROUPS = {"retrieving": RETRIEVING + OTHERS, "coarse": COARSE + DROPLESS}
+GROUPS = {"retrieving": RETRIEVING + TOUCHED + OTHERS, "coarse": COARSE + DROPLESS}
 CASES = [case for cases in GROUPS.values() for case in cases]
 # As in test_step, whose optimiser is smooth on purpose: sums in another order, some dozen roundings of 6e-8, but here
 # through five steps.
@@ -69,9 +75,13 @@ BF16 = 2**-5
 
 
 @functools.cache
-def trainer(model):
+def trainer(model, *, on_mesh=False):
     names, options = MODELS[model]
-    dtype, moment = options.get("dtype", jnp.float32), options.get("moment", "element")
+    dtype, remat = options.get("dtype", jnp.float32), options.get("remat", False)
+    tables = {"table_second_moment": options.get("moment", "element")}
+    if "touched" in options:  # compared with steps on whole tables, on one device
+        updates = "touched" if on_mesh else "all"
+        tables = {"table_second_moment": "row", "table_b1": 0.0, "table_updates": updates}
 
     def build(*, rngs):
         layers = iter(names)
@@ -80,9 +90,9 @@ def trainer(model):
             return LAYERS[next(layers)](*arguments, **types)
 
         init = nnx.initializers.normal(1.0)
-        return Transformer(V, D, len(names), 2, ffw=next_layer, embed_init=init, dtype=dtype, rngs=rngs)
+        return Transformer(V, D, len(names), 2, ffw=next_layer, embed_init=init, dtype=dtype, remat=remat, rngs=rngs)
 
-    optimizer = SMOOTH.__class__(**SMOOTH.__dict__ | {"table_second_moment": moment})
+    optimizer = SMOOTH.__class__(**SMOOTH.__dict__ | tables)
     return Trainer(build, optimizer, accumulation=options.get("accumulation", 1))
 
 
@@ -111,7 +121,7 @@ class Trained:
         data, fsdp, expert = mesh
         devices = jax.devices()[: data * fsdp * expert]
         placement = Sharding(data=data, fsdp=fsdp, expert=expert, tables=form).place(devices)
-        made = trainer(model)
+        made = trainer(model, on_mesh=placement is not None)
         with use(placement):
             self.shardings = made.shardings()
 
@@ -151,6 +161,12 @@ def difference(actual, expected):
     return float(np.max([relative_error(a, e) for a, e in pairs], initial=0.0))
 
 
+def part_of_table(case):
+    """Rows and columns of a device's part."""
+    _, (*_, expert), form = case
+    return (N // expert, D) if form == "rows" else (N, D // expert)
+
+
 def measure(group):
     """By model: the least that any parameter moves on one device; by case: its differences from that, and the rest."""
     cases = GROUPS[group]
@@ -172,6 +188,7 @@ def measure(group):
             "repeats": many.repeats(),
             "stays": many.stays(),
             "sent": collectives(many.step.as_text()),
+            "made": makers(many.step.as_text(), *part_of_table(case)),
         }
     return found
 
@@ -241,6 +258,16 @@ def test_tables_stay_where_they_are(model, mesh, form):
         assert reduced == 0
     else:
         assert 3 * part <= reduced < 3.5 * part  # those of `values`, `down` and `up`, maybe others along with them
+
+
+@pytest.mark.parametrize(("model", "mesh", "form"), TOUCHED)
+def test_steps_on_touched_rows_make_and_send_nothing_of_a_table_s_size(model, mesh, form):
+    """A micro-batch touches at most 384 rows of a part, which has 1024 or more. Gradients of two tables are no sum."""
+    assert found(model, mesh, form)["made"] == []
+    assert found("retrieval", (2, 1, 4), form)["made"]
+    assert sum(sizes(model, mesh, form, "all-reduce")) < 2 * TABLE // mesh[-1]
+    others = kinds(model, mesh, form) - {"all-reduce"}
+    assert max(sizes(model, mesh, form, *others), default=0) * mesh[-1] < TABLE // mesh[-1]
 
 
 @pytest.mark.parametrize(("model", "mesh", "form"), COARSE)

@@ -10,7 +10,8 @@ from collectives import collectives
 from eight_devices import measured
 
 from peer_jax.ops import expert_mix, traffic, value_bag
-from peer_jax.sharding import AXES, Sharding, current, use
+from peer_jax.ops.touched import compact_size, touched_by_all
+from peer_jax.sharding import AXES, Sharding, current, parts_of, use
 
 # Sizes whose products all differ, so that one array can't pass for another. Tables are larger than anything of tokens.
 T, H, K, D, N = 8, 2, 3, 16, 1024
@@ -74,8 +75,24 @@ def compiled(op, form, mesh, dtype):
         return {direction: collectives(program.as_text()) for direction, program in programs.items()}
 
 
+# For the rows that are touched, with room for fewer than all and for all of a part: the most that a batch can touch.
+MOST = (40, N)
+
+
+def touched(form, mesh, most):
+    """Collectives of what tells devices which rows a batch touches."""
+    with use(Sharding(**dict(zip(AXES, mesh, strict=True)), tables=form).place()):
+        indices = jax.device_put(jnp.ones((8 * T, H, K), jnp.int32), current().sharding("batch"))
+        size = compact_size(N, most, parts_of("rows"))
+        program = jax.jit(lambda indices: touched_by_all(indices, N, size)).lower(indices).compile()
+        return collectives(program.as_text())
+
+
 def measure():
-    return {name(*case): compiled(*case) for case in CASES}
+    found = {name(*case): compiled(*case) for case in CASES}
+    for form, (mesh, _), most in itertools.product(FORMS, MESHES, MOST):
+        found[f"{form} {mesh} {most}"] = touched(form, mesh, most)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +118,26 @@ def found(program, E):
     return whole
 
 
+def in_one(formula):
+    """A formula's collectives, as ``found`` has them."""
+    parts = formula._asdict()
+    parts["all_reduce"] += parts.pop("copies") + parts.pop("everywhere")
+    return parts
+
+
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_bytes_are_those_of_the_compiled_program(programs, case, direction):
-    formula = expected(*case, direction)._asdict()
-    formula["all_reduce"] += formula.pop("copies")
-    assert found(programs[name(*case)][direction], case[2][2]) == formula
+    assert found(programs[name(*case)][direction], case[2][2]) == in_one(expected(*case, direction))
+
+
+@pytest.mark.parametrize("most", MOST)
+@pytest.mark.parametrize("mesh", [mesh for mesh, _ in MESHES])
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_that_say_which_rows_are_touched_are_those_of_the_compiled_program(programs, form, mesh, most):
+    (data, fsdp, E), parts = mesh, mesh[2] if form == "rows" else 1
+    formula = traffic.touched_rows(T, H * K, N, parts * min(most, N // parts), E, data * fsdp, form)
+    assert found(programs[f"{form} {mesh} {most}"], E) == in_one(formula)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -119,6 +150,6 @@ def test_nothing_of_a_table_s_size_moves_but_gradients_over_copies(programs, cas
 
 
 def test_a_ring_moves_all_but_the_own_part_and_sums_twice():
-    whole = traffic.Collectives(all_gather=8, reduce_scatter=16, all_to_all=24, all_reduce=32, copies=40)
-    assert whole.received(8, 2) == (7, 14, 21, 56, 40)
-    assert whole.received(1, 1) == (0, 0, 0, 0, 0)
+    whole = traffic.Collectives(all_gather=8, reduce_scatter=16, all_to_all=24, all_reduce=32, copies=40, everywhere=48)
+    assert whole.received(8, 2) == (7, 14, 21, 56, 40, 90)
+    assert whole.received(1, 1) == (0, 0, 0, 0, 0, 0)

@@ -80,6 +80,7 @@ class DeviceLoad(NamedTuple):
         tables: whether tables are split by "rows" or by "columns".
         size: bytes of an element of the computation.
         remat: whether the backward pass computes the layer's forward pass again.
+        touched: whether a step works on touched rows, in layers that define ``rows_touched``.
     """
 
     tokens: int
@@ -89,6 +90,7 @@ class DeviceLoad(NamedTuple):
     tables: str
     size: int
     remat: bool
+    touched: bool = False
 
 
 class FeedForward(nnx.Module):
@@ -188,8 +190,9 @@ class FeedForward(nnx.Module):
     def rows_touched(self, tokens: int) -> int | None:
         """The most rows of each of its tables that ``tokens`` tokens retrieve.
 
-        A layer that defines it reads its tables through ``peer_jax.layers.touched.retrieved``. None, the default, means
-        that it reads whole tables: their gradients and updates are those of all rows.
+        A layer that defines it reads its tables, which have the axes ``TABLE_AXES``, through
+        ``peer_jax.layers.touched.retrieved``. None, the default, means that it reads whole tables: their gradients and
+        updates are those of all rows.
         """
         return None
 

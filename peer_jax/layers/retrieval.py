@@ -20,8 +20,9 @@ from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
 from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.linear import Linear
-from peer_jax.ops import check_implementation, floor, product_key_top_k
+from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
 from peer_jax.ops.floor import Floor
+from peer_jax.ops.touched import compact_size
 from peer_jax.ops.traffic import FLOAT, Collectives
 
 QUERY_NORMS = ("batch", "layer", None)
@@ -158,8 +159,13 @@ class ProductKeyRetrieval(FeedForward):
 
     def _exchanged(self, step: Callable[..., Collectives], load: DeviceLoad, gate_size: int) -> Collectives:
         """What ``step``, a function of ``traffic``, exchanges for the subclass's tables."""
-        sizes = load.tokens, self.num_heads * self.top_k, self.d_model, self.num_experts, load.expert, load.copies
-        return step(*sizes, load.tables, size=load.size, gate_size=gate_size, remat=load.remat)
+        t, r, N, E, D = load.tokens, self.num_heads * self.top_k, self.num_experts, load.expert, load.copies
+        rows, found = N, Collectives()
+        if load.touched:
+            rows = compact_size(N, self._rows_touched(E * D * t), E if load.tables == "rows" else 1)
+            found = traffic.touched_rows(t, r, N, rows, E, D, load.tables)
+        sizes = {"size": load.size, "gate_size": gate_size}
+        return step(t, r, self.d_model, rows, E, D, load.tables, **sizes, remat=load.remat).plus(found)
 
     def _retrieval_floor(self, tokens: int, *, backward: bool, size: int, weight_size: int) -> Floor:
         """Floor of the query projection and of the top-k, which is the same in both orders."""

@@ -14,10 +14,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import Table
+from peer_jax.layers.interface import TABLE_AXES, Table
 from peer_jax.ops.checks import check_indices
 from peer_jax.ops.kept import keep
-from peer_jax.ops.touched import take_rows, touched_rows
+from peer_jax.ops.touched import take_rows, touched_by_all
+from peer_jax.sharding import on_each_device, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,9 @@ def retrieved(indices: Int[Array, "*tokens h k"], *tables: Table) -> tuple[Array
         raise InputError("a layer retrieves rows of one table twice in a step: set AdamW.table_updates='all'")
     num_rows, most = values[0].table.shape[0], values[0].change.shape[0]
     check_indices("retrieved", indices, num_rows)
-    rows, slots = keep(touched_rows(indices, num_rows, most))
+    rows, slots = keep(touched_by_all(indices, num_rows, most))
     for table, value in zip(tables, values, strict=True):
         table.set_value(dataclasses.replace(value, rows=rows))
-    return slots, *(take_rows(value.table, rows) + value.change for value in values)
+    split = spec_of(*TABLE_AXES)
+    take = on_each_device(take_rows, (split, spec_of("rows")), split)
+    return slots, *(take(value.table, rows) + value.change for value in values)

@@ -8,21 +8,27 @@ are float32.
 
 t  tokens of a device     r  rows retrieved per token     d  width of a row     N  rows of a table
 E  devices along ``expert``     D  devices that hold the same part of a table, data * fsdp
+
+In a step on touched rows the ops work on compact tables (``peer_jax.ops.touched``), whose rows are then their N.
 """
 
 from typing import NamedTuple
 
-INDEX, FLOAT = 4, 4  # bytes of an index, and of an element of a sum
+INDEX, FLOAT, FLAG = 4, 4, 1  # bytes of an index, of an element of a sum, and of a flag
 
 
 class Collectives(NamedTuple):
-    """Bytes of one device by kind of collective, over ``expert``; ``copies`` are all-reduces over data and fsdp."""
+    """Bytes of one device by kind of collective, over ``expert``.
+
+    ``copies`` are all-reduces over data and fsdp, ``everywhere`` those over all devices.
+    """
 
     all_gather: float = 0.0
     reduce_scatter: float = 0.0
     all_to_all: float = 0.0
     all_reduce: float = 0.0
     copies: float = 0.0
+    everywhere: float = 0.0
 
     def plus(self, other: "Collectives", times: float = 1.0) -> "Collectives":
         """The sum of these and ``times`` times ``other``."""
@@ -30,14 +36,15 @@ class Collectives(NamedTuple):
 
     def received(self, E: int, D: int) -> "Collectives":
         """The bytes that a device receives."""
-        over_expert, over_copies = (E - 1) / E, (D - 1) / D
-        gathered, scattered, exchanged, summed, copies = self
+        over_expert, over_copies, over_all = (E - 1) / E, (D - 1) / D, (E * D - 1) / (E * D)
+        gathered, scattered, exchanged, summed, copies, everywhere = self
         return Collectives(
             over_expert * gathered,
             over_expert * scattered,
             over_expert * exchanged,
             2 * over_expert * summed,
             2 * over_copies * copies,
+            2 * over_all * everywhere,
         )
 
 
@@ -100,6 +107,19 @@ def value_bag_backward(
     if tables == "rows":
         return Collectives(all_gather=size * E * tokens + gathered, reduce_scatter=FLOAT * pairs, copies=copies)
     return Collectives(all_gather=gathered, reduce_scatter=FLOAT * pairs, all_to_all=size * tokens, copies=copies)
+
+
+def touched_rows(t: int, r: int, N: int, U: int, E: int, D: int, tables: str) -> Collectives:
+    """What tells devices which rows a batch touches: at most U of the table, counting all parts.
+
+    With tables by rows, indices go to all devices along ``expert``, and places in the compact table come back. Devices
+    with the same rows combine a flag for each row that they have, and then the numbers of the touched ones.
+    """
+    known = FLAG * N + INDEX * U
+    if tables == "columns":
+        return Collectives(everywhere=known if E * D > 1 else 0.0)
+    exchanged = INDEX * E * t * r if E > 1 else 0.0
+    return Collectives(all_gather=exchanged, reduce_scatter=exchanged, copies=known / E if D > 1 else 0.0)
 
 
 def _copies(number: int, N: int, d: int, E: int, D: int) -> float:

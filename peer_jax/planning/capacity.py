@@ -7,10 +7,12 @@ up to the compiler: it is bounded from below here, and ``peer_jax.planning.compi
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
@@ -23,6 +25,7 @@ from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, pa
 from peer_jax.training import room
 from peer_jax.training.flops import TRAINING_TO_FORWARD
 from peer_jax.training.run import Run
+from peer_jax.training.step import TrainState
 
 BATCH_ARRAYS = 3  # inputs, targets and segment ids
 
@@ -75,8 +78,9 @@ class MemoryPlan(NamedTuple):
     Attributes:
         parameters, optimizer: the state of a run.
         other: statistics and the batch.
-        working: what a step holds at least beside these three: the gradients, which exist all at once when they are
-            clipped by their norm, or the activations that ``peer_jax.training.room`` counts, if they are more.
+        working: what a step holds at least beside these three: the gradients, those of tables perhaps of touched rows
+            alone, which exist all at once when they are clipped by their norm, or the activations that
+            ``peer_jax.training.room`` counts, if they are more.
     """
 
     parameters: float
@@ -179,15 +183,20 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
     sizes = sharding.sizes(devices)
     placement = Placement(AbstractMesh(tuple(sizes.values()), AXES), sharding.tables)
     placement.check_rows("Run.batch_size / Run.accumulation", run.batch_size // run.accumulation)
+    seq_len = run.task.seq_len
     with use(placement):
         trainer = run.trainer()
         state = trainer.abstract_state()
-    model, seq_len = trainer.abstract_model, run.task.seq_len
+        whole, tables = trainer.touched.split(state.params, run.batch_size * seq_len)
+        changes = functools.partial(trainer.touched.changes, tables, run.batch_size // run.accumulation * seq_len)
+        # On a mesh, E parts of a compact table are split over E devices, and so are its columns.
+        gradients = part_bytes(whole) + part_bytes(jax.eval_shape(changes)) / placement.size(EXPERT)
+    model = trainer.abstract_model
     tokens = run.batch_size // run.accumulation * seq_len // placement.mesh.size
     parameters, optimizer, others = (part_bytes(tree) for tree in (state.params, state.optimizer, state.others))
     batch = BATCH_ARRAYS * INDEX * tokens * run.accumulation
     activations = room.activation_bytes(model, tokens, seq_len, on_cpu=False)
-    memory = MemoryPlan(parameters, optimizer, others + batch, max(parameters, activations))  # gradients as parameters
+    memory = MemoryPlan(parameters, optimizer, others + batch, max(gradients, activations))
     flops = (TRAINING_TO_FORWARD + model.remat) * model.flops_per_token(seq_len) * tokens * run.accumulation
     load = DeviceLoad(
         tokens=tokens,
@@ -197,14 +206,24 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
         tables=sharding.tables,
         size=jnp.dtype(model.dtype).itemsize,
         remat=model.remat,
+        touched=bool(tables),
     )
     layers = [block.ffw for block in model.blocks]
     exchanged = [layer.exchanged(load) for layer in layers]
     unknown = dict.fromkeys(layer.label for layer, known in zip(layers, exchanged, strict=True) if known is None)
     received = _received(exchanged, load, state.params, placement)
     interconnect = {cause: run.accumulation * size for cause, size in received.items()}
-    step = StepPlan(flops, 2 * (parameters + optimizer), interconnect)
+    step = StepPlan(flops, 2 * _updated_whole(state, touched=bool(tables)), interconnect)
     return Plan(sizes, sharding.tables, tokens, memory, step, tuple(unknown))
+
+
+def _updated_whole(state: TrainState, *, touched: bool) -> int:
+    """Bytes of the parameters, and of the optimiser's state, that a step changes whatever the batch is.
+
+    With ``touched``, those of tables depend on the batch.
+    """
+    leaves = jax.tree.leaves((state.params, state.optimizer), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return part_bytes([leaf for leaf in leaves if not (touched and isinstance(leaf, Table))])
 
 
 def _received(
@@ -227,8 +246,8 @@ def _received(
         kernels += (2 if load.remat and path[0] == "blocks" else 1) * whole * (F - 1) / F
         gradients += whole * (F - 1) / F + 2 * whole / F * (copies - 1) / copies
     return {
-        TOKENS: sum(layers) - layers.copies,
-        TABLE_GRADIENTS: layers.copies,
+        TOKENS: sum(layers) - layers.copies - layers.everywhere,
+        TABLE_GRADIENTS: layers.copies + layers.everywhere,
         KERNELS: kernels,
         GRADIENTS: gradients,
     }

@@ -323,7 +323,8 @@ class AdamW:
                 return new, sum_over(spec, sums)
 
             tables = (spec, spec, moment_spec, spec, PartitionSpec(*spec[:1]))
-            update = on_each_device(part, (tables, spec, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
+            gradient = RowGradients(PartitionSpec(*spec[:1]), spec) if by_rows else spec
+            update = on_each_device(part, (tables, gradient, *(PartitionSpec(),) * 3), (tables, PartitionSpec()))
             rate = jnp.asarray(rates[group], jnp.float32)
             return update((p, mu, nu, *others), g, clip[group], rate, state.count)
 

@@ -88,11 +88,6 @@ class Trainer:
     def shardings(self) -> TrainState | None:
         """The sharding of each array of the state in the placement in use; None on one device."""
         placement = current()
-        if placement is not None and getattr(self.optimizer, "table_updates", None) == "touched":
-            raise InputError(
-                f"AdamW.table_updates='touched' works on one device, not on a mesh of {placement.mesh.size}: set it to "
-                "'all', or sizes of Sharding that use one device"
-            )
         return None if placement is None else placement.shardings(self._shapes)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -1,4 +1,7 @@
-"""Gradients of the touched rows of tables, out of the middle of a model (``peer_jax.layers.touched``)."""
+"""Gradients of the touched rows of tables, out of the middle of a model (``peer_jax.layers.touched``).
+
+E  parts of a table by rows, see ``peer_jax.ops.touched``     U  the most rows of a part that a batch can touch
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from peer_jax.layers.interface import Table
+from peer_jax.errors import InputError
+from peer_jax.layers.interface import TABLE_AXES, Table
 from peer_jax.layers.touched import TouchedTable
 from peer_jax.models import Transformer
-from peer_jax.ops.touched import touched_rows
+from peer_jax.ops.touched import compact_size, touched_rows
+from peer_jax.sharding import on_each_device, parts_of, spec_of
 
 Path = tuple[str | int, ...]
 
@@ -20,12 +25,13 @@ class RowGradients(NamedTuple):
     """The gradient of a table: that of the rows which the batch has touched. All others have none.
 
     Attributes:
-        rows: numbers of the rows, ascending and different; those from the number of the table's rows on are padding.
+        rows: numbers of the rows within each part, ascending and different; those from the number of a part's rows on
+            are padding.
         values: their gradients, zero for the padding.
     """
 
-    rows: Int[Array, " U"]
-    values: Float[Array, "U d"]
+    rows: Int[Array, " E*U"]
+    values: Float[Array, "E*U d"]
 
 
 class TouchedTables:
@@ -43,6 +49,11 @@ class TouchedTables:
             if block.ffw.rows_touched(1) is not None:
                 for path, parameter in nnx.to_flat_state(nnx.state(block.ffw, nnx.Param)):
                     if isinstance(parameter, Table):
+                        if parameter.get_metadata("axes", ()) != TABLE_AXES:
+                            raise InputError(
+                                f"{block.ffw.name} defines rows_touched, but its table {path[-1]!r} has no "
+                                f"axes={TABLE_AXES}: give them to Table, or set AdamW.table_updates='all'"
+                            )
                         self._most["blocks", index, "ffw", *path] = block.ffw.rows_touched
 
     def split(self, params: nnx.State, tokens: int) -> tuple[nnx.State, nnx.State]:
@@ -53,11 +64,14 @@ class TouchedTables:
 
         return nnx.split_state(params, is_whole, ...)
 
+    def _size(self, path: Path, table: Table, tokens: int) -> int:
+        return compact_size(table.shape[0], self._most[path](tokens), parts_of("rows"))
+
     def changes(self, tables: nnx.State, tokens: int) -> nnx.State:
-        """The zeros of compact tables for a batch or micro-batch of ``tokens`` tokens."""
+        """The zeros of compact tables for a batch or micro-batch of ``tokens`` tokens, those of all devices."""
 
         def of(path: Path, table: Table) -> Table:
-            return table.replace(jnp.zeros((self._most[path](tokens), table.shape[1]), table.dtype))
+            return table.replace(jnp.zeros((self._size(path, table, tokens), table.shape[1]), table.dtype))
 
         return nnx.map_state(of, tables)
 
@@ -66,16 +80,16 @@ class TouchedTables:
         whole, tables = self.split(params, tokens)
 
         def by_rows(path: Path, table: Table) -> Table:
-            (num_rows, d), most = table.shape, self._most[path](tokens)
-            rows = jnp.arange(num_rows, num_rows + most, dtype=jnp.int32)
-            return table.replace(RowGradients(rows, jnp.zeros((most, d), jnp.float32)))
+            parts, size = parts_of("rows"), self._size(path, table, tokens)
+            padding = table.shape[0] // parts + jnp.arange(size // parts, dtype=jnp.int32)
+            return table.replace(RowGradients(jnp.tile(padding, parts), jnp.zeros((size, table.shape[1]), jnp.float32)))
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), whole)
         return nnx.merge_state(zeros, nnx.map_state(by_rows, tables))
 
 
 def retrieved_rows(params: nnx.State) -> nnx.State:
-    """The numbers of the rows that a model has retrieved from each ``TouchedTable``, from its parameters after a call."""
+    """The numbers of the rows that a model has retrieved from each ``TouchedTable``, in its parameters after a call."""
     tables = nnx.split_state(params, lambda _, parameter: isinstance(parameter.get_value(), TouchedTable), ...)[0]
     return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), tables)
 
@@ -94,10 +108,15 @@ def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array 
     """The sum of two gradients of a parameter in the type of ``total``, which has room for the rows of both."""
     if not isinstance(total, RowGradients):
         return total + more.astype(total.dtype)
-    most = total.rows.size
-    rows, slots = touched_rows(jnp.concatenate([total.rows, more.rows]), parameter.shape[0], most)
-    values = jnp.concatenate([total.values, more.values.astype(total.values.dtype)])
-    return RowGradients(rows, jnp.zeros_like(total.values).at[slots].add(values, mode="drop"))
+    num_rows = parameter.shape[0] // parts_of("rows")
+
+    def on_device(total: RowGradients, more: RowGradients) -> RowGradients:
+        rows, slots = touched_rows(jnp.concatenate([total.rows, more.rows]), num_rows, total.rows.size)
+        values = jnp.concatenate([total.values, more.values.astype(total.values.dtype)])
+        return RowGradients(rows, jnp.zeros_like(total.values).at[slots].add(values, mode="drop"))
+
+    split = RowGradients(spec_of("rows"), spec_of(*TABLE_AXES))
+    return on_each_device(on_device, (split, split), split)(total, more)
 
 
 def _zipped(join: Callable, first: nnx.State, second: nnx.State) -> nnx.State:
