@@ -328,6 +328,7 @@ def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatc
         ({"learning_rate": 0.1, "rounding": "up"}, "rounding='up'"),
         ({"learning_rate": 0.1, "table_b1": 1.0}, "table_b1=1.0"),
         ({"learning_rate": 0.1, "table_updates": "some"}, "table_updates='some'"),
+        ({"learning_rate": 0.1, "touched_share": 0.0}, "touched_share=0.0"),
         ({"learning_rate": 0.1, "untouched_rows": "stay"}, "untouched_rows='stay'"),
         ({"learning_rate": 0.1, "table_updates": "touched"}, "table_b1=None changes them: set AdamW.untouched_rows to"),
         (TOUCHED_OPTIONS | {"table_second_moment": "element"}, "table_second_moment='element' changes them"),

@@ -17,6 +17,7 @@ from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Aux, Dense, FeedForward
 from peer_jax.layers.interface import Table
 from peer_jax.models import Transformer
+from peer_jax.ops import checked
 from peer_jax.ops.touched import put_rows, take_rows, touched_rows
 from peer_jax.training.optimizer import AdamW, label_params
 from peer_jax.training.step import Trainer
@@ -37,13 +38,13 @@ def _standard_promotion():
         yield
 
 
-def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, form=BY_ROW, **sizes):
+def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, form=BY_ROW, share=1.0, **sizes):
     def build(*, rngs):
         options = {"sparse_blocks": "all", "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
         sparse = functools.partial(layer, **sizes)
         return Transformer(V, d, blocks, 2, ffw=Dense, sparse_ffw=sparse, **options, rngs=rngs)
 
-    optimizer = AdamW(**OPTIONS, **form, table_updates=table_updates)
+    optimizer = AdamW(**OPTIONS, **form, table_updates=table_updates, touched_share=share)
     return Trainer(build, optimizer, accumulation=accumulation)
 
 
@@ -178,6 +179,30 @@ def test_without_a_choice_rows_are_touched_where_they_rest_and_the_batch_is_smal
     for form, length, by_rows in ((BY_ROW, 8, True), (BY_ROW, 9, False), (RESTING, 8, True), ({}, 8, False)):
         made = trainer(None, PKM, form=form, **sizes)
         assert len(jax.tree.leaves(made.touched.split(made.abstract_state().params, 2 * length)[1])) == by_rows
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_has_room_for_what_it_touches_or_is_not_finite(accumulation):
+    """The smallest room for which a step is right is the number of rows that it touches."""
+    sizes = {"num_experts": 64, "num_heads": 2, "top_k": 2, "d_key": 4, "query_norm": "layer"}
+    data = batch(0, 4, 3)
+    made = trainer("all", PEER, **sizes)
+    rates, initial = made.optimizer.rates(made.labels, 0, 10), made.init(0)
+    expected, _ = jax.jit(made.step)(initial, data, rates)
+    step = trainer("touched", PEER, accumulation=accumulation, **sizes)
+    touched = int(jax.jit(step.step)(initial, data, rates)[1]["touched_rows"])
+    assert 4 < touched < 12 * 4
+    for room, fits in ((touched, True), (touched - 1, False)):
+        # Room is a share of 12 tokens with 4 rows each.
+        made = trainer("touched", PEER, accumulation=accumulation, share=(room - 0.5) / 48, **sizes)
+        state, metrics = jax.jit(made.step)(initial, data, rates)
+        assert bool(np.isfinite(metrics["loss"] + metrics["grad_norm"])) == fits
+        if fits:
+            assert max(map(relative_error, jax.tree.leaves(state), jax.tree.leaves(expected))) < EQUAL
+        else:
+            assert metrics["touched_rows"] == room
+            with pytest.raises(InputError, match=r"more rows of a table than there is room for|indices run from"):
+                checked(made.step)(initial, data, rates)
 
 
 def test_gradients_of_rows_are_those_of_the_table_and_finite_differences():

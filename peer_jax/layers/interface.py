@@ -80,7 +80,8 @@ class DeviceLoad(NamedTuple):
         tables: whether tables are split by "rows" or by "columns".
         size: bytes of an element of the computation.
         remat: whether the backward pass computes the layer's forward pass again.
-        touched: whether a step works on touched rows, in layers that define ``rows_touched``.
+        touched: in layers that define ``rows_touched``, the share of the rows that the tokens of all devices could
+            touch for which there is room; None: the step works on whole tables.
     """
 
     tokens: int
@@ -90,7 +91,7 @@ class DeviceLoad(NamedTuple):
     tables: str
     size: int
     remat: bool
-    touched: bool = False
+    touched: float | None = None
 
 
 class FeedForward(nnx.Module):

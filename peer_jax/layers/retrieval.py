@@ -161,8 +161,9 @@ class ProductKeyRetrieval(FeedForward):
         """What ``step``, a function of ``traffic``, exchanges for the subclass's tables."""
         t, r, N, E, D = load.tokens, self.num_heads * self.top_k, self.num_experts, load.expert, load.copies
         rows, found = N, Collectives()
-        if load.touched:
-            rows = compact_size(N, self._rows_touched(E * D * t), E if load.tables == "rows" else 1)
+        if load.touched is not None:
+            parts = E if load.tables == "rows" else 1
+            rows = compact_size(N, self._rows_touched(E * D * t), parts, load.touched)
             found = traffic.touched_rows(t, r, N, rows, E, D, load.tables)
         sizes = {"size": load.size, "gate_size": gate_size}
         return step(t, r, self.d_model, rows, E, D, load.tables, **sizes, remat=load.remat).plus(found)

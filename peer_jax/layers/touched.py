@@ -11,11 +11,12 @@ N  rows of the table     U  the most rows that a batch can touch     d  d_model
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import TABLE_AXES, Table
-from peer_jax.ops.checks import check_indices
+from peer_jax.ops.checks import check_indices, check_room
 from peer_jax.ops.kept import keep
 from peer_jax.ops.touched import take_rows, touched_by_all
 from peer_jax.sharding import on_each_device, spec_of
@@ -53,6 +54,7 @@ def retrieved(indices: Int[Array, "*tokens h k"], *tables: Table) -> tuple[Array
     num_rows, most = values[0].table.shape[0], values[0].change.shape[0]
     check_indices("retrieved", indices, num_rows)
     rows, slots = keep(touched_by_all(indices, num_rows, most))
+    check_room("retrieved", jnp.all((slots < most) | (indices < 0) | (indices >= num_rows)))
     for table, value in zip(tables, values, strict=True):
         table.set_value(dataclasses.replace(value, rows=rows))
     split = spec_of(*TABLE_AXES)

@@ -75,6 +75,13 @@ def check_indices(op: str, indices: Int[Array, "..."], size: int) -> None:
     )
 
 
+def check_room(op: str, enough: Bool[Array, ""]) -> None:
+    """In checked mode, raises an error if a batch touches more rows of a table than there is room for."""
+    checkify.debug_check(
+        enough, op + ": a batch touches more rows of a table than there is room for: raise AdamW.touched_share"
+    )
+
+
 def check_not_nan(op: str, scores: Float[Array, "..."]) -> None:
     """In checked mode, raises an error if a score is NaN."""
     count = jnp.sum(jnp.isnan(scores))

@@ -7,6 +7,8 @@ has some columns of; E is then 1.
 t  tokens     r  rows per token     N  rows of a part     U  the most rows of a part that the batch can touch
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
@@ -15,9 +17,16 @@ from peer_jax.ops.sharded import TOKENS, gather, scatter_sum
 from peer_jax.sharding import AXES, EXPERT, current, mesh_axes, on_each_device, parts_of, spec_of
 
 
-def compact_size(num_rows: int, most: int, parts: int) -> int:
-    """E * U, the rows of the compact tables of all parts, if a batch can touch ``most`` of the table's rows."""
-    return parts * min(num_rows // parts, most)
+def compact_size(num_rows: int, most: int, parts: int, share: float) -> int:
+    """E * U, the rows of the compact tables of all parts: room for a share of what a batch could touch.
+
+    Args:
+        num_rows: rows of the whole table, N * E.
+        most: the most rows of the table that a batch can touch.
+        parts: E.
+        share: the share of min(N, most) for which there is room in each part.
+    """
+    return parts * math.ceil(share * min(num_rows // parts, most))
 
 
 def touched_rows(
@@ -28,8 +37,9 @@ def touched_rows(
     Args:
         indices: rows; they may repeat. One that is outside of the part has the place ``most``, which is as invalid.
         num_rows: N.
-        most: U, at least the number of different rows. The rows are padded with numbers from N on, so that all of them
-            are different and ascending, and a scatter drops what it would write to the padding.
+        most: U, the number of rows returned. They are padded with numbers from N on, so that all of them are different
+            and ascending, and a scatter drops what it would write to the padding. Where there is no room for all
+            different rows, the last ones are left out, and their places are from ``most`` on.
         copies: within ``on_each_device``, the mesh axes along which devices have the same part, but other indices. The
             rows are then those of all their indices.
     """

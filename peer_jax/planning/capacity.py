@@ -187,12 +187,13 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
     with use(placement):
         trainer = run.trainer()
         state = trainer.abstract_state()
-        whole, tables = trainer.touched.split(state.params, run.batch_size * seq_len)
-        changes = functools.partial(trainer.touched.changes, tables, run.batch_size // run.accumulation * seq_len)
+        tokens = run.batch_size // run.accumulation * seq_len
+        whole, tables = trainer.touched.split(state.params, tokens)
+        changes = functools.partial(trainer.touched.changes, tables, tokens)
         # On a mesh, E parts of a compact table are split over E devices, and so are its columns.
         gradients = part_bytes(whole) + part_bytes(jax.eval_shape(changes)) / placement.size(EXPERT)
     model = trainer.abstract_model
-    tokens = run.batch_size // run.accumulation * seq_len // placement.mesh.size
+    tokens //= placement.mesh.size
     parameters, optimizer, others = (part_bytes(tree) for tree in (state.params, state.optimizer, state.others))
     batch = BATCH_ARRAYS * INDEX * tokens * run.accumulation
     activations = room.activation_bytes(model, tokens, seq_len, on_cpu=False)
@@ -206,7 +207,7 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
         tables=sharding.tables,
         size=jnp.dtype(model.dtype).itemsize,
         remat=model.remat,
-        touched=bool(tables),
+        touched=trainer.touched.micro_share if tables else None,
     )
     layers = [block.ffw for block in model.blocks]
     exchanged = [layer.exchanged(load) for layer in layers]

@@ -85,7 +85,7 @@ class Meter:
         watched = {name: float(metrics[name]) for name in WATCHED}
         self._tick()
         if not all(map(math.isfinite, watched.values())):
-            raise _not_finite(step, watched, self._checkpoints)
+            raise _not_finite(step, watched, metrics, self._checkpoints)
         speed = self._step_tokens * len(self._recent) / sum(self._recent) if self._recent else None
         if step % self._log_every == 0 or step == 1:
             scalars = {name: float(value) for name, value in metrics.items()}
@@ -110,14 +110,18 @@ class Meter:
         self._since = now
 
 
-def _not_finite(step: int, watched: Mapping[str, float], checkpoints: Checkpoints) -> TrainingFailed:
+def _not_finite(step: int, watched: Mapping[str, float], metrics: Metrics, checkpoints: Checkpoints) -> TrainingFailed:
     """The error for a step that has made NaN or infinity."""
     checkpoints.wait()
     steps = checkpoints.steps()
     saved = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
     shown = ", ".join(f"{name} {value}" for name, value in watched.items())
+    advice = "Try a lower learning rate, a longer warm-up or a smaller norm to clip at; "
+    if "touched_rows" in metrics:
+        touched = int(metrics["touched_rows"])
+        advice += f"a batch may touch more rows than AdamW.touched_share makes room for ({touched} are touched); "
     on_one_device = " on one device (Sharding.data=1, fsdp=1, expert=1)" if current() is not None else ""
     return TrainingFailed(
-        f"step {step} has {shown}; {saved}. Try a lower learning rate, a longer warm-up or a smaller norm to clip at; "
+        f"step {step} has {shown}; {saved}. {advice}"
         f"the same command with Run.checked=True{on_one_device} tells where NaN starts"
     )

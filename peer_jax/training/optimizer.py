@@ -62,9 +62,10 @@ class Optimizer(Protocol):
         parameters not finite stops before it saves them. The call is traced, and the old parameters and state are
         donated.
 
-        An optimiser with a method ``updates_touched(most, num_rows) -> bool`` gets the gradients of those tables for
-        which it is true, if their layers retrieve rows, as ``peer_jax.training.touched.RowGradients``: ``most`` is the
-        number of rows that a batch can touch. Any other gets arrays alone.
+        An optimiser with a method ``updates_touched(room, num_rows) -> bool`` gets the gradients of those tables for
+        which it is true, if their layers retrieve rows, as ``peer_jax.training.touched.RowGradients``. ``room`` is the
+        number of rows in such a gradient: as many as a batch can touch, or the share of these that an attribute
+        ``touched_share`` of the optimiser says. Any other gets arrays alone.
         """
         ...
 
@@ -122,8 +123,11 @@ class AdamW:
             its weight decay move it, as Adam has it; "rest": it stays as it is, and its moments decay for the skipped
             steps once it has a gradient again (``update``).
         table_updates: "all": gradients and updates of whole tables; "touched": those of the rows that the batch
-            retrieves, which is the same update, and needs rows to rest. None: "touched" where rows rest and a batch can
-            retrieve at most half of a table's rows.
+            retrieves, which is the same update, and needs rows to rest. None: "touched" where rows rest and there is to
+            be room for at most half of a table's rows.
+        touched_share: the room for touched rows, as a share of those that a batch could touch if no two of its tokens
+            retrieved the same. Time and memory follow it. A run says how many rows it touches (``touched_rows``), and
+            fails before it saves a step that has touched more than there was room for.
         rounding: how parameters in bfloat16 are rounded after an update (docs/performance.md). "compensated": to the
             nearest value, and what is lost is kept in bfloat16 for the next update; "nearest": an update of less than
             1/512 of a parameter is lost. None: "compensated".
@@ -146,6 +150,7 @@ class AdamW:
     table_b1: float | None = None
     untouched_rows: str = "update"
     table_updates: Placed[str | None] = None
+    touched_share: Placed[float] = 1.0
     rounding: str | None = None
     clip_norm: float | None = 1.0
     table_clip_norm: float | None = 1.0
@@ -175,6 +180,8 @@ class AdamW:
                 raise InputError(f"{name}={value} must lie in [0, 1)")
         check_choice("untouched_rows", self.untouched_rows, ("update", "rest"))
         check_choice("table_updates", self.table_updates, (None, "all", "touched"))
+        if not 0 < self.touched_share <= 1:
+            raise InputError(f"touched_share={self.touched_share} must lie in (0, 1]")
         if self.table_updates == "touched" and (moving := self._moves_untouched_rows()):
             raise InputError(
                 f"AdamW.table_updates='touched' leaves rows as they are that a batch does not touch, but {moving} "
@@ -187,10 +194,10 @@ class AdamW:
         moving = (f"{name}={getattr(self, name)!r}" for name, value in resting.items() if getattr(self, name) != value)
         return None if self.untouched_rows == "rest" else next(moving, None)
 
-    def updates_touched(self, most: int, num_rows: int) -> bool:
-        """Whether it wants the gradient of a table of ``num_rows`` by rows, if a batch can touch ``most`` of them."""
+    def updates_touched(self, room: int, num_rows: int) -> bool:
+        """Whether it wants the gradient of a table of ``num_rows`` by rows, with room for ``room`` of them."""
         if self.table_updates is None:
-            return self._moves_untouched_rows() is None and 2 * most <= num_rows
+            return self._moves_untouched_rows() is None and 2 * room <= num_rows
         return self.table_updates == "touched"
 
     def schedule(self, step: int, steps: int) -> float:

@@ -16,7 +16,14 @@ from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
 from peer_jax.training.optimizer import NORMS, Optimizer, label_params
-from peer_jax.training.touched import TouchedTables, retrieved_rows, row_gradients, sum_of_gradients, with_changes
+from peer_jax.training.touched import (
+    TouchedTables,
+    count_touched,
+    retrieved_rows,
+    row_gradients,
+    sum_of_gradients,
+    with_changes,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -60,7 +67,8 @@ class Trainer:
                 f"accumulation={accumulation} can't give the {part} of {needing.name} the statistics of the "
                 f"whole batch: {way_out}, or accumulation to 1"
             )
-        self.touched = TouchedTables(abstract, getattr(optimizer, "updates_touched", None))
+        wanted, share = getattr(optimizer, "updates_touched", None), getattr(optimizer, "touched_share", 1.0)
+        self.touched = TouchedTables(abstract, wanted, share, accumulation)
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
@@ -114,6 +122,7 @@ class Trainer:
             grads, metrics, others = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
+        metrics |= count_touched(state.params, grads)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
         if missing := [name for name in NORMS if name not in norms]:
             raise InputError(
@@ -125,7 +134,7 @@ class Trainer:
     def _gradient(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """The gradient of a micro-batch's share of the batch's loss, the metrics and the new ``others``."""
         tokens = batch["inputs"].size
-        whole, tables = self.touched.split(params, self.accumulation * tokens)
+        whole, tables = self.touched.split(params, tokens)
         trained = whole, self.touched.changes(tables, tokens)
         loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
         (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
@@ -163,6 +172,6 @@ class Trainer:
             new, metrics, others = gradient(state.params, others, micro_batch)
             return (jax.tree.map(sum_of_gradients, state.params, grads, new), others), metrics
 
-        zeros = self.touched.zero_gradients(state.params, batch["inputs"].size)
+        zeros = self.touched.zero_gradients(state.params, batch["inputs"].size // self.accumulation)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others

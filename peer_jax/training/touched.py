@@ -15,8 +15,9 @@ from peer_jax.errors import InputError
 from peer_jax.layers.interface import TABLE_AXES, Table
 from peer_jax.layers.touched import TouchedTable
 from peer_jax.models import Transformer
+from peer_jax.ops.checks import check_room
 from peer_jax.ops.touched import compact_size, touched_rows
-from peer_jax.sharding import on_each_device, parts_of, spec_of
+from peer_jax.sharding import current, on_each_device, parts_of, spec_of
 
 Path = tuple[str | int, ...]
 
@@ -40,10 +41,15 @@ class TouchedTables:
     Args:
         model: the model; tables whose layers define no ``rows_touched`` are trained whole.
         wanted: ``updates_touched`` of the optimiser; None: all tables are trained whole.
+        share: the share of the rows that a batch could touch for which there is room. A batch that touches more makes
+            the loss or the gradient NaN.
+        accumulation: micro-batches of a batch. Tokens are those of a micro-batch in what follows.
     """
 
-    def __init__(self, model: Transformer, wanted: Callable[[int, int], bool] | None) -> None:
-        self._wanted = wanted
+    def __init__(
+        self, model: Transformer, wanted: Callable[[int, int], bool] | None, share: float, accumulation: int
+    ) -> None:
+        self._wanted, self._share, self._accumulation = wanted, share, accumulation
         self._most: dict[Path, Callable[[int], int]] = {}
         for index, block in enumerate([] if wanted is None else model.blocks):
             if block.ffw.rows_touched(1) is not None:
@@ -57,30 +63,38 @@ class TouchedTables:
                         self._most["blocks", index, "ffw", *path] = block.ffw.rows_touched
 
     def split(self, params: nnx.State, tokens: int) -> tuple[nnx.State, nnx.State]:
-        """The parameters that are trained whole with batches of ``tokens`` tokens, and the tables that are not."""
+        """The parameters that are trained whole with so many tokens, and the tables that are not."""
 
         def is_whole(path: Path, parameter: nnx.Variable) -> bool:
-            return path not in self._most or not self._wanted(self._most[path](tokens), parameter.shape[0])
+            return path not in self._most or not self._wanted(self._room(path, parameter, tokens), parameter.shape[0])
 
         return nnx.split_state(params, is_whole, ...)
 
-    def _size(self, path: Path, table: Table, tokens: int) -> int:
-        return compact_size(table.shape[0], self._most[path](tokens), parts_of("rows"))
+    @property
+    def micro_share(self) -> float:
+        """The share of the rows that a micro-batch could touch for which there is room."""
+        return min(1.0, self._share * self._accumulation)
+
+    def _room(self, path: Path, table: Table, tokens: int) -> int:
+        """The rows of a batch's gradient of the table."""
+        most = self._most[path](self._accumulation * tokens)
+        return compact_size(table.shape[0], most, parts_of("rows"), self._share)
 
     def changes(self, tables: nnx.State, tokens: int) -> nnx.State:
-        """The zeros of compact tables for a batch or micro-batch of ``tokens`` tokens, those of all devices."""
+        """The zeros of the compact tables of a micro-batch, those of all devices."""
 
         def of(path: Path, table: Table) -> Table:
-            return table.replace(jnp.zeros((self._size(path, table, tokens), table.shape[1]), table.dtype))
+            size = compact_size(table.shape[0], self._most[path](tokens), parts_of("rows"), self.micro_share)
+            return table.replace(jnp.zeros((size, table.shape[1]), table.dtype))
 
         return nnx.map_state(of, tables)
 
     def zero_gradients(self, params: nnx.State, tokens: int) -> nnx.State:
-        """Gradients of zero in float32, with room for those of the rows that a batch of ``tokens`` tokens touches."""
+        """Gradients of a batch that are zero, in float32."""
         whole, tables = self.split(params, tokens)
 
         def by_rows(path: Path, table: Table) -> Table:
-            parts, size = parts_of("rows"), self._size(path, table, tokens)
+            parts, size = parts_of("rows"), self._room(path, table, tokens)
             padding = table.shape[0] // parts + jnp.arange(size // parts, dtype=jnp.int32)
             return table.replace(RowGradients(jnp.tile(padding, parts), jnp.zeros((size, table.shape[1]), jnp.float32)))
 
@@ -94,6 +108,14 @@ def retrieved_rows(params: nnx.State) -> nnx.State:
     return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), tables)
 
 
+def count_touched(params: nnx.State, grads: nnx.State) -> dict[str, Float[Array, ""]]:
+    """The metric ``touched_rows``: the rows of a table that a step has touched, of the table that has most."""
+    gradients = jax.tree.leaves(grads, is_leaf=lambda g: isinstance(g, RowGradients))
+    pairs = zip(jax.tree.leaves(params), gradients, strict=True)
+    counts = [jnp.sum(g.rows < p.shape[0] // parts_of("rows")) for p, g in pairs if isinstance(g, RowGradients)]
+    return {"touched_rows": jnp.max(jnp.stack(counts)).astype(jnp.float32)} if counts else {}
+
+
 def with_changes(tables: nnx.State, changes: nnx.State) -> nnx.State:
     """The tables as a model has them during a step on touched rows."""
     return _zipped(TouchedTable, tables, changes)
@@ -105,7 +127,7 @@ def row_gradients(rows: nnx.State, of_changes: nnx.State) -> nnx.State:
 
 
 def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array | RowGradients) -> Array | RowGradients:
-    """The sum of two gradients of a parameter in the type of ``total``, which has room for the rows of both."""
+    """The sum of two gradients of a parameter in the type of ``total``; NaN without room for the rows of both."""
     if not isinstance(total, RowGradients):
         return total + more.astype(total.dtype)
     num_rows = parameter.shape[0] // parts_of("rows")
@@ -113,7 +135,11 @@ def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array 
     def on_device(total: RowGradients, more: RowGradients) -> RowGradients:
         rows, slots = touched_rows(jnp.concatenate([total.rows, more.rows]), num_rows, total.rows.size)
         values = jnp.concatenate([total.values, more.values.astype(total.values.dtype)])
-        return RowGradients(rows, jnp.zeros_like(total.values).at[slots].add(values, mode="drop"))
+        enough = jnp.all((slots < rows.size) | (jnp.concatenate([total.rows, more.rows]) >= num_rows))
+        if current() is None:
+            check_room("sum_of_gradients", enough)
+        zeros = jnp.where(enough, jnp.zeros_like(total.values), jnp.nan)
+        return RowGradients(rows, zeros.at[slots].add(values, mode="drop"))
 
     split = RowGradients(spec_of("rows"), spec_of(*TABLE_AXES))
     return on_each_device(on_device, (split, split), split)(total, more)
