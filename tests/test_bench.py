@@ -277,6 +277,7 @@ KEYS = {
     *(
         "table_dtype",
         "table_updates",
+        "touched_share",
         "implementation",
         "median",
         "low",
@@ -333,7 +334,7 @@ def test_layers_at_sizes_from_the_command_line(bench, tmp_path):
 
 def test_steps_are_measured_in_their_own_processes(bench, tmp_path):
     """Those on whole tables and on touched rows are competitors. The latter have two arrays of a table's size less."""
-    updates = ("--table-updates", "all", "--table-updates", "touched")
+    updates = ("--table-updates", "all", "--table-updates", "touched", "--touched-share", 0.75)
     status, printed, errors = bench("step", "--quick", *updates, "--out", tmp_path)
     assert status == 0, errors
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]

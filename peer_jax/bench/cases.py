@@ -54,6 +54,7 @@ class Case:
     implementation: str = "xla"
     layer: type[FeedForward] | None = None
     table_updates: str = "all"
+    touched_share: float = 1.0
 
     @property
     def sizes(self) -> dict[str, int | str]:
@@ -97,6 +98,7 @@ def cases(
     top_k: Sequence[int],
     dtype: str,
     table_dtype: str,
+    touched_share: float = 1.0,
 ) -> Iterator[list[Case]]:
     """Yields the competitors of each problem (direction and sizes): a case per implementation and form of updates.
 
@@ -107,7 +109,7 @@ def cases(
     seen = set()
     for direction in (BOTH,) if what == "step" else DIRECTIONS:
         for sizes in itertools.product(tokens, d_model, num_experts, heads, top_k):
-            types = {"dtype": dtype, "table_dtype": table_dtype}
+            types = {"dtype": dtype, "table_dtype": table_dtype, "touched_share": touched_share}
             case = Case(what, name, direction, *sizes, **types, layer=layer)
             retrieves = {"N", "k"} <= case.sizes.keys()
             if case.problem in seen or (retrieves and case.top_k > case.num_experts):

@@ -58,6 +58,7 @@ class Options:
         table_dtype: type of tables and, for a layer, of all parameters.
         implementation: the implementations of the ops that compete.
         table_updates: how steps update tables, "all" or "touched", see ``AdamW``; each is measured.
+        touched_share: the room for touched rows, see ``AdamW``.
         against: "pytorch" compares with the layer of PEER-pytorch, given the same weights.
         repeats: samples of each competitor.
         quick: one small size, few repeats.
@@ -75,6 +76,7 @@ class Options:
     table_dtype: str = "float32"
     implementation: Sequence[str] = ()
     table_updates: Sequence[str] = ()
+    touched_share: float = 1.0
     against: str | None = None
     repeats: int = 5
     quick: bool = False
@@ -148,7 +150,7 @@ class Options:
             own = () if layer is None or self.quick else layer.benchmark.num_experts
             usual_sizes = defaults | ({"num_experts": own} if own else {})
             sizes = {size: getattr(self, size) or values for size, values in usual_sizes.items()}
-            types = {"dtype": self.dtype, "table_dtype": self.table_dtype}
+            types = {"dtype": self.dtype, "table_dtype": self.table_dtype, "touched_share": self.touched_share}
             found += cases(self.what, name, layer, implementations, self.table_updates or ("all",), **sizes, **types)
         if not found:
             raise InputError("nothing is left to measure: top_k is more than num_experts in all combinations")

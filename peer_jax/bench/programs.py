@@ -165,6 +165,7 @@ def _step(case: Case) -> Program:
     layers = {"ffw": families()[STEP_OTHERS], "sparse_ffw": layer_factory(case)}
     build = functools.partial(Transformer, VOCABULARY, case.d_model, BLOCKS, 4, **layers, dtype=case.dtype)
     by_row = {"table_b1": 0.0, "table_second_moment": "row", "table_updates": "touched"}
+    by_row["touched_share"] = case.touched_share
     trainer = Trainer(build, AdamW(learning_rate=1e-3, **(by_row if case.table_updates == "touched" else {})))
     state = trainer.init(0)
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (case.tokens // length, length)).astype(np.int32)

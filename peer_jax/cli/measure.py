@@ -77,6 +77,9 @@ def bench(
         list[str],
         typer.Option(metavar="all|touched", help="How a step updates tables, as AdamW.table_updates; repeatable."),
     ] = [],  # noqa: B006
+    touched_share: Annotated[
+        float, typer.Option(metavar="SHARE", help="Room for touched rows, as AdamW.touched_share.")
+    ] = 1.0,
     import_: Imports = [],  # noqa: B006
     dtype: Annotated[
         str, typer.Option(help="Type of tokens and computation: float32, bfloat16 or float16.")
@@ -119,6 +122,7 @@ def bench(
         table_dtype=table_dtype,
         implementation=implementation,
         table_updates=table_updates,
+        touched_share=touched_share,
         against=against,
         repeats=repeats,
         quick=quick,
