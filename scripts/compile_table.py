@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 # Name of the row; topology; layer; bindings of the batch, and of the layer.
 SPLIT = ["Sharding.expert=8"]
+LARGE = [*SPLIT, "NUM_EXPERTS=16777216"]
+TOUCHED = ["AdamW.table_b1=0.0", 'AdamW.table_second_moment="row"', 'AdamW.table_updates="touched"']
 ROWS = [
     (f"{chips} {name}", topology, layer, batch, bindings)
     for chips, topology, batch in (
@@ -32,8 +34,9 @@ ROWS = [
         ("PKM, 1024^2, by columns", "pkm", [*SPLIT, 'Sharding.tables="columns"']),
         ("PEER, 1024^2, by rows", "peer", SPLIT),
         ("PEER, 1024^2, by columns", "peer", [*SPLIT, 'Sharding.tables="columns"']),
-        ("PEER, 4096^2, by rows", "peer", [*SPLIT, "NUM_EXPERTS=16777216"]),
-        ("PEER, 4096^2, by columns", "peer", [*SPLIT, "NUM_EXPERTS=16777216", 'Sharding.tables="columns"']),
+        ("PEER, 4096^2, by rows", "peer", LARGE),
+        ("PEER, 4096^2, by columns", "peer", [*LARGE, 'Sharding.tables="columns"']),
+        ("PEER, 4096^2, by rows, an eighth touched", "peer", [*LARGE, *TOUCHED, "AdamW.touched_share=0.125"]),
     )
 ]
 HEADER = (
