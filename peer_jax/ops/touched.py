@@ -74,9 +74,10 @@ def touched_by_all(
         if parts == 1:
             return touched_rows(indices, num_rows, most, copies)
         N, U, part = num_rows // parts, most // parts, jax.lax.axis_index(EXPERT)
-        rows, slots = touched_rows(gather(indices) - part * N, N, U, copies)
+        rows, slots = touched_rows(gather(indices.reshape(-1)) - part * N, N, U, copies)
         # At most one part has the row of an index; without any, the sum is ``most``.
-        return rows, most + scatter_sum(jnp.where(slots < U, slots + part * U - most, 0))
+        slots = most + scatter_sum(jnp.where(slots < U, slots + part * U - most, 0))
+        return rows, slots.reshape(indices.shape)
 
     return on_each_device(on_device, (TOKENS,), (spec_of("rows"), TOKENS))(indices)
 
