@@ -41,6 +41,9 @@ class TouchedTables:
     def __len__(self) -> int:
         return len(self._most)
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._most
+
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """The parameters that are trained whole, and these tables."""
         return nnx.split_state(params, lambda path, _: path not in self._most, ...)
