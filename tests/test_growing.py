@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import signal
 
 import jax
@@ -39,8 +38,8 @@ from peer_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("trains")
 
-BEFORE, AFTER = 64, 256
-n, m = 8, 16
+BEFORE, AFTER = 256, 1024
+n, m = 16, 32
 
 
 def moved(row):
@@ -132,13 +131,14 @@ def test_old_experts_keep_their_order_and_outputs_most_of_their_weight(layer, rn
 
 BINDINGS = ("Transformer.num_blocks=1", "Run.checkpoint_every=40", "Run.keep_checkpoints=9", "Run.evaluate_every=40")
 AT, STEPS = 80, 120
+SMALL = (*BINDINGS, f"Run.steps={STEPS}", f"NUM_EXPERTS={BEFORE}")
 
 
 @pytest.fixture(scope="module")
 def source(tiny, tmp_path_factory):
-    """A run with 64 experts that has checkpoints of steps 40, 80 and 120."""
+    """A run with 256 experts that has checkpoints of steps 40, 80 and 120."""
     folder = tmp_path_factory.mktemp("runs") / "source"
-    train(tiny, folder, *BINDINGS, f"Run.steps={STEPS}", layer="peer")
+    train(tiny, folder, *SMALL, layer="peer")
     return folder
 
 
@@ -165,7 +165,7 @@ def grown(source, tiny):
 
 def test_state_is_rearranged_row_by_row(source, grown, tiny):
     """Parameters, moments and statistics; the moments of what is new are zero."""
-    before = leaves(source, load(tiny, *BINDINGS, f"Run.steps={STEPS}", layer="peer"), AT)
+    before = leaves(source, load(tiny, *SMALL, layer="peer"), AT)
     after = arrays(grown[1])
     assert before.keys() == after.keys()
     rearranged = [name for name in before if before[name].shape != after[name].shape]
@@ -189,7 +189,7 @@ def test_old_experts_keep_their_places_for_the_tokens_of_a_text(source, grown, t
     A new sub-key whose score is positive scores less than one of those which it lies between.
     """
     run, state = grown
-    _, small = restore_model(load(tiny, *BINDINGS, f"Run.steps={STEPS}", layer="peer"), source, str(AT))
+    _, small = restore_model(load(tiny, *SMALL, layer="peer"), source, str(AT))
     large = run.trainer().model(state)
     tokens = jnp.asarray(np.frombuffer(b"the quick brown fox jumps over a lazy dog while seven small ", np.uint8))[None]
     segments = jnp.ones_like(tokens, jnp.int32)
@@ -202,78 +202,81 @@ def test_old_experts_keep_their_places_for_the_tokens_of_a_text(source, grown, t
     assert 0.0 < np.mean(np.isin(now, NEW_ROWS)) < 0.5
 
 
-def test_a_grown_run_goes_on_as_one_and_counts_what_was_spent(source, tiny, tmp_path):
-    """Its steps, rates and batches are those of the run that did not grow; so is its loss at first, nearly."""
-    folder = tmp_path / "grown"
-    result = train_larger(tiny, source, folder)
-    plain = json.loads((source / "result.json").read_text())
-    assert saved_steps(folder) == [80, 120]
-    assert [line["step"] for line in lines(folder) if "loss" in line] == list(range(AT + 1, STEPS + 1))
-    at = {line["step"]: line for line in lines(source) if "loss" in line}
-    for line in (line for line in lines(folder) if "loss" in line):
-        assert line["learning_rate/up"] == at[line["step"]]["learning_rate/up"]
-    before, after = losses(source), losses(folder)
-    assert abs(after[AT, "validation_loss"] - before[AT, "validation_loss"]) < 0.01
-    assert abs(after[AT + 1, "loss"] - before[AT + 1, "loss"]) < 0.02
-    assert before[AT, "validation_loss"] - before[STEPS, "validation_loss"] > 0.05  # another step would be noticed
+FROZEN = f"Run.frozen_experts={BEFORE}"
+
+
+@pytest.fixture(scope="module")
+def never(tiny, source, tmp_path_factory):
+    """A grown run that was never stopped. The experts of before do not change any more."""
+    folder = tmp_path_factory.mktemp("runs") / "never"
+    loop.train(larger(tiny, source, FROZEN), folder, progress=False)
+    return folder
+
+
+def test_a_grown_run_goes_on_as_one_and_counts_what_was_spent(source, never):
+    """Its steps, rates and batches are those of the run that did not grow; and, at first, nearly its loss."""
+    plain, result = (json.loads((folder / "result.json").read_text()) for folder in (source, never))
+    assert saved_steps(never) == [80, 120]
+    assert [line["step"] for line in lines(never) if "loss" in line] == list(range(AT + 1, STEPS + 1))
+    rates = {line["step"]: line["learning_rate/up"] for line in lines(source) if "loss" in line}
+    assert all(line["learning_rate/up"] == rates[line["step"]] for line in lines(never) if "loss" in line)
+    before, after = losses(source), losses(never)
+    # Measured: 0.009 and 0.003. In the 40 steps before, the validation loss has fallen by 0.46.
+    assert abs(after[AT, "validation_loss"] - before[AT, "validation_loss"]) < 0.03
+    assert abs(after[AT + 1, "loss"] - before[AT + 1, "loss"]) < 0.03
+    assert before[AT // 2, "validation_loss"] - before[AT, "validation_loss"] > 0.2
+    assert after[STEPS, "validation_loss"] < after[AT, "validation_loss"] - 0.03
 
     tokens = 4 * 32
     spent = 3 * tokens * AT * plain["forward_flops_per_token"]
-    assert result["training_flops"] == pytest.approx(
-        spent + 3 * tokens * (STEPS - AT) * result["forward_flops_per_token"], rel=1e-12
-    )
-    assert result["training_flops"] > plain["training_flops"]
+    since = 3 * tokens * (STEPS - AT) * result["forward_flops_per_token"]
+    assert result["training_flops"] == pytest.approx(spent + since, rel=1e-12) > plain["training_flops"]
     assert (result["tokens"], result["epochs"]) == (plain["tokens"], plain["epochs"])
-    assert result["method"] == f"{plain['method']}, grown from 64 experts"
+    assert result["method"] == f"{plain['method']}, grown from {BEFORE} experts"
     assert result["grown"]["training_flops"] == pytest.approx(spent, rel=1e-12)
     assert (result["grown"]["steps"], result["grown"]["tokens"]) == (AT, AT * tokens)
 
 
-def test_a_killed_run_goes_on_without_its_source(source, tiny, tmp_path, run_cli):
-    """A process that is killed, with the experts of before frozen. The same command goes on, its source being gone."""
-    never, killed, copy = tmp_path / "never", tmp_path / "killed", tmp_path / "copy"
-    shutil.copytree(source, copy)
-    frozen = ("--set", f"Run.frozen_experts={BEFORE}", "--set", "Run.checkpoint_every=15")
-    train_larger(tiny, copy, never, f"Run.frozen_experts={BEFORE}", "Run.checkpoint_every=15")
-    process = start_process([*PROGRAM, *command(copy, killed, *frozen)], **KEEPS_NO_PROGRAMS)
+def test_frozen_experts_are_those_of_the_source(source, never, tiny):
+    before = leaves(source, load(tiny, *SMALL, layer="peer"), AT)
+    after = leaves(never, larger(tiny, source, FROZEN))
+    tables = [name for name in before if name.startswith(".params") and ("'up'" in name or "'down'" in name)]
+    assert len(tables) == 2
+    for name in tables:
+        np.testing.assert_array_equal(after[name][OLD_ROWS], before[name])
+        assert np.any(after[name][NEW_ROWS])
+
+
+def test_a_killed_run_goes_on_without_its_source(source, never, tiny, tmp_path, run_cli):
+    """The same command goes on from the first checkpoint, which was written when the run began."""
+    killed, elsewhere = tmp_path / "killed", source.with_name("elsewhere")
+    process = start_process([*PROGRAM, *command(source, killed, "--set", FROZEN)], **KEEPS_NO_PROGRAMS)
     wait_for(lambda: (killed / "metrics.jsonl").exists() and len(lines(killed)) > 15)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert not (killed / "result.json").exists()
-    shutil.rmtree(copy)
-    assert run_cli(*command(copy, killed, *frozen))[0] == 0
+    assert saved_steps(killed) == [AT]
+    source.rename(elsewhere)
+    status, _, errors = run_cli(*command(source, killed, "--set", FROZEN))
+    elsewhere.rename(source)
+    assert status == 0, errors
     assert losses(killed) == losses(never)
-    run = load(tiny, *BINDINGS, f"Run.steps={STEPS}", f"NUM_EXPERTS={AFTER}", layer="peer")
-    trained = leaves(killed, run)
-    assert_same(trained, leaves(never, run))
+    assert_same(*(leaves(folder, larger(tiny, source, FROZEN)) for folder in (killed, never)))
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (killed, never))
     assert without_times(first) == without_times(second)
-
-    small = load(tiny, *BINDINGS, f"Run.steps={STEPS}", layer="peer")
-    switch = leaves(source, small, AT)
-    tables = [name for name in switch if name.startswith(".params") and ("'up'" in name or "'down'" in name)]
-    assert len(tables) == 2
-    for name in tables:
-        np.testing.assert_array_equal(trained[name][OLD_ROWS], switch[name])
-        assert np.any(trained[name][NEW_ROWS])
-
-
-def train_larger(tiny, source, folder, *bindings):
-    return loop.train(larger(tiny, source, *bindings), folder, progress=False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--grow", 49), "num_experts=49 64 raise"),
+        (("--grow", 49), "num_experts=49 256 raise"),
         (("--grow", 200), "num_experts=200 square try"),
-        (("--grow", 64), "64 raise"),
+        (("--grow", 256), "source as many experts: raise num_experts"),
         (("--set", "PEER.top_k=8"), "PEER.top_k 4 8 num_experts"),
         (("--set", "Run.steps=80"), "steps=80 80 raise"),
         (("--checkpoint", "77"), "77 [40, 80, 120]"),
         (("--set", "AdamW.table_b1=0"), "optimiser AdamW settings"),
-        (("--set", "Run.frozen_experts=63"), "frozen_experts=63 256 PEER"),
-        (("--set", "Run.frozen_experts=256"), "frozen_experts=256 256 PEER"),
+        (("--set", "Run.frozen_experts=63"), "frozen_experts=63 1024 PEER"),
+        (("--set", "Run.frozen_experts=1024"), "frozen_experts=1024 1024 PEER"),
     ],
 )
 def test_what_can_t_grow_is_refused(source, tmp_path, run_cli, arguments, words):
@@ -285,7 +288,7 @@ def test_wrong_sources_are_refused(source, tiny, tmp_path, run_cli):
     new, empty = tmp_path / "new", tmp_path / "empty"
     empty.mkdir()
     refused(run_cli(*command(empty, new)), "--from empty config.gin train")
-    (empty / "config.gin").write_text(load(tiny, *BINDINGS, "Run.steps=10", layer="peer").config.text)
+    (empty / "config.gin").write_text(load(tiny, *SMALL, layer="peer").config.text)
     refused(run_cli(*command(empty, new)), "empty checkpoints")
     for layer, words in {"moe": "MoE more experts num_experts", "dense": "empty num_experts"}.items():
         (empty / "config.gin").write_text(load(tiny, *BINDINGS, "Run.steps=10", layer=layer).config.text)
@@ -297,13 +300,13 @@ def test_wrong_sources_are_refused(source, tiny, tmp_path, run_cli):
 
 # Frozen experts
 
-MASK = np.arange(BEFORE) % 3 == 0
-SQUARE = np.array([row // n < 4 and row % n < 4 for row in range(BEFORE)])  # where 16 experts are after they grew
+MASK = np.arange(64) % 3 == 0
+SQUARE = np.array([row // 8 < 4 and row % 8 < 4 for row in range(64)])  # where 16 experts are after they grew
 
 
 def trainer(frozen, **options):
     def build(*, rngs):
-        sparse = functools.partial(PEER, num_experts=BEFORE, num_heads=2, top_k=8, d_key=4)
+        sparse = functools.partial(PEER, num_experts=64, num_heads=2, top_k=8, d_key=4)
         return Transformer(
             13, 8, 1, 2, ffw=Dense, sparse_ffw=sparse, embed_init=nnx.initializers.normal(1.0), rngs=rngs
         )

@@ -135,7 +135,8 @@ def load_grown(
     if not sizes:
         raise InputError(f"{source} has no layer with num_experts, so nothing can grow: give another", argument="from")
     growth = [Binding(name, num_experts, "") for name in sizes]
-    growth += [Binding("Run.grown_from", source, ""), Binding("Run.grown_at", checkpoint, "")]
+    at = int(checkpoint) if checkpoint.isdecimal() else checkpoint
+    growth += [Binding("Run.grown_from", source, ""), Binding("Run.grown_at", at, "")]
     return _run(Source.read([parsed, *files], [*growth, *bindings], imports, _begun_with(parsed)))
 
 

@@ -77,13 +77,13 @@ def _check(run: Run, source: Run, trainer: Trainer, smaller: Trainer) -> None:
         )
     if before == now:
         raise InputError(f"{run.grown_from} has as many experts: raise num_experts, or leave Run.grown_from out")
+    larger = functools.partial(_larger, trainer, smaller)
+    nnx.eval_shape(larger, smaller.abstract_state(), jax.random.key(0))  # layers that can't grow say so
     if not _alike(smaller.abstract_state().optimizer, trainer.abstract_state().optimizer):
         raise InputError(
             f"the optimiser of {run.grown_from} keeps another state than {type(run.optimizer).__name__} does now: give "
             "it the settings that it had there"
         )
-    # Layers that can't grow refuse it here.
-    jax.eval_shape(functools.partial(_grow, trainer, smaller), smaller.abstract_state(), jax.random.key(0))
 
 
 def _alike(before: Any, now: Any) -> bool:
@@ -120,9 +120,17 @@ def _grown(trainer: Trainer, smaller: Trainer, state: TrainState, seed: int) -> 
     return jax.jit(functools.partial(_grow, trainer, smaller), out_shardings=shardings)(state, jax.random.key(seed))
 
 
+def _larger(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> tuple[Transformer, Transformer]:
+    """The model of a state, and a larger one, whose larger layers have taken over those of the first."""
+    before, model = nnx.merge(smaller.graph, state.params, state.others), trainer.build(rngs=nnx.Rngs(key))
+    for block, old in zip(model.blocks, before.blocks, strict=True):
+        if block.ffw.num_experts != old.ffw.num_experts:
+            block.ffw.grow(old.ffw)
+    return before, model
+
+
 def _grow(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> TrainState:
-    before = nnx.merge(smaller.graph, state.params, state.others)
-    model = _model(trainer, before, key)
+    before, model = _larger(trainer, smaller, state, key)
     _, made, _ = nnx.split(model, nnx.Param, ...)
     old = dict(nnx.to_flat_state(state.params))
     params = nnx.map_state(lambda path, new: old[path] if old[path].shape == new.shape else new, made)
@@ -135,15 +143,6 @@ def _grow(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> 
     fresh = trainer.optimizer.init(trainer.labels, params)
     optimizer = jax.tree.map(moments, fresh, state.optimizer, is_leaf=lambda part: isinstance(part, nnx.State))
     return TrainState(state.step, params, state.others, optimizer)
-
-
-def _model(trainer: Trainer, before: Transformer, key: Array) -> Transformer:
-    """A model of the larger size, whose larger layers have taken over those of ``before``."""
-    model = trainer.build(rngs=nnx.Rngs(key))
-    for block, old in zip(model.blocks, before.blocks, strict=True):
-        if block.ffw.num_experts != old.ffw.num_experts:
-            block.ffw.grow(old.ffw)
-    return model
 
 
 def _placed(model: Transformer, before: Transformer, fresh: nnx.State, old: nnx.State) -> nnx.State:
