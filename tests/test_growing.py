@@ -56,7 +56,7 @@ NEW_ROWS = sorted(set(range(AFTER)) - set(OLD_ROWS))
 
 def grown_pair(layer, **options):
     """A layer with sub-keys and outputs of the size of trained ones, and one that is to take it over."""
-    sizes = {"num_heads": 2, "top_k": 2, "d_key": 8}
+    sizes = {"num_heads": 2, "top_k": 4, "d_key": 8}
     small, large = (layer(6, size, **sizes, **options, rngs=nnx.Rngs(size)) for size in (BEFORE, AFTER))
     draw = np.random.default_rng(2)
 
@@ -122,9 +122,8 @@ def test_old_experts_keep_their_order_and_outputs_most_of_their_weight(layer, rn
     assert np.all(now[positive][:, 0] == [moved(row) for row in was[positive][:, 0]])
     assert np.all(change <= bound + 1e-5)
     same = ~is_new.any((1, 2))
-    assert 0.1 < same.mean() < 0.9
     assert change[same].max() < 1e-5
-    assert change.max() > 0.1
+    assert change[~same].max() > 0.1
 
 
 # Runs
