@@ -11,7 +11,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +106,13 @@ class RunConfig(Protocol):
         text: a config file that loads to the same run, every default spelled out.
         fields: every argument by its name, such as ``AdamW.b1``, with its value as a config writes it.
         identity: those of ``fields`` that the numbers of the run depend on.
+        model: those of ``identity`` that make the model.
     """
 
     text: str
     fields: Mapping[str, str]
     identity: Mapping[str, str]
+    model: Mapping[str, str]
 
     def uses(self, name: str) -> bool:
         """Whether a binding of this name, such as ``PEER.top_k`` or ``TABLE_RATE``, has an effect on the run."""
@@ -127,5 +129,13 @@ class RunConfig(Protocol):
 
         Raises:
             InputError: if ``kept`` is no config.
+        """
+        ...
+
+    def kept(self, workdir: str) -> Any:
+        """The ``Run`` that the ``config.gin`` of another run's directory describes.
+
+        Raises:
+            InputError: if there is none, or it is no config.
         """
         ...

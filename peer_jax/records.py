@@ -54,6 +54,16 @@ class Machine(Record):
     device: str
 
 
+class Grown(Record):
+    """What a run had spent when its pool of experts grew."""
+
+    source: str
+    num_experts: Size
+    steps: Size
+    tokens: Size
+    training_flops: Amount
+
+
 class Result(Record):
     """``result.json``; ``peer_jax.training`` writes it."""
 
@@ -66,6 +76,7 @@ class Result(Record):
     d_model: Size
     num_blocks: Size
     num_experts: Size | None
+    grown: Grown | None = None
     params_total: Size
     params_active: Size
     forward_flops_per_token: Amount

@@ -51,7 +51,9 @@ def _training(row: Row, *, is_best: bool) -> Training | None:
     steps = np.array(sorted(points), np.float64)
     losses = _smooth(steps, np.array([points[step] for step in sorted(points)]), WINDOW * row.steps)
     kept = steps >= min(SKIPPED * row.steps, steps[-2])
-    return Training(row, steps[kept] / row.steps * row.training_flops, losses[kept], is_best)
+    grown = row.grown or {"steps": 0, "training_flops": 0.0}
+    spent = np.interp(steps[kept], [0, grown["steps"], row.steps], [0, grown["training_flops"], row.training_flops])
+    return Training(row, spent, losses[kept], is_best)
 
 
 def _losses(run: RunDirectory) -> Iterator[tuple[int, float]]:

@@ -33,6 +33,7 @@ class Row:
             arguments in which runs were found to differ.
         found: the names of those ``settings`` that no sweep varied.
         config: the arguments that decide the numbers of the run, as a config writes them.
+        grown: the steps and FLOPs that the run had spent when its pool of experts grew; empty if it has not grown.
         text: the name of the text if several are analysed together; otherwise empty.
         loss: nats per token on the validation split of the run's own task.
         other_losses: losses on further tasks, by task.
@@ -54,6 +55,7 @@ class Row:
     settings: dict[str, Any]
     found: tuple[str, ...] = ()
     config: dict[str, str] = dataclasses.field(default_factory=dict)
+    grown: dict[str, Any] = dataclasses.field(default_factory=dict)
     text: str = ""
     loss: float
     perplexity: float
@@ -103,7 +105,7 @@ class Row:
         return ", ".join([self.method, *values, *([f"on {self.text}"] if self.text else [])])
 
 
-NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "sweep", "found", "config", "text"}
+NOT_IN_TABLE = {"directory", "is_baseline", "baseline", "sweep", "found", "config", "grown", "text"}
 SEVERAL_COLUMNS = {"settings", "other_losses", "flops_by_part"}
 
 
@@ -177,6 +179,7 @@ def row(
         budget=float(point.get("budget", result["training_flops"])),
         settings=point.get("settings", {}),
         config=dict(result.get("config") or {}),
+        grown=dict(result.get("grown") or {}),
         epochs=result.get("epochs"),
         flops_per_token=result["forward_flops_per_token"],
         flops_by_part=result["forward_flops_by_part"],

@@ -97,14 +97,14 @@ def begun_with(directories: "Sequence[RunDirectory]") -> dict[str, Any]:
     return {}
 
 
-def kept_config(workdir: str) -> os.PathLike:
-    """The config of a run directory."""
+def kept_config(workdir: str, argument: str = "workdir") -> os.PathLike:
+    """The config of a run directory, which the flag of ``argument`` names."""
     from peer_jax.run_directory import RunDirectory
 
     kept = RunDirectory(workdir).config
     if not kept.is_file():
         raise InputError(
-            f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument="workdir"
+            f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument=argument
         )
     return kept
 

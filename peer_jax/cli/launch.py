@@ -133,7 +133,7 @@ def _launched(command: Sequence[str]) -> dict[str, Any]:
         raise InputError(
             "is not given to the launched command: name the directory that all slices share", argument="workdir"
         )
-    for flag in ("coordinator", "num_processes", "process_id", "distributed", "dry_run", "list_"):
+    for flag in ("coordinator", "num_processes", "process_id", "distributed", "dry_run", "list_", "grow"):
         if parameters.get(flag) not in (None, False):
             raise InputError("can't be launched: leave it out", argument=flag.rstrip("_"))
     return parameters

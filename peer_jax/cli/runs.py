@@ -26,6 +26,7 @@ from peer_jax.cli.app import (
     kept_config,
     load,
 )
+from peer_jax.errors import InputError
 
 
 @app.command()
@@ -45,10 +46,19 @@ def prepare(
 
 @app.command()
 def train(
-    config: Configs,
     workdir: Workdir,
+    config: Configs = [],  # noqa: B006
     set_: Bindings = [],  # noqa: B006
     import_: Imports = [],  # noqa: B006
+    grow: Annotated[
+        int | None, typer.Option(metavar="N", help="Begin with the run of --from, and give it N experts.", min=1)
+    ] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="The run to grow; its config comes before --config.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="Where to grow the run of --from: 'last', 'best' or a step.")
+    ] = "last",
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
     coordinator: Coordinator = None,
@@ -61,17 +71,28 @@ def train(
 ) -> None:
     """Train, or go on from the last checkpoint in DIR, and evaluate. The same command resumes a run that was stopped.
 
+    With --grow, a new run begins where another one was, and with more experts (docs/growing.md).
+
     DIR gets config.gin, metrics.jsonl, tensorboard/, checkpoints/ and result.json. All devices take part, as
     Sharding.data, fsdp, expert and tables in the config say. If the run has several processes, each runs this command
     with the same DIR on a file system that all share.
     """
+    if (grow is None) != (from_ is None):
+        raise InputError("--grow N and --from DIR belong together: give both, or none")
+    if not config and grow is None:
+        raise InputError("is missing: give the files of a run, such as configs/base.gin", argument="config")
     place = cluster.find(coordinator, num_processes, process_id)
     join(place, distributed, cluster.Timeouts(start_timeout, heartbeat_timeout, shutdown_timeout), workdir)
     from peer_jax import config as configs
     from peer_jax import processes
     from peer_jax.run_directory import RunDirectory
 
-    run = configs.load(config, set_, import_, before=begun_with([RunDirectory(workdir)]))
+    if grow is None:
+        run = configs.load(config, set_, import_, before=begun_with([RunDirectory(workdir)]))
+    else:
+        begun = RunDirectory(workdir).read_config() is not None
+        kept = kept_config(workdir) if begun else kept_config(from_, "from")
+        run = configs.load_grown(kept, from_, grow, checkpoint, config, set_, import_)
     from peer_jax.training.loop import train as train_run
 
     train_run(run, workdir, progress=not quiet)

@@ -27,7 +27,7 @@ from peer_jax.training.run import Run
 
 CORPUS = "TextTask.corpus"  # what names a text
 
-__all__ = ["BEFORE", "Binding", "Config", "begun_with", "layers_of", "load", "load_kept", "load_sweep"]
+__all__ = ["BEFORE", "Binding", "Config", "begun_with", "layers_of", "load", "load_grown", "load_kept", "load_sweep"]
 
 # What runs did before an argument existed, where its default does something else: {"AdamW.new_argument": value}. A
 # ``config.gin`` has every argument of its time, so one that lacks an argument was written before it existed.
@@ -44,7 +44,11 @@ def begun_with(kept: str) -> dict[str, Any]:
     Raises:
         InputError: if the text is no config.
     """
-    names = [name.rpartition("/")[2] for name in _names(parse_text(kept, "the kept config.gin").bindings)]
+    return _begun_with(parse_text(kept, "the kept config.gin"))
+
+
+def _begun_with(kept: Parsed) -> dict[str, Any]:
+    names = [name.rpartition("/")[2] for name in _names(kept.bindings)]
     places = {name.partition(".")[0] for name in names}
     return {name: value for name, value in BEFORE.items() if name not in names and name.partition(".")[0] in places}
 
@@ -102,6 +106,38 @@ def load_kept(
         return _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
+
+
+def load_grown(
+    kept: str | os.PathLike,
+    source: str,
+    num_experts: int,
+    checkpoint: str = "last",
+    files: Sequence[str | os.PathLike] = (),
+    bindings: Sequence[str | Binding] = (),
+    imports: Sequence[str] = (),
+) -> Run:
+    """The run of ``kept`` with other numbers of experts, which begins with a checkpoint of another run.
+
+    Args:
+        kept: the ``config.gin`` of the run to grow from; or, once it has begun, that of the run itself.
+        source: the directory of the run to grow from.
+        num_experts: of each layer that says how many experts it has.
+        checkpoint: "last", "best" or a step.
+        files, bindings: config files and bindings over all that.
+        imports: as for ``load``.
+
+    Raises:
+        InputError: as ``load``, or if no layer says how many experts it has.
+    """
+    parsed = _parse_kept(place(kept))
+    sizes = [binding.name for binding in parsed.bindings if binding.name.endswith(".num_experts")]
+    if not sizes:
+        raise InputError(f"{source} has no layer with num_experts, so nothing can grow: give another", argument="from")
+    growth = [Binding(name, num_experts, "") for name in sizes]
+    at = int(checkpoint) if checkpoint.isdecimal() else checkpoint
+    growth += [Binding("Run.grown_from", source, ""), Binding("Run.grown_at", at, "")]
+    return _run(Source.read([parsed, *files], [*growth, *bindings], imports, _begun_with(parsed)))
 
 
 def _parse_kept(kept: AnyPath) -> Parsed:
@@ -189,6 +225,13 @@ class Config:
         then = Config.of(root, resolver, source.imports)
         before, now = (then.model, self.model) if of_model else (then.identity, self.identity)
         return next(differences(before, now), None)
+
+    def kept(self, workdir: str) -> Run:
+        """The run that the ``config.gin`` of another run's directory describes."""
+        config = RunDirectory(workdir).config
+        if not config.is_file():
+            raise InputError(f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`")
+        return load_kept(config)
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:

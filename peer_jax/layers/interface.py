@@ -197,6 +197,27 @@ class FeedForward(nnx.Module):
         """
         return None
 
+    def grow(self, smaller: "FeedForward") -> None:
+        """Takes over all that a layer has learned which differs in nothing but a smaller ``num_experts``.
+
+        The output is to be nearly that of the smaller layer: its experts keep their keys and their order, and new ones
+        begin without an output.
+
+        Raises:
+            InputError: if the class doesn't define it.
+        """
+        raise InputError(
+            f"{self.name} can't go on with more experts than the {smaller.num_experts} that it was trained with: leave "
+            "num_experts as it was, or define grow(self, smaller) in that class"
+        )
+
+    def were_there(self, experts: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+        """Whether experts, given by their numbers, were there when the pool had ``num_experts``, before it grew.
+
+        The experts of a pool that grows keep their order. By default, new ones come after them.
+        """
+        return experts < num_experts
+
     def exchanged(self, load: DeviceLoad) -> Collectives | None:
         """What a micro-batch exchanges, forward and backward, for parameters that are split over ``expert``.
 

@@ -46,6 +46,7 @@ class PEER(ProductKeyRetrieval):
     """
 
     num_tables = 2
+    outputs = "up"
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ class PKM(ProductKeyRetrieval):
         InputError: if sizes or options don't fit, or the layer doesn't fit into memory.
     """
 
+    outputs = "values"
+
     def __init__(
         self,
         d_model: int,

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
+from peer_jax.layers.growing import sub_keys_between, take_over
 from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.linear import Linear
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
@@ -37,9 +38,11 @@ class ProductKeyRetrieval(FeedForward):
 
     Attributes:
         num_tables: number of tables of the subclass, each of which has a row of ``d_model`` per expert.
+        outputs: the name of the table whose rows are added up for the output.
     """
 
     num_tables: ClassVar[int] = 1
+    outputs: ClassVar[str]
 
     def __init__(
         self,
@@ -156,6 +159,32 @@ class ProductKeyRetrieval(FeedForward):
 
     def _rows_touched(self, tokens: int) -> int:
         return min(self.num_experts, tokens * self.num_heads * self.top_k)
+
+    def were_there(self, experts: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+        """Experts are pairs of sub-keys, and the sub-keys of a smaller pool come first in a larger one."""
+        n, before = self.sub_keys.shape[-2], math.isqrt(num_experts)
+        return (experts // n < before) & (experts % n < before)
+
+    def grow(self, smaller: FeedForward) -> None:
+        """Takes over a smaller layer of the same class. Expert i of n * n becomes (i // n) * n' + i % n of n' * n'.
+
+        New sub-keys are those of ``sub_keys_between``. The rows of new experts are as they were initialised, but zero
+        in the table that outputs come from: a new expert adds nothing to the output where it is retrieved, but takes
+        weight from the others and the place of the one that was last among the top k.
+
+        Raises:
+            InputError: if this layer has no more experts than the other.
+        """
+        if self.num_experts <= smaller.num_experts:
+            raise InputError(
+                f"num_experts={self.num_experts} is not more than {smaller.num_experts}, from which to grow: raise it"
+            )
+        old = smaller.sub_keys[...]
+        new = sub_keys_between(old, self.sub_keys.shape[-2] - old.shape[-2])
+        self.sub_keys[...] = jnp.concatenate([old, new], axis=-2)
+        outputs = getattr(self, self.outputs)
+        outputs[...] = jnp.zeros_like(outputs[...])
+        take_over(self, smaller)
 
     def _exchanged(self, step: Callable[..., Collectives], load: DeviceLoad, gate_size: int) -> Collectives:
         """What ``step``, a function of ``traffic``, exchanges for the subclass's tables."""

@@ -104,6 +104,11 @@ def _build(
     corpora: dict[TextTask, tuple[int | None, bool]],
 ) -> Planned:
     run = load(point.files, point.bindings, point.imports)
+    if run.grown_from is not None:
+        raise InputError(
+            f"Run.grown_from={run.grown_from!r} can't be part of a sweep, whose runs begin anew: grow the run by "
+            "peer-jax train --grow"
+        )
     # Building abstract models takes most of the time of planning, so runs that differ in nothing else share a trainer.
     same = frozenset(field for field in run.config.identity.items() if field[0] not in NOT_OF_TRAINER)
     same |= {("Run.accumulation", str(run.accumulation))}

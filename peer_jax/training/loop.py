@@ -17,12 +17,12 @@ from peer_jax.processes import leads, together, wait_for_all
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import Placement, split_batch, use
 from peer_jax.storage import is_in_bucket
-from peer_jax.training import evaluators, ownership, result, room
+from peer_jax.training import evaluators, growth, ownership, result, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.flops import training_flops
 from peer_jax.training.meter import Clock, Meter
 from peer_jax.training.metrics import MetricsLog, ProgressBar
-from peer_jax.training.run import Run
+from peer_jax.training.run import Grown, Run
 from peer_jax.training.signals import StopOnSignal
 from peer_jax.training.step import Metrics, Trainer, TrainState
 
@@ -60,7 +60,7 @@ def _train(
 
         # Model.
         trainer = run.trainer()
-        steps = run.num_steps(trainer.abstract_model)
+        run.num_steps(trainer.abstract_model)  # refuses a run without a length before anything is prepared
         step_tokens = run.batch_size * run.task.seq_len
         step_flops = training_flops(trainer.abstract_model, step_tokens, run.task.seq_len)
 
@@ -88,14 +88,24 @@ def _train(
             _check_text(directory, corpus, finished["corpus"].get("fingerprint"), finished["steps"])
             return finished
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_last=run.keep_checkpoints))
-        start, state, position = checkpoints.restore(trainer.abstract_state()) or (0, None, None)
+        restored = checkpoints.restore(trainer.abstract_state())
+        grows = restored is None and run.grown_from is not None
+        if grows:
+            beginning = {"text": corpus["fingerprint"], "batches": batches.get_state()}
+            restored = growth.begin(run, trainer, beginning)
+        start, state, position = restored or (0, None, {})
+        grown = Grown(**position.get("grown", {}))
+        with together():
+            steps = run.num_steps(trainer.abstract_model, grown)
         ownership.keep_config(directory, run.config)
         if state is None:
             state = trainer.init(run.seed)
         if position:
             _check_text(directory, corpus, position.get("text"), start)
             batches.set_state(position["batches"])
-        clock = Clock(**position["clock"]) if position else Clock()
+        if grows:  # from now on, the run needs no other directory
+            checkpoints.save(start, state, position)
+        clock = Clock(**position.get("clock", {}))
         ownership.keep_vocabulary(directory, run.task.vocabulary)
 
         # Steps.
@@ -123,7 +133,7 @@ def _train(
                 losses = evaluations.after(step, functools.partial(trainer.model, state)) if evaluating else {}
                 if saving:
                     log.flush()  # so that nothing older than a checkpoint is lost
-                    position = {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
+                    position |= {"text": corpus["fingerprint"], "batches": batches.get_state(), "clock": clock.state()}
                     checkpoints.save(step, state, position, losses.get(METRIC))
                 if stopping:
                     raise _interrupted(stop, step, checkpoints)
@@ -137,20 +147,20 @@ def _train(
         # Result.
         measured = evaluations.finish(functools.partial(trainer.model, state))
         check_still_owned()
-        time = clock.state()
+        time, since = clock.state(), steps - grown.steps
         return result.write(
             directory,
             {
-                **result.describe_model(trainer.abstract_model, run.task.seq_len),
+                **result.describe_model(trainer.abstract_model, run.task.seq_len, grown),
                 "seed": run.seed,
                 "steps": steps,
                 "batch_size": run.batch_size,
                 "seq_len": run.task.seq_len,
-                "tokens": steps * step_tokens,
-                "training_flops": steps * step_flops,
+                "tokens": grown.tokens + since * step_tokens,
+                "training_flops": grown.training_flops + since * step_flops,
                 "tokens_per_second": time["steps"] * step_tokens / time["step_seconds"] if time["steps"] else None,
                 "wall_seconds": time["wall_seconds"],
-                "epochs": steps * run.batch_size / len(text),
+                "epochs": batches.get_state()["next_index"] * run.batch_size / len(text),
                 "corpus": corpus,
                 "config": {} if run.config is None else dict(run.config.identity),
                 "evaluations": measured,

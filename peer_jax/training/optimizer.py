@@ -49,7 +49,8 @@ class Optimizer(Protocol):
         """The state before the first update: any pytree of arrays.
 
         A part of the state that is made with ``jax.tree.map`` over ``params``, as optax makes moments, is split over
-        devices as the parameters are. Every device has all of the other arrays.
+        devices as the parameters are. Every device has all of the other arrays. When a pool of experts grows, such a
+        part is rearranged as the parameters are, integers stay as they are, and all other arrays are made anew.
         """
         ...
 

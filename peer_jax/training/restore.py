@@ -17,6 +17,7 @@ from peer_jax.training import evaluators, room
 from peer_jax.training.checkpoint import METRIC, Checkpoints
 from peer_jax.training.result import add_evaluations
 from peer_jax.training.run import Run
+from peer_jax.training.step import Trainer, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,16 @@ def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last"
     Raises:
         InputError: if there is no such checkpoint, or it can't be read.
     """
+    trainer = run.trainer()
+    step, state, _ = restore(trainer, workdir, checkpoint)
+    return step, trainer.model(state)
+
+
+def restore(trainer: Trainer, workdir: str | os.PathLike, checkpoint: str) -> tuple[int, TrainState, dict[str, Any]]:
+    """The step, state and data position of a checkpoint, as ``restore_model`` finds it."""
     directory = RunDirectory(workdir)
     if not directory.checkpoints.is_dir():
         raise InputError(f"{directory} has no checkpoints: give the directory of a run", argument="workdir")
-    trainer = run.trainer()
     abstract_state = trainer.abstract_state()
     with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract_state, _step(checkpoints, checkpoint))
@@ -38,7 +45,7 @@ def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last"
             restored = checkpoints.restore(abstract_state, _step(checkpoints, checkpoint))
     if restored is None:
         raise InputError(f"{directory} holds no checkpoint: train first", argument="workdir")
-    return restored[0], trainer.model(restored[1])
+    return restored
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:

@@ -14,17 +14,22 @@ from peer_jax.fields import RunConfig
 from peer_jax.models import Transformer
 from peer_jax.processes import leads
 from peer_jax.run_directory import RESULT, SCHEMA, RunDirectory
+from peer_jax.training.run import Grown
 
 PACKAGES = ("peer-jax", "jax", "flax", "optax", "numpy")
 
 logger = logging.getLogger(__name__)
 
 
-def describe_model(model: Transformer, seq_len: int) -> dict[str, Any]:
-    """The part of a result that follows from the model: its method, sizes, parameters and forward FLOPs per token."""
+def describe_model(model: Transformer, seq_len: int, grown: Grown) -> dict[str, Any]:
+    """The part of a result that follows from the model: its method, sizes, parameters and forward FLOPs per token.
+
+    A run that has grown is a method of its own, and ``grown`` says what it had spent by then.
+    """
     layer = model.method
     return {
-        "method": layer.label,
+        "method": f"{layer.label}, grown from {grown.num_experts} experts" if grown.steps else layer.label,
+        **({"grown": grown._asdict()} if grown.steps else {}),
         "layer": layer.name,
         "options": layer.options(),
         "is_baseline": not model.sparse_blocks and layer.is_baseline,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from flax import nnx
 
@@ -19,6 +19,22 @@ from peer_jax.training.step import Trainer
 EVALUATION_TOKENS = 4096  # the least per batch of an evaluation, which would take long with small batches
 
 
+class Grown(NamedTuple):
+    """What a run had spent when it went on with a larger pool of experts; all zero for a run that has not grown.
+
+    Attributes:
+        source: the directory of the run that it has grown from.
+        num_experts: the size of the pool until then.
+        steps, tokens, training_flops: from the first step on, by all models that the run has had.
+    """
+
+    source: str = ""
+    num_experts: int = 0
+    steps: int = 0
+    tokens: int = 0
+    training_flops: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What to train, on what, for how long. One of ``steps`` and ``training_flops`` sets the length.
@@ -32,6 +48,10 @@ class Run:
         steps: updates.
         training_flops: a budget; the run makes the number of steps that comes nearest to it.
         seed: of the parameters and the order of the data.
+        grown_from: the directory of a run whose checkpoint this run goes on from, with a larger ``num_experts``
+            (``peer_jax.training.growth``). Its steps and FLOPs count among those of this run.
+        grown_at: the step of that checkpoint, or "last" or "best".
+        frozen_experts: the ``num_experts`` of an earlier, smaller pool, whose experts don't change any more.
         accumulation: micro-batches that a step is split into.
         log_every, evaluate_every, checkpoint_every: steps between two of them; the last step is always evaluated and
             saved.
@@ -51,6 +71,9 @@ class Run:
     steps: int | None = None
     training_flops: float | None = None
     seed: int = 0
+    grown_from: str | None = None
+    grown_at: int | str = "last"
+    frozen_experts: int | None = None
     accumulation: Placed[int] = 1
     log_every: Bookkeeping[int] = 10
     evaluate_every: Bookkeeping[int] = 1000
@@ -86,21 +109,31 @@ class Run:
         def build(*, rngs: nnx.Rngs) -> nnx.Module:
             return self.model(vocab_size, rngs=rngs)
 
-        return Trainer(build, self.optimizer, accumulation=self.accumulation)
+        return Trainer(build, self.optimizer, accumulation=self.accumulation, frozen_experts=self.frozen_experts)
 
     def eval_batch_size(self) -> int:
         """Rows per batch of an evaluation: as in training, but with at least ``EVALUATION_TOKENS`` tokens."""
         rows = max(self.batch_size, -(-EVALUATION_TOKENS // self.task.seq_len))
         return rows if current() is None else current().round_up(rows)
 
-    def num_steps(self, model: Transformer) -> int:
+    def num_steps(self, model: Transformer, grown: Grown = Grown()) -> int:  # noqa: B008, it never changes
         """How many updates the run makes: ``steps``, or what ``training_flops`` pays for.
 
+        Args:
+            model: that of the run.
+            grown: what it had spent before it grew.
+
         Raises:
-            InputError: if neither is given, which is only needed to train; or if the budget is less than a step.
+            InputError: if neither is given, which is only needed to train; or if what is left is less than a step.
         """
+        if self.steps is None and self.training_flops is None:
+            raise InputError("steps=None and training_flops=None: give one of them, the length of the run")
+        name = "training_flops" if self.steps is None else "steps"
+        given, spent = getattr(self, name), getattr(grown, name)
+        if given <= spent:
+            raise InputError(
+                f"{name}={given:.12g} is not more than the {spent:.12g} that {grown.source} had spent: raise it"
+            )
         if self.steps is not None:
             return self.steps
-        if self.training_flops is None:
-            raise InputError("steps=None and training_flops=None: give one of them, the length of the run")
-        return steps_for(self.training_flops, model, self.batch_size, self.task.seq_len)
+        return grown.steps + steps_for(given - spent, model, self.batch_size, self.task.seq_len)

@@ -15,6 +15,7 @@ from peer_jax.errors import InputError
 from peer_jax.models import Transformer
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
+from peer_jax.training.frozen import FrozenExperts, Mask
 from peer_jax.training.optimizer import NORMS, Optimizer, label_params
 from peer_jax.training.touched import (
     TouchedTables,
@@ -48,13 +49,21 @@ class Trainer:
         build: makes the model, ``build(rngs=)``.
         optimizer: what makes an update of gradients.
         accumulation: micro-batches that a step is split into; the update equals that of the whole batch.
+        frozen_experts: the experts that don't change, see ``peer_jax.training.frozen``.
 
     Raises:
         InputError: if gradients are to be accumulated over a batch whose statistics the model needs whole, or if the
             optimiser does not fit the model.
     """
 
-    def __init__(self, build: Callable[..., nnx.Module], optimizer: Optimizer, *, accumulation: int = 1) -> None:
+    def __init__(
+        self,
+        build: Callable[..., nnx.Module],
+        optimizer: Optimizer,
+        *,
+        accumulation: int = 1,
+        frozen_experts: int | Mask | None = None,
+    ) -> None:
         self.build, self.optimizer, self.accumulation = build, optimizer, accumulation
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         if not isinstance(abstract, Transformer):
@@ -69,6 +78,7 @@ class Trainer:
             )
         wanted, share = getattr(optimizer, "updates_touched", None), getattr(optimizer, "touched_share", 1.0)
         self.touched = TouchedTables(abstract, wanted, share, accumulation)
+        self.frozen = FrozenExperts(abstract, frozen_experts)
         self.abstract_model = abstract
         self.graph, params, others = nnx.split(abstract, nnx.Param, ...)
         self.labels = label_params(params)
@@ -122,8 +132,10 @@ class Trainer:
             grads, metrics, others = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
+        grads = self.frozen.without_gradients(grads, state.params)
         metrics |= count_touched(state.params, grads)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
+        params = self.frozen.put_back(state.params, params, grads)
         if missing := [name for name in NORMS if name not in norms]:
             raise InputError(
                 f"{type(self.optimizer).__name__}.update returns no {missing[0]!r}: its third value must have "
