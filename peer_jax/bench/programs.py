@@ -179,15 +179,19 @@ def _step(case: Case) -> Program:
         state, metrics = compiled(state, data, rates)
         return metrics
 
+    metrics = call()
+    if not np.isfinite(metrics["loss"]):
+        raise InputError(
+            f"touched_share={case.touched_share} leaves too little room for the rows that a step touches: raise it"
+        )
     whole, tables = trainer.touched.split(trainer.abstract_state().params, tokens.size)
-    routes = jax.jit(lambda state: trainer.model(state).route(tokens))(state) if tables else {}
-    touched = {block: len(np.unique(routing.indices)) for block, routing in routes.items()}
     least = training_step(
         sum(p.size for p in jax.tree.leaves(whole)), training_flops(trainer.abstract_model, tokens.size, length)
     )
-    for (_, block, *_), table in nnx.to_flat_state(tables):
+    for table in jax.tree.leaves(tables):
         # A row and its second moment, which is one number, are read and written once.
-        least += Floor(2.0 * touched[block] * (table.shape[1] * table.dtype.itemsize + 4), 0.0)
+        row = table.shape[1] * table.dtype.itemsize + 4
+        least += Floor(2.0 * row * float(metrics["touched_rows"]), 0.0)
     # The outputs need no memory: they are written into the arrays of the state.
     temporary = None if memory is None else int(memory.temp_size_in_bytes)
     kept = sum(a.nbytes for a in jax.tree.leaves(state))

@@ -3,6 +3,7 @@
 Source: He 2024, "Mixture of A Million Experts" (arXiv:2407.04153).
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
@@ -87,7 +88,9 @@ class PEER(ProductKeyRetrieval):
         )
         self.activation = activation
         self.down = Table(initial(down_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
-        self.up = Table(initial(up_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        # One table is made after the other, so that both need the memory for random numbers in turn.
+        _, key = jax.lax.optimization_barrier((self.down[...], rngs.params()))
+        self.up = Table(initial(up_init, key, (num_experts, d_model), param_dtype), axes=TABLE_AXES)
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
