@@ -65,7 +65,7 @@ class FrozenExperts:
             before, after: the same arrays; a moment that a table doesn't have is None.
             grads: the gradients of the update, which has changed no frozen row of a table whose gradient is by rows.
         """
-        old, given = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state({} if grads is None else grads))
+        old, given = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(grads or nnx.State({})))
         by_rows = {path for path, gradient in given.items() if isinstance(gradient.get_value(), RowGradients)}
 
         def of(path: Path, parameter: nnx.Variable) -> nnx.Variable:
