@@ -35,6 +35,7 @@ from peer_jax.training import growth, loop
 from peer_jax.training.optimizer import AdamW
 from peer_jax.training.restore import restore_model
 from peer_jax.training.step import Trainer
+from peer_jax.training.touched import RowGradients
 
 pytestmark = pytest.mark.usefixtures("trains")
 
@@ -296,6 +297,7 @@ def test_wrong_sources_are_refused(source, tiny, tmp_path, run_cli):
     refused(run_cli(*command(source, source)), "--workdir source num_experts")
     refused(run_cli("train", "--grow", AFTER, "--workdir", new), "--grow --from")
     refused(run_cli("train", "--workdir", new), "--config missing")
+    refused(run_cli("train", "--checkpoint", 5, "--workdir", new), "--checkpoint 5 --grow")
 
 
 # Frozen experts
@@ -353,6 +355,18 @@ def test_frozen_experts_by_whole_tables_and_by_touched_rows():
 def test_freezing_what_isn_t_there_is_refused():
     with pytest.raises(InputError, match="mask of 3, but PEER has num_experts=64"):
         trainer(np.ones(3, bool))
+    for size in (-1, 0, 64):
+        with pytest.raises(InputError, match=f"frozen_experts={size} is no size that the 64 experts"):
+            trainer(size)
+
+
+def test_frozen_rows_do_not_hide_that_there_is_no_room():
+    made = trainer(np.arange(64) < 32)
+    rows = jnp.arange(4, dtype=jnp.int32)  # all of them are frozen
+    grads = made.abstract_model.blocks[0].ffw.up.replace(RowGradients(rows, jnp.full((4, 8), jnp.nan)))
+    state = nnx.State({"blocks": {0: {"ffw": {"up": grads}}}})
+    left = made.frozen.without_gradients(state, made.init(0).params)["blocks"][0]["ffw"]["up"].get_value()
+    assert np.all(np.isnan(left.values))
 
     def dense(*, rngs):
         return Transformer(13, 8, 1, 2, ffw=Dense, rngs=rngs)

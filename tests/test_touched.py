@@ -174,6 +174,25 @@ def test_a_row_that_rests_has_adam_s_moments_once_it_has_a_gradient_again(second
     assert state.last["up"].get_value()[:2, 0].tolist() == [steps, 0]
 
 
+def test_padding_adds_nothing_to_the_norm_of_parameters_in_bfloat16():
+    """Padding stands for the last row, which would be rounded anew to another pair of a value and what it has lost."""
+    p = jnp.full((4, 2), 1 + 2**-7, jnp.bfloat16)
+    params = nnx.State({"up": Table(p)})
+    optimizer, labels = (
+        AdamW(learning_rate=0.1, warmup_steps=0, **BY_ROW, table_updates="touched"),
+        label_params(params),
+    )
+    state = optimizer.init(labels, params)
+    half = nnx.State({"up": params["up"].replace(jnp.full((4, 2), 2**-8, jnp.bfloat16))})
+    rows = jnp.asarray([0, 4, 5], jnp.int32)
+    gradient = RowGradients(rows, jnp.asarray([[1, 2], [0, 0], [0, 0]], jnp.float32))
+    grads = nnx.State({"up": params["up"].replace(gradient)})
+    new, state, norms = optimizer.update(labels, params, grads, state._replace(lost=half), {"up": 0.1})
+    after = np.asarray(new["up"].get_value(), np.float64)
+    assert np.array_equal(after[1:], np.asarray(p, np.float64)[1:])
+    assert relative_error(norms["param_norm"], np.linalg.norm(after)) < 1e-6
+
+
 def test_without_a_choice_rows_are_touched_where_they_rest_and_the_batch_is_small():
     sizes = {"num_experts": 64, "num_heads": 1, "top_k": 2, "d_key": 4, "query_norm": "layer"}
     for form, length, by_rows in ((BY_ROW, 8, True), (BY_ROW, 9, False), (RESTING, 8, True), ({}, 8, False)):

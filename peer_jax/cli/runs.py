@@ -57,8 +57,11 @@ def train(
         str | None, typer.Option("--from", metavar="DIR", help="The run to grow; its config comes before --config.")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", help="Where to grow the run of --from: 'last', 'best' or a step.")
-    ] = "last",
+        str | None,
+        typer.Option(
+            "--checkpoint", help="Where to grow the run of --from: 'last', 'best' or a step.", show_default="last"
+        ),
+    ] = None,
     quiet: Quiet = False,
     show_table: Annotated[bool, typer.Option("--table/--no-table", help="Print the result as a table.")] = True,
     coordinator: Coordinator = None,
@@ -79,6 +82,10 @@ def train(
     """
     if (grow is None) != (from_ is None):
         raise InputError("--grow N and --from DIR belong together: give both, or none")
+    if checkpoint is not None and grow is None:
+        raise InputError(
+            f"--checkpoint {checkpoint} is for --grow: leave it out, a run goes on from its last checkpoint"
+        )
     if not config and grow is None:
         raise InputError("is missing: give the files of a run, such as configs/base.gin", argument="config")
     place = cluster.find(coordinator, num_processes, process_id)
@@ -92,7 +99,7 @@ def train(
     else:
         begun = RunDirectory(workdir).read_config() is not None
         kept = kept_config(workdir) if begun else kept_config(from_, "from")
-        run = configs.load_grown(kept, from_, grow, checkpoint, config, set_, import_)
+        run = configs.load_grown(kept, from_, grow, checkpoint or "last", config, set_, import_)
     from peer_jax.training.loop import train as train_run
 
     train_run(run, workdir, progress=not quiet)

@@ -87,8 +87,8 @@ def _are_frozen(layer: FeedForward, experts: int | Mask) -> Callable[[Int[Array,
                 "give True or False for each"
             )
         return lambda rows: jnp.asarray(experts).at[rows].get(mode="fill", fill_value=False)
-    there = layer.were_there(jnp.arange(layer.num_experts), experts)
-    if not 0 < experts < layer.num_experts or jnp.sum(there) != experts:
+    fits = 0 < experts < layer.num_experts
+    if not fits or jnp.sum(layer.were_there(jnp.arange(layer.num_experts), experts)) != experts:
         raise InputError(
             f"frozen_experts={experts} is no size that the {layer.num_experts} experts of {layer.name} can have grown "
             "from: give the num_experts of the run before it grew"
@@ -106,7 +106,9 @@ def _without(gradient: RowGradients, are_frozen: Callable[[Array], Array], num_r
         kept, most = ~are_frozen(first + gradient.rows) & (gradient.rows < N), gradient.rows.size
         places = jnp.where(kept, jnp.cumsum(kept) - 1, most)
         rows = jnp.arange(N, N + most, dtype=jnp.int32).at[places].set(gradient.rows, mode="drop")
-        return RowGradients(rows, jnp.zeros_like(gradient.values).at[places].set(gradient.values, mode="drop"))
+        # NaN says that there was no room for all rows, and must not be dropped with a frozen one.
+        zeros = jnp.full_like(gradient.values, jnp.where(jnp.any(jnp.isnan(gradient.values)), jnp.nan, 0))
+        return RowGradients(rows, zeros.at[places].set(gradient.values, mode="drop"))
 
     split = RowGradients(spec_of("rows"), spec_of(*TABLE_AXES))
     return on_each_device(on_device, (split,), split)(gradient)

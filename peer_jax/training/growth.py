@@ -131,9 +131,8 @@ def _larger(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -
 
 def _grow(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> TrainState:
     before, model = _larger(trainer, smaller, state, key)
-    _, made, _ = nnx.split(model, nnx.Param, ...)
-    old = dict(nnx.to_flat_state(state.params))
-    params = nnx.map_state(lambda path, new: old[path] if old[path].shape == new.shape else new, made)
+    _, params, others = nnx.split(model, nnx.Param, ...)
+    params, others = _kept(state.params, params), _kept(state.others, others)
 
     def moments(fresh: Any, old: Any) -> Any:
         if not isinstance(fresh, nnx.State):  # an array that is not made of the parameters one by one
@@ -142,7 +141,13 @@ def _grow(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> 
 
     fresh = trainer.optimizer.init(trainer.labels, params)
     optimizer = jax.tree.map(moments, fresh, state.optimizer, is_leaf=lambda part: isinstance(part, nnx.State))
-    return TrainState(state.step, params, state.others, optimizer)
+    return TrainState(state.step, params, others, optimizer)
+
+
+def _kept(old: nnx.State, made: nnx.State) -> nnx.State:
+    """The old arrays; where the larger model has made arrays of another shape, these."""
+    flat = dict(nnx.to_flat_state(old))
+    return nnx.map_state(lambda path, new: flat[path] if flat[path].shape == new.shape else new, made)
 
 
 def _placed(model: Transformer, before: Transformer, fresh: nnx.State, old: nnx.State) -> nnx.State:

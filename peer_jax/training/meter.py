@@ -119,7 +119,7 @@ def _not_finite(step: int, watched: Mapping[str, float], metrics: Metrics, check
     advice = "Try a lower learning rate, a longer warm-up or a smaller norm to clip at; "
     if "touched_rows" in metrics:
         touched = int(metrics["touched_rows"])
-        advice += f"a batch may touch more rows than AdamW.touched_share makes room for ({touched} are touched); "
+        advice += f"if AdamW.touched_share makes room for {touched} rows, more may be touched: raise it; "
     on_one_device = " on one device (Sharding.data=1, fsdp=1, expert=1)" if current() is not None else ""
     return TrainingFailed(
         f"step {step} has {shown}; {saved}. {advice}"

@@ -314,9 +314,12 @@ class AdamW:
                     else:
                         new = (exact + u).astype(p.dtype)
                     after = new, moments.mu, moments.nu, lost, last
-                    if last is not None:
+                    if by_rows or last is not None:  # a row without a gradient rests, and so does padding
                         touched = mean_over(PartitionSpec(*spec[1:]), jnp.any(g != 0, axis=-1, keepdims=True) * 1.0) > 0
-                        after = *after[:-1], jnp.broadcast_to(moments.count, last.shape)
+                        if last is None:  # the second moment decays all the same
+                            before = *before[:2], moments.nu, *before[3:]
+                        else:
+                            after = *after[:-1], jnp.broadcast_to(moments.count, last.shape)
                         after = jax.tree.map(lambda new, old: jnp.where(touched, new, old), after, before)
                         u = jnp.where(touched, u, 0)
                     squares = _change_of_squares(p, after[0]) if by_rows else _sum_of_squares(after[0])

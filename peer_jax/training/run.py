@@ -12,7 +12,7 @@ from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
 from peer_jax.layers.checks import check_positive
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding, current
-from peer_jax.training.flops import MOST_STEPS, steps_for
+from peer_jax.training.flops import MOST_STEPS, steps_for, training_flops
 from peer_jax.training.optimizer import Optimizer
 from peer_jax.training.step import Trainer
 
@@ -136,4 +136,10 @@ class Run:
             )
         if self.steps is not None:
             return self.steps
+        step = training_flops(model, self.batch_size * self.task.seq_len, self.task.seq_len) if spent else 0.0
+        if given - spent < step:
+            raise InputError(
+                f"training_flops={given:.12g} leaves less than the {step:.3g} of a step after the {spent:.12g} that "
+                f"{grown.source} had spent: raise it"
+            )
         return grown.steps + steps_for(given - spent, model, self.batch_size, self.task.seq_len)

@@ -132,8 +132,8 @@ class Trainer:
             grads, metrics, others = gradient(state.params, state.others, batch)
         else:
             grads, metrics, others = self._accumulate(gradient, state, batch)
-        grads = self.frozen.without_gradients(grads, state.params)
         metrics |= count_touched(state.params, grads)
+        grads = self.frozen.without_gradients(grads, state.params)
         params, optimizer, norms = self.optimizer.update(self.labels, state.params, grads, state.optimizer, rates)
         params = self.frozen.put_back(state.params, params, grads)
         if missing := [name for name in NORMS if name not in norms]:

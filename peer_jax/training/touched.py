@@ -109,7 +109,10 @@ def retrieved_rows(params: nnx.State) -> nnx.State:
 
 
 def count_touched(params: nnx.State, grads: nnx.State) -> dict[str, Float[Array, ""]]:
-    """The metric ``touched_rows``: the rows of a table that a step has touched, of the table that has most."""
+    """The metric ``touched_rows``: the rows of a table that a step has touched, of the table that has most.
+
+    It is no larger than the room for them.
+    """
     gradients = jax.tree.leaves(grads, is_leaf=lambda g: isinstance(g, RowGradients))
     pairs = zip(jax.tree.leaves(params), gradients, strict=True)
     counts = [jnp.sum(g.rows < p.shape[0] // parts_of("rows")) for p, g in pairs if isinstance(g, RowGradients)]
