@@ -136,6 +136,7 @@ class Trained:
                 state, states, metrics = begin(), [], []
                 for step in range(STEPS):
                     state, measured = self.step(state, split_batch(batch(model, step)), rates[step])
+                    measured.pop("touched_rows", None)  # a step on whole tables doesn't know it
                     states.append(jax.device_get(state))
                     metrics.append(jax.device_get(measured))
                 self.last = state
