@@ -314,7 +314,7 @@ def test_binding_of_a_sweep(run_cli, options, binding, words):
 COMMANDS = table("""
 frobnicate | frobnicate --help
 --frobnicate | --frobnicate
-train | --config
+train | --workdir
 train {stack} | --workdir
 train {stack} --workdir | --workdir
 train {stack} --workdir {here}/w --stepz 3 | --stepz

@@ -17,7 +17,7 @@ from peer_jax.ops.sharded import TOKENS, gather, scatter_sum
 from peer_jax.sharding import AXES, EXPERT, current, mesh_axes, on_each_device, parts_of, spec_of
 
 
-def compact_size(num_rows: int, most: int, parts: int, share: float) -> int:
+def compact_size(num_rows: int, most: int, parts: int, share: float = 1.0) -> int:
     """E * U, the rows of the compact tables of all parts: room for a share of what a batch could touch.
 
     Args:
