@@ -22,7 +22,8 @@ for seed in ${SEEDS:-0}; do
   peer-jax train "${files[@]}" "${common[@]}" --set "NUM_EXPERTS=$large" --set "Run.seed=$seed" \
     --workdir "$out/large-seed$seed"
   last=$(find "$small/checkpoints" -mindepth 1 -maxdepth 1 -name '[0-9]*' -printf '%f\n' | sort -n | tail -n 1)
-  half=$(((last + every) / (2 * every) * every))
+  saves=$(((last + every) / (2 * every)))
+  half=$((saves * every))
   peer-jax train --grow "$large" --from "$small" --checkpoint "$half" "${common[@]}" --workdir "$out/grown-seed$seed"
 done
 peer-jax report "$out"
