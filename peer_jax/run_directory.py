@@ -169,6 +169,19 @@ class RunDirectory(_Directory):
         """The file of the config that the run was begun with."""
         return self.path / CONFIG
 
+    def kept_config(self, argument: str | None = None) -> epath.Path:
+        """The file of the config of a run that has begun.
+
+        Raises:
+            InputError: if there is none; ``argument`` is what names the directory.
+        """
+        if not self.config.is_file():
+            raise InputError(
+                f"{self.path} has no config.gin: give the directory of a run made by `peer-jax train`",
+                argument=argument,
+            )
+        return self.config
+
     def read_config(self) -> str | None:
         """The text of ``config.gin``; None if there is none.
 

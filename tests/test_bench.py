@@ -422,6 +422,7 @@ def refused(outcome, *words):
         (["op", "--num-experts", "1000"], ["1000", "1024"]),
         (["op", "--tokens", "0"], ["tokens=0"]),
         (["step", "--tokens", "300"], ["tokens=300", "try 256 or 512"]),
+        (["step", "--touched-share", "0.5"], ["--touched-share", "0.5", "touched rows"]),
         (["op", "--dtype", "int8"], ["dtype=int8", "bfloat16"]),
         (["op", "--repeats", "0"], ["repeats=0"]),
         (["op", "--num-experts", "4", "--top-k", "5"], ["top_k"]),

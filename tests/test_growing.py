@@ -298,6 +298,8 @@ def test_wrong_sources_are_refused(source, tiny, tmp_path, run_cli):
     refused(run_cli("train", "--grow", AFTER, "--workdir", new), "--grow --from")
     refused(run_cli("train", "--workdir", new), "--config missing")
     refused(run_cli("train", "--checkpoint", 5, "--workdir", new), "--checkpoint 5 --grow")
+    with pytest.raises(InputError, match="grown_at=5 is a step of the run to grow from: give grown_from"):
+        load(tiny, *SMALL, "Run.grown_at=5", layer="peer")
 
 
 # Frozen experts

@@ -94,6 +94,11 @@ class Options:
             _check_one("table_updates", value, ("all", "touched"))
             if self.what != "step":
                 raise InputError("only a step updates tables: use what='step'", argument="what")
+        if self.touched_share != 1.0 and "touched" not in self.table_updates:
+            raise InputError(
+                f"touched_share={self.touched_share} is for steps on touched rows: use table_updates=('touched',)",
+                argument="touched_share",
+            )
         for name in ("tokens", "d_model", "num_experts", "heads", "top_k"):
             for value in getattr(self, name):
                 if value < 1:

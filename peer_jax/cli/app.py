@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peer_jax import cluster, startup, supervisor
-from peer_jax.errors import InputError
 
 if TYPE_CHECKING:
     from peer_jax.run_directory import RunDirectory
@@ -101,12 +100,7 @@ def kept_config(workdir: str, argument: str = "workdir") -> os.PathLike:
     """The config of a run directory, which the flag of ``argument`` names."""
     from peer_jax.run_directory import RunDirectory
 
-    kept = RunDirectory(workdir).config
-    if not kept.is_file():
-        raise InputError(
-            f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`", argument=argument
-        )
-    return kept
+    return RunDirectory(workdir).kept_config(argument)
 
 
 def join(place: cluster.Place | None, from_cluster: bool, timeouts: cluster.Timeouts, workdir: str) -> None:

@@ -228,10 +228,7 @@ class Config:
 
     def kept(self, workdir: str) -> Run:
         """The run that the ``config.gin`` of another run's directory describes."""
-        config = RunDirectory(workdir).config
-        if not config.is_file():
-            raise InputError(f"{workdir} has no config.gin: give the directory of a run made by `peer-jax train`")
-        return load_kept(config)
+        return load_kept(RunDirectory(workdir).kept_config())
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:

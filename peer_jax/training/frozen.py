@@ -21,10 +21,10 @@ Mask = Bool[np.ndarray, " N"]
 class FrozenExperts:
     """The frozen rows of a model's tables, if there are any.
 
-    Their gradients are left out before the optimiser sees them, so that they count in no norm, and the rows are put
-    back after its update, whatever momentum and weight decay would have done to them. A step on touched rows takes them
-    for rows that were not touched. Their moments are zero if they were zero in the beginning, as they are in a new run
-    and in one that has just grown.
+    Their gradients are zero before the optimiser sees them, so that they count in no norm. After its update the rows of
+    whole tables are put back, whatever momentum and weight decay would have done to them; in a step on touched rows, a
+    row rests whose gradient is zero. Their moments are zero if they were zero in the beginning, as they are in a new
+    run and in one that has just grown.
 
     Args:
         model: whose tables they are; it may be abstract.
@@ -45,7 +45,7 @@ class FrozenExperts:
             raise InputError(f"frozen_experts={experts}: the model has no tables of experts, so leave it out")
 
     def without_gradients(self, grads: nnx.State, params: nnx.State) -> nnx.State:
-        """The gradients of the parameters, zero for frozen rows, or without these among the touched rows."""
+        """The gradients of the parameters, zero for frozen rows."""
         tables = dict(nnx.to_flat_state(params))
 
         def of(path: Path, parameter: nnx.Variable) -> nnx.Variable:
@@ -53,7 +53,7 @@ class FrozenExperts:
                 return parameter
             gradient, num_rows = parameter.get_value(), tables[path].shape[0]
             if isinstance(gradient, RowGradients):
-                return parameter.replace(_without(gradient, are_frozen, num_rows))
+                return parameter.replace(_zero_where(are_frozen, gradient, num_rows))
             return parameter.replace(jnp.where(are_frozen(jnp.arange(num_rows))[:, None], 0, gradient))
 
         return nnx.map_state(of, grads) if self._frozen else grads
@@ -96,19 +96,15 @@ def _are_frozen(layer: FeedForward, experts: int | Mask) -> Callable[[Int[Array,
     return functools.partial(layer.were_there, num_experts=experts)
 
 
-def _without(gradient: RowGradients, are_frozen: Callable[[Array], Array], num_rows: int) -> RowGradients:
-    """The gradient of the rows that are not frozen, and more padding; ``num_rows`` are those of the whole table."""
+def _zero_where(are_frozen: Callable[[Array], Array], gradient: RowGradients, num_rows: int) -> RowGradients:
+    """The gradient with zeros for frozen rows; ``num_rows`` are those of the whole table."""
     parts = parts_of("rows")
-    N = num_rows // parts
 
     def on_device(gradient: RowGradients) -> RowGradients:
-        first = jax.lax.axis_index(EXPERT) * N if parts > 1 else 0
-        kept, most = ~are_frozen(first + gradient.rows) & (gradient.rows < N), gradient.rows.size
-        places = jnp.where(kept, jnp.cumsum(kept) - 1, most)
-        rows = jnp.arange(N, N + most, dtype=jnp.int32).at[places].set(gradient.rows, mode="drop")
-        # NaN says that there was no room for all rows, and must not be dropped with a frozen one.
-        zeros = jnp.full_like(gradient.values, jnp.where(jnp.any(jnp.isnan(gradient.values)), jnp.nan, 0))
-        return RowGradients(rows, zeros.at[places].set(gradient.values, mode="drop"))
+        first = jax.lax.axis_index(EXPERT) * (num_rows // parts) if parts > 1 else 0
+        frozen = are_frozen(first + gradient.rows)[:, None]
+        # NaN says that there was no room for all rows, whichever of them are frozen.
+        return gradient._replace(values=jnp.where(frozen & ~jnp.isnan(gradient.values), 0, gradient.values))
 
     split = RowGradients(spec_of("rows"), spec_of(*TABLE_AXES))
     return on_each_device(on_device, (split,), split)(gradient)

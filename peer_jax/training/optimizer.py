@@ -1,8 +1,9 @@
 """The interface of optimisers; and AdamW, with rates, clipping and weight decay of their own for expert tables."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -64,9 +65,10 @@ class Optimizer(Protocol):
         donated.
 
         An optimiser with a method ``updates_touched(room, num_rows) -> bool`` gets the gradients of those tables for
-        which it is true, if their layers retrieve rows, as ``peer_jax.training.touched.RowGradients``. ``room`` is the
-        number of rows in such a gradient: as many as a batch can touch, or the share of these that an attribute
-        ``touched_share`` of the optimiser says. Any other gets arrays alone.
+        which it is true, if their layers retrieve rows, as ``peer_jax.training.touched.RowGradients``. All other rows,
+        and those with a gradient of zero, must stay as they are. ``room`` is the number of rows in such a gradient: as
+        many as a batch can touch, or the share of these that an attribute ``touched_share`` of the optimiser says. Any
+        other optimiser gets arrays alone.
         """
         ...
 
@@ -253,11 +255,12 @@ class AdamW:
             leaves = jax.tree.leaves(params)
             squares = {name: _plus(jnp.zeros(2), _sum_of_squares(leaves[place])) for place, name in _tables(labels)}
 
-            def of_tables(f: Callable[[Array], Array | None], tree: nnx.State, backbone: Callable = lambda leaf: leaf):
-                return jax.tree.map(lambda label, a: backbone(a) if label == BACKBONE else f(a), labels, tree)
-
-            mu = of_tables(lambda _: None, state.mu) if self.table_b1 == 0 else state.mu
-            last = of_tables(lambda p: jnp.zeros((len(p), 1), jnp.int32), params, lambda _: None) if rests else None
+            mu, last = state.mu, None
+            if self.table_b1 == 0:
+                mu = jax.tree.map(lambda label, mu: mu if label == BACKBONE else None, labels, mu)
+            if rests:
+                first = functools.partial(jnp.zeros, dtype=jnp.int32)
+                last = jax.tree.map(lambda label, p: None if label == BACKBONE else first((len(p), 1)), labels, params)
             return TouchableTables(state.count, mu, state.nu, lost, squares, last)
         return Compensated(*state, lost) if compensates else state
 
@@ -294,37 +297,12 @@ class AdamW:
         }
 
         def leaf(group: str, spec: PartitionSpec, g: Array | RowGradients, p: Array, mu: Any, nu: Array, *others: Any):
-            decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
             moment_spec = spec if nu.shape == p.shape else PartitionSpec(*spec[:1])
             by_rows = isinstance(g, RowGradients)
 
             def part(tables: tuple, g: Array | RowGradients, clip: Array, rate: Array, count: Array):
-                def step(p: Array, mu: Array | None, nu: Array, lost: Array | None, last: Array | None, g: Array):
-                    before = p, mu, nu, lost, last
-                    if last is not None:
-                        skipped = count - last
-                        mu = None if mu is None else self._b1(group) ** skipped * mu
-                        nu = self.b2**skipped * nu
-                    moments = optax.ScaleByAdamState(count, mu, nu)
-                    direction, moments = self._direction(in_float32(g) * clip, moments, self._b1(group), spec)
-                    exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
-                    u = -rate * (direction + decay * exact)
-                    if lost is not None:
-                        new, lost = rounding.compensated(exact + u, p.dtype)
-                    else:
-                        new = (exact + u).astype(p.dtype)
-                    after = new, moments.mu, moments.nu, lost, last
-                    if by_rows or last is not None:  # a row without a gradient rests, and so does padding
-                        touched = mean_over(PartitionSpec(*spec[1:]), jnp.any(g != 0, axis=-1, keepdims=True) * 1.0) > 0
-                        if last is None:  # the second moment decays all the same
-                            before = *before[:2], moments.nu, *before[3:]
-                        else:
-                            after = *after[:-1], jnp.broadcast_to(moments.count, last.shape)
-                        after = jax.tree.map(lambda new, old: jnp.where(touched, new, old), after, before)
-                        u = jnp.where(touched, u, 0)
-                    squares = _change_of_squares(p, after[0]) if by_rows else _sum_of_squares(after[0])
-                    return after, jnp.stack([_sum_of_squares(u), squares])
-
+                how = {"group": group, "spec": spec, "by_rows": by_rows, "clip": clip, "rate": rate, "count": count}
+                step = functools.partial(self._step, **how)
                 if by_rows:
                     p, mu, nu, lost, last = tables
                     onto = tables if last is not None else (p, mu, self.b2 * nu, lost, last)
@@ -358,6 +336,50 @@ class AdamW:
             after = moments if lost is None else Compensated(*moments, lost)
         norms = {"grad_norm": squares, "update_norm": update_squares, "param_norm": param_squares}
         return params, after, {name: jnp.sqrt(sum(each)) for name, each in norms.items()}
+
+    def _step(
+        self,
+        p: Array,
+        mu: Array | None,
+        nu: Array,
+        lost: Array | None,
+        last: Array | None,
+        g: Array,
+        *,
+        group: str,
+        spec: PartitionSpec,
+        by_rows: bool,
+        clip: Array,
+        rate: Array,
+        count: Array,
+    ) -> tuple[tuple[Array | None, ...], Float[Array, "2"]]:
+        """Some rows of a parameter and of its state after a step, see ``update``; and two sums of squares.
+
+        The sums are that of the update, and that of the new parameters, or with ``by_rows`` how much it has changed.
+        """
+        before, b1 = (p, mu, nu, lost, last), self._b1(group)
+        if last is not None:
+            skipped = count - last
+            mu, nu = None if mu is None else b1**skipped * mu, self.b2**skipped * nu
+        direction, moments = self._direction(in_float32(g) * clip, optax.ScaleByAdamState(count, mu, nu), b1, spec)
+        decay = 0.0 if p.ndim < 2 else self.weight_decay if group == BACKBONE else self.table_weight_decay
+        exact = in_float32(p) if lost is None else in_float32(p) + in_float32(lost)
+        u = -rate * (direction + decay * exact)
+        if lost is not None:
+            new, lost = rounding.compensated(exact + u, p.dtype)
+        else:
+            new = (exact + u).astype(p.dtype)
+        after = new, moments.mu, moments.nu, lost, last
+        if by_rows or last is not None:  # a row without a gradient rests, and so does padding
+            touched = mean_over(PartitionSpec(*spec[1:]), jnp.any(g != 0, axis=-1, keepdims=True) * 1.0) > 0
+            if last is None:  # the second moment decays all the same
+                before = *before[:2], moments.nu, *before[3:]
+            else:
+                after = *after[:-1], jnp.broadcast_to(moments.count, last.shape)
+            after = jax.tree.map(lambda new, old: jnp.where(touched, new, old), after, before)
+            u = jnp.where(touched, u, 0)
+        squares = _change_of_squares(p, after[0]) if by_rows else _sum_of_squares(after[0])
+        return after, jnp.stack([_sum_of_squares(u), squares])
 
     def _direction(
         self, g: Array, state: optax.ScaleByAdamState, b1: float, spec: PartitionSpec

@@ -97,6 +97,8 @@ class Run:
                 raise InputError(
                     f"eval_tasks has vocabulary {task.vocabulary!r}, but the model's is {self.task.vocabulary!r}"
                 )
+        if self.grown_from is None and self.grown_at != "last":
+            raise InputError(f"grown_at={self.grown_at!r} is a step of the run to grow from: give grown_from, too")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to 2**32 - 1.")
         if self.batch_size % self.accumulation:
