@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv if needed, checks lint and format, and runs the tests.
 #
-# Usage: bash scripts/test.sh [ARGUMENT ...]
+# Usage: bash scripts/test.sh [--all | ARGUMENT ...]
+#   --all: also the tests marked as slow: whole programs, killed processes, many devices; three to four times as long
 #   ARGUMENT: passed to pytest, which then runs without ruff and in one process, such as -k product_key -x
 # PEER_JAX_NEWEST=1 tests with the newest packages that requirements.txt allows, see environment.sh.
 set -euo pipefail
@@ -10,12 +11,16 @@ start=$SECONDS
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
+which="not slow"
+if [ "${1:-}" = --all ]; then
+  which="" && shift
+fi
 lint=0
 if [ $# = 0 ]; then
   ruff check . || lint=1
   ruff format --check . || lint=1
   # Processes take whole files, because the tests of a file share what they prepare, in the order of tests/conftest.py.
-  set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+  set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "$which"
 fi
 status=0
 python -m pytest "$@" || status=$?

@@ -48,20 +48,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The files that take longest come first, or one process would still be at the last of them when the others have ended.
 LONG = (
-    *(
-        "hosts",
-        "evaluate",
-        "sharded_training",
-        "checkpoint",
-        "loop",
-        "diverging_runs",
-        "slices",
-        "sweep_processes",
-        "quickstart",
-        "capacity",
-    ),
-    *("gpu_check", "generate", "data_processes", "data_prepare", "bench", "layers"),
-    *("transformer", "isoflop", "fit", "parabola"),
+    *("hosts", "slices", "sweep_processes", "launch_slurm", "sharded_training", "optimizer", "loop", "checkpoint"),
+    *("bucket", "evaluate", "report", "mosaic_gpu", "sweep", "growing", "quickstart", "touched", "capacity"),
+    *("gpu_check", "data_prepare", "library_use", "supervisor", "data_processes", "diverging_runs", "compiled_peer"),
+    *("tpu_forms", "own_commands", "bad_inputs", "bench", "configs", "cli"),
 )
 
 

@@ -332,6 +332,7 @@ def test_layers_at_sizes_from_the_command_line(bench, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_steps_are_measured_in_their_own_processes(bench, tmp_path):
     """Those on whole tables and on touched rows are competitors. The latter have two arrays of a table's size less."""
     updates = ("--table-updates", "all", "--table-updates", "touched", "--touched-share", 0.75)

@@ -31,7 +31,7 @@ from peer_jax.errors import InputError, InUse, TryAgain
 from peer_jax.run_directory import RunDirectory, find_runs
 from peer_jax.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("trains")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trains")]
 SHORT = ("Run.steps=12", "Run.checkpoint_every=4", "Run.evaluate_every=6", "Transformer.num_blocks=1")
 
 

@@ -89,6 +89,7 @@ def steps():
     return measured("test_capacity", "measure")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_that_of_the_compiled_step(steps, case):
     """State and batch are its arguments, beside which it has a number of the step and some rates."""

@@ -82,6 +82,7 @@ def being_written(folder):
     return any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_killed_processes_end_as_one_that_never_was(tiny, tmp_path):
     never, killed = tmp_path / "never", tmp_path / "killed"
     finish(start(tiny, never))
@@ -407,6 +408,7 @@ def test_checkpoints_that_are_a_file(tiny, tmp_path):
         restore_model(load(tiny), tmp_path)
 
 
+@pytest.mark.slow
 def test_reading_beside_a_run_that_saves(tmp_path, caplog, capfd):
     """Checkpoints are removed while they are looked for, checked and read; whatever is found is whole."""
     ended = threading.Event()

@@ -18,6 +18,7 @@ from peer_jax.planning import compiled, topology
 from peer_jax.sharding import part_bytes, use
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="libtpu, the extra `compile`, is not installed"
     ),

@@ -120,6 +120,7 @@ def test_interpreter_without_sources_is_named(environment):
             list(make().files)
 
 
+@pytest.mark.slow
 def test_validation_of_installed_packages_is_spread_over_them():
     """Where configs/data/python_packages.gin cuts validation, the text that is left is from many packages."""
     sizes, total, taken = {}, 0, 2**18

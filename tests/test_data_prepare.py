@@ -96,6 +96,7 @@ def sentencepiece_model(corpus, folder):
     return str(tasks.train_sentencepiece(corpus, folder / "mixed.model", vocab_size=300))
 
 
+@pytest.mark.slow
 def test_every_document_can_be_rebuilt(corpus, prepared):
     for split, texts in corpus.splits.items():
         pieces, _ = segments(prepared, split)

@@ -147,6 +147,7 @@ loop.train(config.load(files, bindings), Path("run"), progress=False)
 """
 
 
+@pytest.mark.slow
 def test_trains_where_tensorflow_seqio_and_network_are_missing(tiny, copied, tmp_path):
     machine = tmp_path / "machine"
     machine.mkdir()

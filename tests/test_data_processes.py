@@ -14,6 +14,7 @@ from peer_jax.data.text_task import TextTask
 
 # TensorFlow, seqio and TFDS warn of deprecated calls of their own when they are imported.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

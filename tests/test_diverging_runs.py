@@ -13,7 +13,7 @@ from small_runs import leaves, lines, load, saved_steps, train
 from peer_jax.errors import InputError, TrainingFailed
 from peer_jax.training.step import Trainer
 
-pytestmark = pytest.mark.usefixtures("trains")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trains")]
 
 
 def test_diverging_run_stops_with_the_step_and_a_finite_checkpoint(tiny, tmp_path):

@@ -111,6 +111,7 @@ except errors.InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platforms", ["", "tpu"])
 @pytest.mark.parametrize(
     ("says", "sentence"),

@@ -92,6 +92,7 @@ def test_bytes_and_words_are_those_of_the_text(make):
     assert counts["tokens"] == counts["bytes"] + counts["documents"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["peer", "moe", "moe_token_choice"])
 def test_batch_size_changes_nothing(make, layer):
     model, source = make(layer, *ROUTERS[layer])
@@ -202,6 +203,7 @@ def data_file(folder, name, text, seed):
     return path
 
 
+@pytest.mark.slow
 def test_evaluate_on_other_text_adds_to_the_result(finished, tmp_path, run_cli):
     before = json.loads((finished / "result.json").read_text())
     files = [data_file(tmp_path, name, f"{name}.jsonl", seed) for seed, name in enumerate(("one", "two"), start=1)]
@@ -224,6 +226,7 @@ def test_evaluate_again_gives_the_same(finished, run_cli, caplog):
     assert json.loads((finished / "result.json").read_text()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bindings", "said"),
     [

@@ -12,6 +12,7 @@ from peer_jax.training.checkpoint import Checkpoints
 
 # Orbax leaves the writes that have failed to themselves, and Python complains of them.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("trains"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

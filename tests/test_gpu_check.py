@@ -21,6 +21,7 @@ from gpu_check import __main__ as gpu_check  # noqa: E402
 from peer_jax.ops import mosaic_gpu  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="this JAX has no such kernels")
 def test_smoke(tmp_path):
     """All parts run, all comparisons pass, and table.txt has what is printed."""

@@ -3,11 +3,13 @@
 import functools
 import json
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import measured
 from flax import nnx
 from reference import relative_error
 from small_runs import (
@@ -31,6 +33,7 @@ from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense
 from peer_jax.layers.growing import SHRINKING
 from peer_jax.models import Transformer
+from peer_jax.sharding import Sharding, use
 from peer_jax.training import growth, loop
 from peer_jax.training.optimizer import AdamW
 from peer_jax.training.restore import restore_model
@@ -39,7 +42,7 @@ from peer_jax.training.touched import RowGradients
 
 pytestmark = pytest.mark.usefixtures("trains")
 
-BEFORE, AFTER = 256, 1024
+BEFORE, AFTER, WIDTH = 256, 1024, 16
 n, m = 16, 32
 
 
@@ -202,6 +205,38 @@ def test_old_experts_keep_their_places_for_the_tokens_of_a_text(source, grown, t
     assert 0.0 < np.mean(np.isin(now, NEW_ROWS)) < 0.5
 
 
+def on_eight_devices(tiny, source):
+    """For meshes of four devices: what a state that has grown there has otherwise than on one device, or elsewhere."""
+    told = {}
+    for name, sharding in {"rows": Sharding(data=2, expert=2), "columns": Sharding(expert=4, tables="columns")}.items():
+        run = larger(Path(tiny), Path(source))
+        at_first = {"text": "another", "batches": {"next_index": 0}}
+        expected = arrays(growth.begin(run, run.trainer(), at_first)[1])
+        placement = sharding.place(jax.devices()[:4])
+        with use(placement):
+            trainer = run.trainer()
+            _, state, _ = growth.begin(run, trainer, at_first)
+            shardings = placement.shardings(trainer.abstract_state())
+        found = arrays(state)
+        assert found.keys() == expected.keys()
+        where = zip(found, jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+        up = state.params["blocks"][0]["ffw"]["up"].get_value()
+        told[name] = {
+            "differing": [array for array in found if not np.array_equal(found[array], expected[array])],
+            "elsewhere": [array for array, leaf, at in where if not leaf.sharding.is_equivalent_to(at, leaf.ndim)],
+            "part": list(up.addressable_shards[0].data.shape),
+        }
+    return told
+
+
+@pytest.mark.slow
+def test_growing_on_a_mesh(tiny, source):
+    """The state is the same in every bit, and no device holds a whole table."""
+    told = measured("test_growing", "on_eight_devices", str(tiny), str(source))
+    for name, part in {"rows": [AFTER // 2, WIDTH], "columns": [AFTER, WIDTH // 4]}.items():
+        assert told[name] == {"differing": [], "elsewhere": [], "part": part}
+
+
 FROZEN = f"Run.frozen_experts={BEFORE}"
 
 
@@ -248,6 +283,7 @@ def test_frozen_experts_are_those_of_the_source(source, never, tiny):
         assert np.any(after[name][NEW_ROWS])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_its_source(source, never, tiny, tmp_path, run_cli):
     """The same command goes on from the first checkpoint, which was written when the run began."""
     killed, elsewhere = tmp_path / "killed", source.with_name("elsewhere")

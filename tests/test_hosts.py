@@ -55,7 +55,7 @@ BY_TWO = ("AdamW.table_updates='touched'", "Sharding.expert=4")
 REDUCED = 5e-6
 
 
-pytestmark = pytest.mark.usefixtures("trains")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trains")]
 
 
 @pytest.fixture(scope="module")

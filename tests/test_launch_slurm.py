@@ -12,7 +12,7 @@ from small_runs import losses, sweep_config
 
 from peer_jax.analysis import results
 
-pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())]
 
 # Enough steps for a kill to meet a run that has saved some.
 LONG = ["--set=Sweep.budgets=(6e8,)", "--set=Sweep.methods=('dense',)", "--set=Sweep.seeds=(0, 1, 2)"]

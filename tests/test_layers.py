@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from jax.sharding import Mesh
 from reference import relative_error
 
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, checks
+from peer_jax.sharding import AXES, Placement, use
 
 # float32 against float64 through three or four matrix products of width 16 at most, partial sums of the result's size.
 # Batch norm divides by standard deviations of about 1 here and so doesn't magnify.
@@ -383,6 +385,21 @@ def test_seeds_at_construction(params_of, name):
             assert np.isfinite(value).all()
             assert value.std() > 0
             assert np.abs(value - other[path]).max() > 0
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_a_large_table_is_made_in_blocks_of_rows(monkeypatch, meshed):
+    """Each from a key of its own, one after another on a CPU and at once on a mesh: they are the same in every bit."""
+    monkeypatch.setattr(checks, "MOST_AT_ONCE", 150)
+    initialiser = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")
+    mesh = Mesh(np.full((1, 1, 1), jax.devices()[0]), AXES)
+    with use(Placement(mesh, "rows") if meshed else None):
+        table = checks.initial_table(initialiser, jax.random.key(3), (64, 6), jnp.float32)
+    keys = jax.random.split(jax.random.key(3), 4)  # three blocks would do, but don't divide 64 rows
+    np.testing.assert_array_equal(table, np.concatenate([initialiser(key, (16, 6), jnp.float32) for key in keys]))
+    monkeypatch.undo()
+    whole = checks.initial_table(initialiser, jax.random.key(3), (64, 6), jnp.float32)
+    np.testing.assert_array_equal(whole, initialiser(jax.random.key(3), (64, 6), jnp.float32))
 
 
 def test_default_width_is_four_times_the_model():

@@ -124,6 +124,7 @@ def test_a_run_of_another_machine_is_had_when_it_is_stale(tmp_path, processes):
     directory.lock(stale=600).release()  # a lease that was released is free at once
 
 
+@pytest.mark.slow
 def test_a_holder_that_lives_keeps_its_lease(tmp_path, processes):
     """However long another one waits for it, and though the other one is less patient."""
     directory = RunDirectory(tmp_path)
@@ -199,6 +200,7 @@ def test_a_holder_that_could_not_renew_asks_again_before_it_writes(tmp_path):
     assert place.read() == (2, b"successor")
 
 
+@pytest.mark.slow
 def test_one_of_several_takes_a_stale_lease(tmp_path, processes):
     place = tmp_path / "lease"
     other = holding(processes, place)

@@ -295,6 +295,7 @@ def on_explicit_mesh():
     return {name: float(error) for name, error in errors.items()}
 
 
+@pytest.mark.slow
 def test_explicit_meshes():
     errors = eight_devices.measured("test_library_use", "on_explicit_mesh")
     assert len(errors) == len(LAYERS) * (len(SPLITS) + 2) + 1

@@ -106,6 +106,7 @@ def test_eval_tasks_join_the_result(tiny, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_wall_time_includes_further_evaluations_and_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     other = write_text(tmp_path / "other.jsonl", seed=1)
     run = load(tiny, "Run.steps=2")
@@ -206,6 +207,7 @@ def test_accumulated_steps_equal_whole_batches(tiny, tmp_path):
 # Stopping
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "bindings"),
     [
@@ -248,6 +250,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_stops_before_the_result(ti
     assert without_times(train(tiny, tmp_path / "stopped", "Run.steps=6")) == without_times(never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 8])
 def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, monkeypatch, step):
     bindings = ["Run.steps=8", "Run.evaluate_every=5"]

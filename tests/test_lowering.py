@@ -79,6 +79,7 @@ def test_op(name, dtype, platform):
         assert largest(lower(platform, direction, *arguments)) <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_training_step(platform):
     """A block before PEER, and PEER with a million experts; bfloat16."""

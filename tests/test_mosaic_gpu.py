@@ -215,6 +215,7 @@ def errors_on_split_tables(form):
     return [float(relative_error(a, b.reshape(a.shape))) for a, b in zip(found, wanted, strict=True)]
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("form", ["rows", "columns"])
 def test_split_tables(form):
@@ -226,6 +227,7 @@ def sized(t, d, N, r, dtype):
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(("sizes", "activation"), [(TARGETS[0], "gelu"), (TARGETS[0], "silu"), (TARGETS[1], "relu")])
 def test_lowers_at_full_size(sizes, activation):

@@ -291,6 +291,7 @@ def test_a_large_gradient_scales_down_its_own_group_only(rng, large):
         assert relative_error(np.asarray(update) * 1e6, gradient[name] * clip) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "second_moment"), [(1, "element"), (2, "element"), (5, "element"), (2, "row")])
 def test_tables_updated_some_rows_at_a_time(rng, rows, second_moment, monkeypatch):
     """As if updated whole, whether the rows divide the table's 5 and 6 or not; norms as NumPy has them."""
@@ -428,6 +429,7 @@ def die_at(monkeypatch, step):
     monkeypatch.setattr(loop, "train_batches", make_dying)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trains")
 @pytest.mark.parametrize(
     ("optimizer", "param_dtype"),

@@ -113,6 +113,7 @@ def test_it_is_benchmarked(folder, run_cli):
     assert all(row["median"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_it_with_peer_and_the_report_shows_both(tiny, folder, run_cli):
     sweep = folder / "sweep.gin"
     files = [str(CONFIGS / "base.gin"), str(CONFIGS / "sizes" / "tiny.gin"), str(tiny)]

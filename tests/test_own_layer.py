@@ -281,6 +281,7 @@ def test_its_parameters_and_input_have_the_types_that_are_asked_for():
     assert (layer.dtype, layer.scale.dtype.name) == ("bfloat16", "float32")
 
 
+@pytest.mark.slow
 def test_bench_step_trains_it_in_a_process_of_its_own():
     (row,) = run(Options(what="step", only=("Scale",), quick=True, layers={"Scale": Scale}))["rows"]
     assert (row["name"], row["sizes"]) == ("training step with Scale", {"T": 64, "d": 32})

@@ -3,7 +3,10 @@
 import csv
 import subprocess
 
+import pytest
 from small_runs import ROOT, environment
+
+pytestmark = pytest.mark.slow
 
 
 def test_quickstart_from_end_to_end(tmp_path):

@@ -327,6 +327,7 @@ def test_one_size_and_seed_show_no_order(tmp_path):
     assert "the run directories hold no metrics" in text
 
 
+@pytest.mark.slow
 def test_a_report_on_several_directories(tmp_path):
     write_headline(tmp_path / "a", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("Dense",), lines=False)
     write_headline(tmp_path / "b", budgets=(3e11,), widths=(16, 32, 64), seeds=(0,), methods=("PKM",), lines=False)
@@ -351,6 +352,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path):
     assert "Against the minimum of Dense" not in text
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     write_headline(tmp_path / "runs", budgets=(3e11, 1e12), widths=(16, 32, 64), seeds=(0,), methods=("PEER",))
     for out in ("first", "second"):

@@ -76,6 +76,7 @@ def trained(tiny, vocabulary, tmp_path_factory):
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "continued"), [("", "abc \u2047 def"), ("ab", "c \u2047 def"), ("abc\N{SNOWMAN}d", "ef")]
 )

@@ -276,6 +276,7 @@ def faults(report, op, mesh, form, cases):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "form"), SPLIT)
 @pytest.mark.parametrize("op", OPS)
 def test_split_tables(report, op, mesh, form):

@@ -22,6 +22,8 @@ from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding, split_batch, use
 from peer_jax.training.step import Trainer
 
+pytestmark = pytest.mark.slow
+
 D, N, E, F = 16, 64**2, 8, 128
 TABLE, KERNEL = 4 * N * D, 4 * E * D * F  # bytes
 STEPS = 5

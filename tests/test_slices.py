@@ -40,7 +40,7 @@ from peer_jax.sweeps.chosen import chosen
 from peer_jax.sweeps.sweep import expand
 from peer_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("trains")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trains")]
 
 BUDGETS = ("1e8", "4e8")
 BINDINGS = (

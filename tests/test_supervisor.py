@@ -57,6 +57,7 @@ def test_children_that_end_well():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("culprit", "action", "status", "says"),
     [
@@ -138,6 +139,7 @@ def test_a_number_that_is_given_twice():
     assert [ended(start) for start in [start(port, 3, number) for number in (0, 1, 1)]] == [(2, says)] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_number_that_all_have(number):
     """Number 0 twice: the one that can't listen asks the other. Number 1 twice: nobody listens."""
@@ -170,6 +172,7 @@ def test_a_launcher_s_variables_are_named(launcher):
     assert ended(second)[0] == 128 + 9
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come(monkeypatch):
     """The last one says for whom it waits, before the first one starts, which then says it too."""
     monkeypatch.setenv("SAY", "1")
@@ -188,6 +191,7 @@ def test_a_process_that_does_not_come(monkeypatch):
         assert all(map(str.startswith, before, said))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_too_many_does_not_disturb_the_others():
     port = free_port()
     started = [start(port, 2, number, "say('begun'); time.sleep(4)") for number in (0, 1)]

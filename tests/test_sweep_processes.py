@@ -15,6 +15,8 @@ from peer_jax.config import load
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sweeps.workers import Task, Worker
 
+pytestmark = pytest.mark.slow
+
 LONG = ("Sweep.budgets=(1e12,)",)  # more than anybody waits for
 RUNS = {f"{method}-d8-2e8-seed{seed}" for method in ("dense", "peer") for seed in (0, 1)}
 

@@ -200,6 +200,7 @@ def test_without_a_choice_rows_are_touched_where_they_rest_and_the_batch_is_smal
         assert len(jax.tree.leaves(made.touched.split(made.abstract_state().params, 2 * length)[1])) == by_rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_has_room_for_what_it_touches_or_is_not_finite(accumulation):
     """The smallest room for which a step is right is the number of rows that it touches."""

@@ -42,6 +42,7 @@ def test_products_in_groups(rng):
     np.testing.assert_allclose(rows.sum_rows(weights, table, indices), sums, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [20, 400])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ops_and_their_gradients_are_those_of_other_devices(rng, num_rows, dtype):

@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_function, initial, real_tokens
+from peer_jax.layers.checks import check_function, initial_table, real_tokens
 from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
@@ -64,7 +64,9 @@ class PKM(ProductKeyRetrieval):
             query_init=query_init,
             rngs=rngs,
         )
-        self.values = Table(initial(value_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.values = Table(
+            initial_table(value_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES
+        )
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
