@@ -89,8 +89,8 @@ def check_training(case, oracle, rng, params_of):
         direction = rng.normal(size=grad.shape)
         expected = directional_derivative(total, params, parameter, direction)
         terms = grad * direction
-        # Against the size of the terms, since their sum may cancel.
-        assert abs(terms.sum() - expected) < FP32 * max(np.abs(terms).sum(), abs(expected)), parameter
+        # Against the size of the terms, since their sum may cancel; all are zero where a parameter changes nothing.
+        assert abs(terms.sum() - expected) <= FP32 * max(np.abs(terms).sum(), abs(expected)), parameter
 
 
 def check_evaluation(case, oracle, rng, params_of):

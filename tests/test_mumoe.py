@@ -93,7 +93,7 @@ def test_route_has_the_gates_of_all_experts(rng, params_of, name):
     jax.tree.map(np.testing.assert_array_equal, after, rest)
     experts = case.layer.num_experts
     assert indices.shape == gates.shape == (B, S, 1, experts)
-    assert (indices == np.arange(experts)).all()
+    assert (np.asarray(indices) == np.arange(experts)).all()
     expected = reference.mumoe_gates(params_of(case.params), x.astype(np.float64), mask, **gate_options(name, None))
     assert relative_error(np.asarray(gates)[mask][:, 0], expected[mask]) < FP32
     assert (expected[mask] == 0).any()  # some experts are not used

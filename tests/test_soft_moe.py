@@ -70,7 +70,7 @@ def test_a_later_token_changes_earlier_outputs_and_the_model_says_so(rng):
     assert (case.layer.is_causal, case.layer.mixes_tokens) == (False, True)
     assert min(changes(case, x, slice(t, None), rng)[:t].max() for t in range(1, S)) > 1e-2
     layer = functools.partial(SoftMoE, num_experts=2)
-    model = nnx.eval_shape(lambda: Transformer(13, D, 3, 2, ffw=Dense, sparse_ffw=layer, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(13, 8, 3, 2, ffw=Dense, sparse_ffw=layer, rngs=nnx.Rngs(0)))
     assert (model.is_causal, model.mixes_tokens, model.method.routes) == (False, True, False)
 
 

@@ -35,7 +35,7 @@ def _threshold(halves: Float[Array, "*b n"]) -> Float[Array, "*b 1"]:
     far; where all h are equal, the norm is linear and one step is enough.
     """
 
-    def step(_: int, tau: Array) -> Array:
+    def step(_: Array, tau: Array) -> Array:
         kept = jnp.maximum(halves - tau, 0)
         norm = jnp.linalg.norm(kept, axis=-1, keepdims=True)
         # No step to the left, which only rounding could make.
