@@ -8,6 +8,7 @@ Ops take the tokens' axes flattened to one, [T, ...]; layers take x [batch, seq,
 token), and parameters as a dict of arrays named by their path in the module ("query_proj.kernel").
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -231,6 +232,97 @@ def moe_token_choice(
         balance.append(E * sum(chosen[e] / (num_real * top_k) * mean_prob[e] for e in range(E)))
         z.append(mean_z)
     return y, balance_loss_weight * np.mean(balance) + z_loss_weight * np.mean(z), indices, gates
+
+
+def soft_moe(params, x, mask, *, activation="gelu"):
+    """Puigcerver et al. 2023. keys [d, E, p]; padding gets zeros."""
+    B, S, _ = x.shape
+    _, E, p = params["keys"].shape
+
+    def unit(v):
+        return v / math.sqrt(v @ v + 1e-6)
+
+    y = np.zeros_like(x)
+    for b in range(B):
+        real = [t for t in range(S) if mask[b, t]]
+        logits = np.zeros((len(real), E, p))
+        for at in np.ndindex(logits.shape):
+            logits[at] = params["scale"] * (unit(x[b, real[at[0]]]) @ unit(params["keys"][:, at[1], at[2]]))
+        combine = np.array([_softmax(row) for row in logits])
+        for e, j in np.ndindex(E, p):
+            dispatch = _softmax(logits[:, e, j])
+            slot = sum(weight * x[b, t] for weight, t in zip(dispatch, real, strict=True))
+            out = expert(params, e, slot, activation)
+            for i, t in enumerate(real):
+                y[b, t] += combine[i, e, j] * out
+    return y
+
+
+# Multilinear mixtures
+
+
+def entmax15(scores):
+    """Rows p_i = max(0, s_i / 2 - tau)^2 that sum to one; tau by halving its interval."""
+    weights = np.zeros_like(scores)
+    for at in np.ndindex(scores.shape[:-1]):
+        s = scores[at] / 2 - np.max(scores[at]) / 2
+        low, high = -1.0, 0.0
+        for _ in range(60):
+            tau = (low + high) / 2
+            low, high = (tau, high) if np.sum(np.maximum(s - tau, 0) ** 2) > 1 else (low, tau)
+        weights[at] = np.maximum(s - low, 0) ** 2
+    return weights
+
+
+def mumoe_tensor(params, name, ring_rank=None):
+    """The weights [N, i + 1, o] of a mixture, the last of i + 1 rows being the bias, from its factors."""
+    u = np.vstack([params[f"{name}.input.kernel"], params[f"{name}.bias"]])
+    v = params[f"{name}.output.kernel"]
+    levels = [params[key] for key in sorted(params) if key.startswith(f"{name}.experts.")]
+    if ring_rank is None:
+        return np.array([u * np.prod(rows, axis=0) @ v for rows in itertools.product(*levels)])
+    t = ring_rank
+    tensor = []
+    for rows in itertools.product(*levels):
+        ring = np.eye(t)
+        for row in rows:
+            ring = ring @ row.reshape(t, t)
+        # sum over p, q and r of ring[p, q] u[i, q, r] v[p, r, o]
+        tensor.append(
+            sum(
+                ring[p, q] * u.reshape(len(u), t, -1)[:, q] @ v.reshape(t, -1, v.shape[1])[p]
+                for p, q in np.ndindex(t, t)
+            )
+        )
+    return np.array(tensor)
+
+
+def mumoe_gates(params, x, mask, *, levels, gate_norm="layer", running=None):
+    """The gate of every expert, [batch, seq, N]. running: (mean, var) of each level to evaluate with."""
+    gates, begin = np.ones((*x.shape[:2], 1)), 0
+    for level, n in enumerate(levels):
+        logits = x @ params["gate.kernel"][:, begin : begin + n]
+        begin += n
+        if gate_norm == "batch":
+            mean, var = batch_statistics(logits, mask) if running is None else running[level]
+            logits = normalise(logits, mean, var, 1, 0)
+        elif gate_norm == "layer":
+            mean, var = logits.mean(-1, keepdims=True), logits.var(-1, keepdims=True)
+            logits = normalise(logits, mean, var, 1, 0)
+        gates = (gates[..., None] * entmax15(logits)[..., None, :]).reshape(*x.shape[:2], -1)
+    return gates
+
+
+def mumoe(params, x, mask, *, activation="gelu", ring_rank=None, **gate):
+    """Oldfield et al. 2024, by the whole tensors."""
+    gates = mumoe_gates(params, x, mask, **gate)
+    first, second = (mumoe_tensor(params, name, ring_rank) for name in ("first", "second"))
+    y = np.zeros_like(x)
+    for b, t in np.ndindex(x.shape[:2]):
+        hidden = sum(gate * (np.append(x[b, t], 1) @ w) for gate, w in zip(gates[b, t], first, strict=True))
+        hidden = ACTIVATIONS[activation][0](hidden)
+        y[b, t] = sum(gate * (np.append(hidden, 1) @ w) for gate, w in zip(gates[b, t], second, strict=True))
+    return y
 
 
 # Retrieval: query norms, PKM, PEER

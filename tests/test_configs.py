@@ -12,11 +12,19 @@ from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
 from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.training import loop
 
 LAYERS, SIZES, DATA = (sorted((CONFIGS / folder).glob("*.gin")) for folder in ("layers", "sizes", "data"))
-METHODS = {"dense": Dense, "moe": MoE, "moe_token_choice": MoE, "pkm": PKM, "peer": PEER}
+METHODS = {
+    "dense": Dense,
+    "moe": MoE,
+    "moe_token_choice": MoE,
+    "mumoe": MuMoE,
+    "peer": PEER,
+    "pkm": PKM,
+    "soft_moe": SoftMoE,
+}
 
 
 def name(path):

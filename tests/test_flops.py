@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.models import Transformer
 from peer_jax.models.attention import Attention
 from peer_jax.training.flops import steps_for, training_flops
@@ -76,6 +76,12 @@ COUNTED = {
     "token choice": functools.partial(layer_flops, moe(routing="token_choice", top_k=2)),
     "token choice, wide": functools.partial(
         layer_flops, moe(routing="token_choice", top_k=2, capacity_factor=1.3, activation="geglu")
+    ),
+    "soft moe": functools.partial(layer_flops, lambda width, **more: SoftMoE(width, 4, 16, slots_per_expert=8, **more)),
+    "mumoe": functools.partial(layer_flops, lambda width, **more: MuMoE(width, 8, 32, rank=16, **more)),
+    "mumoe, tr": functools.partial(
+        layer_flops,
+        lambda width, **more: MuMoE(width, 8, 32, form="TR", rank=8, ring_rank=2, second_level=2, **more),
     ),
     "pkm": functools.partial(layer_flops, retrieval(PKM)),
     "pkm, sub-keys a head": functools.partial(layer_flops, retrieval(PKM, share_sub_keys=False, query_norm=None)),

@@ -21,6 +21,7 @@ from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_
 from peer_jax.layers.growing import sub_keys_between, take_over
 from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.linear import Linear
+from peer_jax.layers.masked import batch_norm, mean_of_real
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.touched import compact_size
@@ -129,7 +130,7 @@ class ProductKeyRetrieval(FeedForward):
     ) -> Routing:
         queries = self.query_proj(x).astype(jnp.float32)
         if isinstance(norm, nnx.BatchNorm):
-            queries = _batch_norm(norm, queries, mask)
+            queries = batch_norm(norm, queries, mask)
         queries = queries.reshape(*x.shape[:-1], self.num_heads, self.d_key)
         if isinstance(norm, nnx.LayerNorm):
             queries = norm(queries)
@@ -141,9 +142,7 @@ class ProductKeyRetrieval(FeedForward):
         picks a single expert.
         """
         top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
-        mask = jnp.ones(top.shape, bool) if mask is None else mask
-        mean = jnp.sum(top, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
-        return Aux(jnp.zeros(()), {"top_gate": mean})
+        return Aux(jnp.zeros(()), {"top_gate": mean_of_real(top, mask)})
 
     def options(self) -> dict[str, object]:
         return super().options() | ({"query_norm": "layer"} if isinstance(self.query_norm, nnx.LayerNorm) else {})
@@ -210,20 +209,3 @@ class ProductKeyRetrieval(FeedForward):
         if backward:  # moves the sub-keys and their gradients
             least += floor.product_key_top_k_backward(tokens, h, n, d_key, k, key_sets=key_sets) + narrower + narrower
         return least
-
-
-def _batch_norm(
-    norm: nnx.BatchNorm, queries: Float[Array, "*tokens q"], mask: Bool[Array, "*tokens"] | None
-) -> Float[Array, "*tokens q"]:
-    """Batch-norm over the real tokens; a batch without real tokens leaves the running statistics as they are."""
-    if not queries.size:
-        return queries
-    if mask is None:
-        return norm(queries)
-    some = jnp.any(mask)
-    before = norm.mean[...], norm.var[...]
-    normed = norm(queries, mask=(mask | ~some)[..., None])
-    if not norm.use_running_average:
-        for statistic, old in zip((norm.mean, norm.var), before, strict=True):
-            statistic[...] = jnp.where(some, statistic[...], old)
-    return normed
