@@ -36,7 +36,7 @@ class PEER(ProductKeyRetrieval):
         share_sub_keys: whether all heads share one set of sub-keys; each head has its own set otherwise.
         query_norm: "batch", "layer" (over each head's query), "qk" (over queries and sub-keys) or None.
         activation: activation of an expert: "gelu", "relu", "silu", or "identity" for experts of rank one without an
-            activation, as the values of UltraMemV2 (arXiv:2508.18756) are.
+            activation, as the values of UltraMemV2 (arXiv:2508.18756, section 3.4) are.
         score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
         implementation: implementation of the ops, see ``peer_jax.ops``; forward-mode derivatives (``jax.jvp``,
             ``jax.jacfwd``) need "reference".
