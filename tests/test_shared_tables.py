@@ -44,15 +44,14 @@ def text(seed=0):
     return {"inputs": inputs, "targets": targets, "segment_ids": np.ones_like(inputs)}
 
 
-@jax.jit
 def loss_and_gradient(model):
-    """The gradient by path, of the loss of a text."""
+    """The loss of a text, and its gradient."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
         return nnx.merge(graph, params, rest, copy=True).cross_entropy(**text())[0]
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 # The model
@@ -85,10 +84,9 @@ def test_gradient_of_a_shared_table_is_the_sum_of_those_of_copies(layer):
 
 def test_a_block_shares_with_itself():
     """Which changes nothing."""
-    models = (transformer(PKM, share_tables=share, sparse_blocks=[1]) for share in (True, False))
-    (shared, graph), (alone, other) = ((nnx.state(model), nnx.graphdef(model)) for model in models)
-    jax.tree.map(np.testing.assert_array_equal, shared, alone)
-    assert str(graph) == str(other).replace("share_tables=False", "share_tables=True")
+    shared, alone = (transformer(PKM, share_tables=share, sparse_blocks=[1]) for share in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(shared), nnx.state(alone))
+    assert shared.num_active_params() == alone.num_active_params()
 
 
 def test_more_than_ten_blocks_share_the_first_one_s_table():
@@ -199,7 +197,7 @@ def test_a_shared_table_grows_and_is_frozen_as_one():
 
         return Trainer(build, AdamW(learning_rate=0.1, warmup_steps=0), frozen_experts=frozen)
 
-    small, large = trainer(N), trainer(4 * N, N)
+    small, large = trainer(N), trainer(4 * N)
     rates = small.optimizer.rates(small.labels, 0, 2)
     state, _ = jax.jit(small.step)(small.init(0), text(), rates)
     grown = growth._grown(large, small, state, 1)
@@ -215,7 +213,7 @@ def test_a_shared_table_grows_and_is_frozen_as_one():
         old, table = (np.asarray(part["blocks"][0]["ffw"]["values"]) for part in (before, after))
         np.testing.assert_array_equal(table[moved], old)
         assert not np.any(table[new])
-    after, _ = jax.jit(large.step)(grown, text(1), rates)
+    after, _ = jax.jit(trainer(4 * N, frozen=N).step)(grown, text(1), rates)
     table = np.asarray(after.params["blocks"][0]["ffw"]["values"])
     np.testing.assert_array_equal(table[moved], np.asarray(state.params["blocks"][0]["ffw"]["values"]))
     assert np.any(table[new])

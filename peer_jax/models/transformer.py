@@ -344,7 +344,10 @@ class Transformer(nnx.Module):
         """Each table, by its path in the model's state, and the layers that read it: several, if they share it."""
 
         def at(path: Path) -> Table:
-            return functools.reduce(lambda n, key: n[key] if isinstance(key, int) else getattr(n, key), path, self)
+            node = self
+            for key in path:
+                node = getattr(node, key) if isinstance(node, nnx.Module) and isinstance(key, str) else node[key]
+            return node
 
         found = {path: (at(path), []) for path, _ in nnx.to_flat_state(nnx.state(self, Table))}
         readers = {id(table): layers for table, layers in found.values()}
