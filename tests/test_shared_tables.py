@@ -49,7 +49,7 @@ def loss_and_gradient(model):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
-        return nnx.merge(graph, params, rest, copy=True).cross_entropy(**text())[0]
+        return nnx.merge(graph, params, rest, copy=True).cross_entropy(*map(jnp.asarray, text().values()))[0]
 
     return jax.jit(jax.value_and_grad(loss))(params)
 

@@ -106,8 +106,10 @@ class TouchedTables:
                 first = functools.reduce(functools.partial(sum_of_gradients, table), (first, *more), total)
             return variable.replace(first)
 
-        pairs = _zipped(lambda rows, values: tuple(map(RowGradients, rows, values, strict=True)), rows, of_changes)
-        return nnx.map_state(of, pairs)
+        def pairs(rows: tuple[Array, ...], values: tuple[Array, ...]) -> list[RowGradients]:
+            return [RowGradients(*pair) for pair in zip(rows, values, strict=True)]
+
+        return nnx.map_state(of, _zipped(pairs, rows, of_changes))
 
     def zero_gradients(self, params: nnx.State, tokens: int) -> nnx.State:
         """Gradients of a batch that are zero, in float32."""
