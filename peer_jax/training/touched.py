@@ -103,7 +103,8 @@ class TouchedTables:
             if more:
                 table = whole[path]
                 total = _no_rows(table, self._room(path, table, tokens, self.micro_share))
-                first = functools.reduce(functools.partial(sum_of_gradients, table), (first, *more), total)
+                add = functools.partial(sum_of_gradients, table.get_value())
+                first = functools.reduce(add, (first, *more), total)
             return variable.replace(first)
 
         def pairs(rows: tuple[Array, ...], values: tuple[Array, ...]) -> list[RowGradients]:
