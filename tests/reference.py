@@ -46,6 +46,7 @@ ACTIVATIONS = {
     "gelu": (_gelu, _gelu_grad),
     "relu": (lambda s: np.maximum(s, 0.0), lambda s: (s > 0) * 1.0),
     "silu": (lambda s: s * _sigmoid(s), _silu_grad),
+    "identity": (lambda s: s, np.ones_like),
 }
 
 
@@ -170,6 +171,14 @@ def dense(params, x, *, activation="gelu"):
     return y
 
 
+def shared_expert(params, x, activation):
+    """The output of the expert that takes every token; nothing if there is none."""
+    if "shared.up.kernel" not in params:
+        return 0.0
+    kernels = (params.get(f"shared.{name}.kernel") for name in ("up", "gate", "down"))
+    return _feed_forward(x, *kernels, activation)
+
+
 def expert(params, e, x, activation):
     gate = params["gate"][e] if "gate" in params else None
     return _feed_forward(x, params["up"][e], gate, params["down"][e], activation)
@@ -184,6 +193,8 @@ def moe_expert_choice(params, x, mask, *, capacity_factor=1.0, activation="gelu"
     for b in range(B):
         probs = [_softmax(x[b, t] @ params["router.kernel"]) for t in range(S)]
         real = [t for t in range(S) if mask[b, t]]
+        for t in real:
+            y[b, t] += shared_expert(params, x[b, t], activation)
         for e in range(E):
             for t in sorted(real, key=lambda t, e=e, probs=probs: (-probs[t][e], t))[:capacity]:
                 gates[b, t, e] = probs[t][e]
@@ -217,6 +228,7 @@ def moe_token_choice(
         for t in range(S):
             if not mask[b, t]:
                 continue
+            y[b, t] += shared_expert(params, x[b, t], activation)
             logits = x[b, t] @ params["router.kernel"]
             probs = _softmax(logits)
             mean_prob += probs / num_real
@@ -327,7 +339,7 @@ def mumoe(params, x, mask, *, activation="gelu", ring_rank=None, **gate):
 
 # Retrieval: query norms, PKM, PEER
 
-BATCH_NORM_EPS, LAYER_NORM_EPS = 1e-5, 1e-6
+BATCH_NORM_EPS, LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6, 1e-6
 
 
 def batch_statistics(queries, mask):
@@ -351,6 +363,10 @@ def running_statistics(batches, momentum=0.9):
     return mean, var
 
 
+def over_rms(vector):
+    return vector / math.sqrt(np.mean(vector**2) + RMS_NORM_EPS)
+
+
 def queries_of(params, x, mask, *, num_heads, query_norm, running=None):
     """x -> [batch, seq, h, d_key]. running: (mean, var) to evaluate with, None for this batch's statistics."""
     queries = x @ params["query_proj.kernel"]
@@ -364,14 +380,26 @@ def queries_of(params, x, mask, *, num_heads, query_norm, running=None):
             q = queries[at]
             scale, bias = params["query_norm.scale"], params["query_norm.bias"]
             queries[at] = normalise(q, q.mean(), q.var(), scale, bias, LAYER_NORM_EPS)
+    if query_norm == "qk":
+        for at in np.ndindex(queries.shape[:3]):
+            halves = [over_rms(half) * params["query_norm.scale"] for half in np.split(queries[at], 2)]
+            queries[at] = np.concatenate(halves) / math.sqrt(d_key)
     return queries
+
+
+def sub_keys_of(params, *, query_norm):
+    sub_keys = params["sub_keys"].copy()
+    for at in np.ndindex(sub_keys.shape[:-1]) if query_norm == "qk" else ():
+        sub_keys[at] = over_rms(sub_keys[at])
+    return sub_keys
 
 
 def route(params, x, mask, *, num_heads, top_k, query_norm="batch", score_activation="softmax", running=None):
     """Retrieval of PKM and PEER, scores in float64: indices and gates, both [batch * seq, h, k]."""
     queries = queries_of(params, x, mask, num_heads=num_heads, query_norm=query_norm, running=running)
     flat = queries.reshape(-1, *queries.shape[2:])
-    scores, indices = product_key_top_k(flat, params["sub_keys"], top_k, score_dtype=np.float64)
+    sub_keys = sub_keys_of(params, query_norm=query_norm)
+    scores, indices = product_key_top_k(flat, sub_keys, top_k, score_dtype=np.float64)
     gates = np.zeros_like(scores)
     for t, head in np.ndindex(scores.shape[:2]):
         s = scores[t, head]
@@ -389,7 +417,11 @@ def peer(params, x, mask, *, activation="gelu", **retrieval):
 
 def pkm(params, x, mask, **retrieval):
     indices, gates = route(params, x, mask, **retrieval)
-    return value_bag(params["values"], indices, gates).reshape(x.shape)
+    y = value_bag(params["values"], indices, gates).reshape(x.shape)
+    if "gate_proj.kernel" in params:  # Memory+
+        gate = ACTIVATIONS["silu"][0](x @ params["gate_proj.kernel"])
+        y = (y * gate) @ params["value_proj.kernel"]
+    return y
 
 
 # Derivatives of whole layers

@@ -16,13 +16,11 @@ from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.training import loop
 
 LAYERS, SIZES, DATA = (sorted((CONFIGS / folder).glob("*.gin")) for folder in ("layers", "sizes", "data"))
-METHODS = {
-    "dense": Dense,
-    "moe": MoE,
-    "moe_token_choice": MoE,
-    "mumoe": MuMoE,
-    "peer": PEER,
+METHODS = {"dense": Dense, "moe": MoE, "moe_token_choice": MoE, "moe_fine_grained": MoE} | {
     "pkm": PKM,
+    "memory_plus": PKM,
+    "peer": PEER,
+    "mumoe": MuMoE,
     "soft_moe": SoftMoE,
 }
 
@@ -83,7 +81,8 @@ def test_model_is_built(needed, layer, size):
     trainer = run.trainer()
     model = trainer.abstract_model
     sparse = [type(block.ffw) for block in model.blocks if type(block.ffw) is not Dense]
-    assert sparse == ([] if layer.stem == "dense" else [METHODS[layer.stem]])
+    blocks = {"dense": 0, "memory_plus": 2 if size.stem == "tiny" else 3}.get(layer.stem, 1)
+    assert sparse == [METHODS[layer.stem]] * blocks
     state = trainer.abstract_state()
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model.num_params()
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.task.seq_len), "int32")

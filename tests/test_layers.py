@@ -60,13 +60,30 @@ CASES = {
         (D, 3, 5),
         {"routing": "token_choice", "top_k": 3, "capacity_factor": None, **LOSSES},
     ),
+    "expert choice, shared": (MoE, (D, 3, 5), {"routing": "expert_choice", "activation": "swiglu", "shared_d_ff": 4}),
+    "fine-grained, shared of 1": (
+        MoE,
+        (D, 6, 2),
+        {"routing": "token_choice", "top_k": 3, "capacity_factor": None, "shared_d_ff": 1, **LOSSES},
+    ),
     "pkm k=1": (PKM, (D, 16), {**RETRIEVAL, "top_k": 1, "query_norm": "layer", "score_activation": "sigmoid"}),
     "pkm k=n": (PKM, (D, 16), {**RETRIEVAL, "top_k": 4}),
     "pkm k=N": (PKM, (D, 16), {**RETRIEVAL, "top_k": 16, "query_norm": None, "share_sub_keys": False}),
+    "pkm gated, k=1, d_key=2": (
+        PKM,
+        (D, 16),
+        {"num_heads": 1, "d_key": 2, "top_k": 1, "query_norm": None, "score_activation": "sigmoid", "gated": True},
+    ),
+    "memory plus": (
+        PKM,
+        (D, 16),
+        {**RETRIEVAL, "top_k": 4, "query_norm": "qk", "gated": True, "share_sub_keys": False},
+    ),
     "peer k=1": (PEER, (D, 16), {**RETRIEVAL, "top_k": 1, "score_activation": "relu", "share_sub_keys": False}),
     "peer k=n": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4}),
     "peer k=n, reference": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "implementation": "reference"}),
     "peer k=n, layer norm": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "query_norm": "layer", "activation": "relu"}),
+    "peer without activation": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "query_norm": "qk", "activation": "identity"}),
     "peer k=N": (PEER, (D, 16), {**RETRIEVAL, "top_k": 16, "query_norm": None, "score_activation": "sigmoid"}),
 }
 ONE_OF_EACH = [
@@ -87,9 +104,9 @@ def oracle(name, params, x, mask, running=None):
     layer, _, options = CASES[name]
     if layer is Dense:
         return reference.dense(params, x, **options), 0.0
-    options = {
-        key: value for key, value in options.items() if key not in ("routing", "share_sub_keys", "implementation")
-    }
+    seen_in_parameters = ("share_sub_keys", "gated", "shared_d_ff")
+    told = ("routing", "implementation", *seen_in_parameters)
+    options = {key: value for key, value in options.items() if key not in told}
     if name in LEAKY:
         return reference.moe_expert_choice(params, x, mask, **options)[0], 0.0
     if layer is MoE:
@@ -200,7 +217,7 @@ def test_route_is_the_forward_s_and_has_no_side_effects(rng, params_of, name, mo
 @pytest.mark.parametrize("name", CASES)
 def test_parameter_counts(name):
     layer = compiled(name).layer
-    kind, _, options = CASES[name]
+    kind, sizes, options = CASES[name]
     leaves = {".".join(map(str, path)): leaf.size for path, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
     assert layer.num_params() == sum(leaves.values())
     if kind is Dense:
@@ -208,12 +225,13 @@ def test_parameter_counts(name):
     elif kind is MoE:
         # The average number of experts that compute a token: its own choices, or the experts that choose it.
         slots = min(options.get("capacity_factor", 1.0), 3) if name in LEAKY else options.get("top_k", 1)
-        expert = (3 if options.get("activation", "gelu") != "gelu" else 2) * D * 5
-        active = leaves["router.kernel"] + slots * expert
+        neuron = (3 if options.get("activation", "gelu") != "gelu" else 2) * D
+        active = leaves["router.kernel"] + (slots * sizes[2] + options.get("shared_d_ff", 0)) * neuron
     else:
         tables = {PEER: 2, PKM: 1}[kind] * D
         routing = sum(size for path, size in leaves.items() if path not in ("down", "up", "values"))
-        active = routing + min(2 * options["top_k"], 16) * tables  # a row that two heads retrieve is one row
+        used = min(options["num_heads"] * options["top_k"], 16)  # a row that two heads retrieve is one row
+        active = routing + used * tables
     assert layer.num_active_params() == active
 
 
@@ -224,6 +242,20 @@ def test_parameter_counts(name):
         (Dense, (16, 24), {"activation": "swiglu"}, 6 * 16 * 24),
         (PEER, (16, 81), {"num_heads": 3, "top_k": 5, "d_key": 10}, 2 * 16 * 30 + 2 * 3 * 9 * 10 + 4 * 15 * 16),
         (PKM, (16, 81), {"num_heads": 3, "top_k": 5, "d_key": 10}, 2 * 16 * 30 + 2 * 3 * 9 * 10 + 2 * 15 * 16),
+        # Two projections for the gated output.
+        (
+            PKM,
+            (16, 81),
+            {"num_heads": 3, "top_k": 5, "d_key": 10, "gated": True},
+            2 * 16 * 30 + 2 * 3 * 9 * 10 + 2 * 15 * 16 + 2 * 2 * 16 * 16,
+        ),
+        # Granularity 4: three experts a quarter as wide as the dense layer, and a shared one.
+        (
+            MoE,
+            (16, 32, 16),
+            {"routing": "token_choice", "top_k": 3, "capacity_factor": None, "shared_d_ff": 16},
+            2 * 16 * 32 + 4 * 16 * 64,
+        ),
         (MoE, (16, 4, 8), {"routing": "expert_choice"}, 2 * 16 * 4 + 4 * 16 * 8),
         # ceil(32 * 1.1 / 4) = 9 tokens of 32 per expert
         (MoE, (16, 4, 8), {"routing": "expert_choice", "capacity_factor": 1.1}, 2 * 16 * 4 + 4 * 9 / 32 * 4 * 16 * 8),
@@ -332,6 +364,8 @@ SMALL = {"num_heads": 1, "top_k": 2, "d_key": 4}
         (lambda r: MoE(8, 4, routing="token_choice", top_k=0, rngs=r), "0"),
         (lambda r: MoE(8, 4, routing="expert_choice", capacity_factor=None, rngs=r), "None"),
         (lambda r: MoE(8, 4, capacity_factor=-1.5, rngs=r), r"-1\.5"),
+        (lambda r: MoE(8, 4, shared_d_ff=0, rngs=r), "shared_d_ff=0"),
+        (lambda r: PKM(8, 16, **SMALL, gated="abacus", rngs=r), "abacus"),
     ],
 )
 def test_a_size_that_cannot_be_is_an_error_that_names_it(build, named):

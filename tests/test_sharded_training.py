@@ -49,6 +49,7 @@ MODELS = {
     "moment a row": (["pkm", "peer"], {"moment": "row"}),
     "bfloat16": (["peer"], {"dtype": jnp.bfloat16}),
     "touched": (["pkm", "peer"], {"touched": True}),
+    "shared": (["pkm", "pkm"], {"touched": True, "shared": True}),
     "accumulation": (["peer, layer norm"], {"touched": True, "accumulation": 2, "remat": True}),
 }
 ALONE = ((1, 1, 1), "rows")
@@ -65,6 +66,7 @@ TOUCHED = [
     ("touched", (2, 1, 4), "rows"),
     ("touched", (1, 2, 4), "columns"),
     ("touched", (8, 1, 1), "rows"),
+    ("shared", (2, 1, 4), "rows"),
     ("accumulation", (2, 2, 2), "rows"),
 ]
 OTHERS = [("bfloat16", (2, 2, 2), "rows")]
@@ -96,8 +98,9 @@ def trainer(model, *, on_mesh=False):
         def next_layer(*arguments, **types):
             return LAYERS[next(layers)](*arguments, **types)
 
-        init = nnx.initializers.normal(1.0)
-        return Transformer(V, D, len(names), 2, ffw=next_layer, embed_init=init, dtype=dtype, remat=remat, rngs=rngs)
+        sparse = {"sparse_ffw": next_layer, "sparse_blocks": "all", "share_tables": "shared" in options}
+        more = {"embed_init": nnx.initializers.normal(1.0), "dtype": dtype, "remat": remat}
+        return Transformer(V, D, len(names), 2, ffw=Dense, **sparse, **more, rngs=rngs)
 
     optimizer = SMOOTH.__class__(**SMOOTH.__dict__ | tables)
     return Trainer(build, optimizer, accumulation=options.get("accumulation", 1))

@@ -188,6 +188,29 @@ class FeedForward(nnx.Module):
         """The parameters that one token uses."""
         return self.num_params()
 
+    def tables(self) -> dict[str, Table]:
+        """Its tables by name: the attributes that are a ``Table``."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Table)}
+
+    def share_with(self, first: "FeedForward") -> None:
+        """Takes the tables of another layer in the place of its own: both then read, and train, the same rows.
+
+        Everything else, such as the sub-keys by which rows are found, stays its own.
+
+        Raises:
+            InputError: if the layer has no tables, or the other has none of the same names and shapes.
+        """
+        if not (own := self.tables()):
+            raise InputError(f"{self.name} has no tables for blocks to share: set Transformer.share_tables to False")
+        shared = first.tables()
+        for name, table in own.items():
+            if name not in shared or shared[name].shape != table.shape:
+                raise InputError(
+                    f"{self.name} can't share its table {name!r} of the shape {list(table.shape)} with a layer without "
+                    "such a table: make all sparse blocks alike, or set Transformer.share_tables to False"
+                )
+            setattr(self, name, shared[name])
+
     def rows_touched(self, tokens: int) -> int | None:
         """The most rows of each of its tables that ``tokens`` tokens retrieve.
 

@@ -2,7 +2,7 @@
 
 Sources: expert choice, Zhou et al. 2022 (arXiv:2202.09368); token choice with balance loss, Fedus et al. 2021 (Switch,
 arXiv:2101.03961) and Lepikhin et al. 2020 (GShard, arXiv:2006.16668); router z-loss, Zoph et al. 2022 (ST-MoE,
-arXiv:2202.08906).
+arXiv:2202.08906); fine-grained experts and a shared one, Dai et al. 2024 (DeepSeekMoE, arXiv:2401.06066).
 
 b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens that an expert takes from a sequence
 f  d_ff      k  top-k        m  rows given to an expert
@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.layers.checks import check_choice, check_layer, check_number, check_positive, check_sizes
+from peer_jax.layers.checks import check_choice, check_layer, check_number, check_positive, check_sizes, initial
+from peer_jax.layers.dense import Dense
 from peer_jax.layers.experts import CoarseExperts, as_batch
-from peer_jax.layers.interface import Aux, Benchmark, DeviceLoad, Routing
+from peer_jax.layers.interface import GATED_ACTIVATIONS, Aux, Benchmark, DeviceLoad, Routing
 from peer_jax.layers.linear import Linear
 from peer_jax.layers.masked import mean_of_real
 from peer_jax.ops import sharded
@@ -44,9 +45,14 @@ class MoE(CoarseExperts):
     order of the tokens and later tokens are dropped, which keeps the layer causal. With ``capacity_factor=None`` no
     token is dropped.
 
+    *Fine-grained* experts have a ``d_ff`` of 4 * d_model / G, and a token takes ``top_k=G`` of them, so that as many
+    parameters are active as in the dense layer; G is the granularity. A *shared expert* is added to every token's
+    output, without a weight. K shared experts are one of K times their width.
+
     The input may have any axes before that of the sequence.
 
-    The parameters are ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
+    The parameters are ``router``, those of ``shared``, a ``Dense`` layer, and, stacked along a first axis of E, ``up``,
+    ``down`` and, if gated, ``gate``.
 
     Args:
         d_model: width of input and output.
@@ -57,6 +63,7 @@ class MoE(CoarseExperts):
         capacity_factor: places per expert, relative to the places needed if all experts were equally popular; None for
             no limit.
         activation: as in ``Dense``.
+        shared_d_ff: hidden width of the shared expert; None for no such expert.
         balance_loss_weight: weight of the loss E * sum_e f_e p_e, for token choice.
         z_loss_weight: weight of the mean squared logsumexp of the router's logits, for token choice.
         router_noise: Gaussian noise of this standard deviation, divided by E, is added to the logits in training.
@@ -83,6 +90,7 @@ class MoE(CoarseExperts):
         top_k: int = 1,
         capacity_factor: float | None = 1.0,
         activation: str = "gelu",
+        shared_d_ff: int | None = None,
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.001,
         router_noise: float = 0.0,
@@ -93,6 +101,7 @@ class MoE(CoarseExperts):
         rngs: nnx.Rngs,
     ) -> None:
         check_sizes(d_model=d_model, num_experts=num_experts, top_k=top_k)
+        check_sizes(**({} if shared_d_ff is None else {"shared_d_ff": shared_d_ff}))
         check_choice("routing", routing, ROUTINGS)
         check_number(balance_loss_weight=balance_loss_weight, z_loss_weight=z_loss_weight, router_noise=router_noise)
         check_layer(dtype, param_dtype, rngs, kernel_init=kernel_init, router_init=router_init)
@@ -119,17 +128,30 @@ class MoE(CoarseExperts):
             kernel_init=router_init,
             rngs=rngs,
         )
+        kernels_each = 3 if activation in GATED_ACTIVATIONS else 2
         self._make_experts(
             d_model,
             num_experts,
             d_ff,
             activation,
-            d_model * num_experts,
+            d_model * (num_experts + kernels_each * (shared_d_ff or 0)),
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=kernel_init,
             rngs=rngs,
         )
+        self.shared_d_ff = shared_d_ff
+        self.shared = None
+        if shared_d_ff is not None:
+            self.shared = Dense(
+                d_model,
+                shared_d_ff,
+                activation=activation,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
+                rngs=rngs,
+            )
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
@@ -144,7 +166,8 @@ class MoE(CoarseExperts):
             logits = logits + self.router_noise / self.num_experts * noise
         x = x.astype(self.dtype or x.dtype)
         split = split_of(x, x.ndim - 1)
-        return automatic(self._forward, split and (split, split_of(x, 0)))(x, logits, mask, self._kernels())
+        y, aux = automatic(self._forward, split and (split, split_of(x, 0)))(x, logits, mask, self._kernels())
+        return (y if self.shared is None else y + self.shared(x, mask)[0]), aux
 
     def _forward(
         self,
@@ -318,7 +341,8 @@ class MoE(CoarseExperts):
     def flops_per_token(self, seq_len: int) -> float:
         check_sizes(seq_len=seq_len)
         router = 2 * math.prod(self.router.kernel.shape)
-        return router + self._places_per_token(seq_len) * 2 * self._expert_params()
+        shared = 0 if self.shared is None else self.shared.flops_per_token(seq_len)
+        return router + self._places_per_token(seq_len) * 2 * self._expert_params() + shared
 
     def _places_per_token(self, seq_len: int) -> float:
         """Places of all experts that are computed, divided by the number of tokens."""
@@ -330,7 +354,8 @@ class MoE(CoarseExperts):
         experts_per_token = (
             self.top_k if self.routing == "token_choice" else min(self.capacity_factor, self.num_experts)
         )
-        return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params())
+        shared = 0 if self.shared is None else self.shared.num_params()
+        return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params()) + shared
 
     def exchanged(self, load: DeviceLoad) -> Collectives | None:
         """Tokens go to the experts and back once in each direction, and once more with remat; unknown if dropless."""

@@ -25,7 +25,7 @@ from peer_jax.layers.checks import (
     check_positive,
     check_sizes,
 )
-from peer_jax.layers.interface import Aux, FeedForward, Routing, by_position
+from peer_jax.layers.interface import Aux, FeedForward, Routing, Table, by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models.attention import Attention, KVCache
 from peer_jax.ops.cross_entropy import linear_cross_entropy
@@ -108,6 +108,8 @@ class Block(nnx.Module):
         return x + y, BlockOutput(aux, cache, routing)
 
 
+Path = tuple[str | int, ...]  # of a parameter in the state of a model
+
 MOST_BLOCKS = 10_000
 ROUTE = 5  # position of the argument ``route`` of ``Block.__call__``
 
@@ -123,6 +125,8 @@ class Transformer(nnx.Module):
         ffw: makes a block's feed-forward layer: ``ffw(d_model, dtype=, param_dtype=, rngs=)``.
         sparse_ffw: makes the feed-forward layers of ``sparse_blocks`` instead; None for ``ffw`` in every block.
         sparse_blocks: "middle", "all", "every n" or a list of blocks.
+        share_tables: whether the layers of ``sparse_blocks`` read one set of tables, as in Memory+ (Berges et al. 2024,
+            arXiv:2412.09764); each has tables of its own otherwise. Sub-keys and all other parameters are never shared.
         tie_embeddings: use the embedding table for the logits too.
         remat: recompute blocks in the backward pass instead of keeping their activations, except what
             ``peer_jax.ops.kept`` names.
@@ -149,6 +153,7 @@ class Transformer(nnx.Module):
         ffw: FeedForwardFactory,
         sparse_ffw: FeedForwardFactory | None = None,
         sparse_blocks: str | Sequence[int] = "middle",
+        share_tables: bool = False,
         tie_embeddings: bool = False,
         remat: Placed[bool] = False,
         rope_theta: float = 10_000.0,
@@ -162,7 +167,7 @@ class Transformer(nnx.Module):
         check_positive(rope_theta=rope_theta)
         if rope_theta < 1:
             raise InputError(f"rope_theta={rope_theta} must be at least 1, such as 10000")
-        check_flag(tie_embeddings=tie_embeddings, remat=remat)
+        check_flag(share_tables=share_tables, tie_embeddings=tie_embeddings, remat=remat)
         check_layer(dtype, param_dtype, rngs, embed_init=embed_init)
         check_dtype(dtype=dtype)
         for name, factory in (("ffw", ffw), ("sparse_ffw", ffw if sparse_ffw is None else sparse_ffw)):
@@ -179,15 +184,22 @@ class Transformer(nnx.Module):
         def norm(width: int) -> nnx.RMSNorm:
             return nnx.RMSNorm(width, **types)
 
+        first: FeedForward | None = None  # the layer whose tables the other sparse ones share
+
         def block(index: int) -> Block:
+            nonlocal num_params, first
             attention = Attention(
                 d_model, num_heads, rope_theta=rope_theta, implementation=attention_implementation, **types
             )
             make, alike = (sparse_ffw, sparse) if index in sparse else (ffw, dense)
             layer = make(d_model, **types)
+            shared = 0
+            if share_tables and index in sparse:
+                first = layer if first is None else first
+                layer.share_with(first)
+                shared = sum(table.size for table in layer.tables().values())
             if index == min(alike):  # now that the size of one is known, and before the others are made
-                nonlocal num_params
-                num_params += len(alike) * layer.num_params()
+                num_params += layer.num_params() + (len(alike) - 1) * (layer.num_params() - shared)
                 check_memory("Transformer", num_params, param_dtype, **sizes)
             if layer.routes and layer.num_experts is None:
                 raise InputError(f"{layer.name} defines route: set self.num_experts in its constructor too")
@@ -328,14 +340,35 @@ class Transformer(nnx.Module):
         """Forward FLOPs per token in sequences of ``seq_len`` tokens."""
         return sum(self.flops_by_part(seq_len).values())
 
+    def tables(self) -> dict[Path, tuple[Table, list[FeedForward]]]:
+        """Each table, by its path in the model's state, and the layers that read it: several, if they share it."""
+
+        def at(path: Path) -> Table:
+            node = self
+            for key in path:
+                node = getattr(node, key) if isinstance(node, nnx.Module) and isinstance(key, str) else node[key]
+            return node
+
+        found = {path: (at(path), []) for path, _ in nnx.to_flat_state(nnx.state(self, Table))}
+        readers = {id(table): layers for table, layers in found.values()}
+        for block in self.blocks:
+            for _, node in nnx.iter_graph(block.ffw):
+                if isinstance(node, Table):
+                    readers[id(node)].append(block.ffw)
+        return found
+
     def num_params(self) -> int:
-        """All parameters, embeddings included."""
+        """All parameters, embeddings included. Tables that blocks share count once."""
         return sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses; all embeddings are counted."""
-        idle = sum(block.ffw.num_params() - block.ffw.num_active_params() for block in self.blocks)
-        return self.num_params() - idle
+        """Parameters that one token uses; all embeddings are counted.
+
+        Blocks that share tables are taken to use different rows of them, as far as there are enough.
+        """
+        of_layers = sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.All(nnx.Param, nnx.PathContains("ffw")))))
+        active = sum(block.ffw.num_active_params() for block in self.blocks)
+        return self.num_params() - of_layers + min(active, of_layers)
 
 
 def _check_tokens(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None) -> None:

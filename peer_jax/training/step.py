@@ -21,7 +21,6 @@ from peer_jax.training.touched import (
     TouchedTables,
     count_touched,
     retrieved_rows,
-    row_gradients,
     sum_of_gradients,
     with_changes,
 )
@@ -150,7 +149,7 @@ class Trainer:
         trained = whole, self.touched.changes(tables, tokens)
         loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
         (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
-        return nnx.merge_state(grads, row_gradients(rows, of_changes)), metrics, others
+        return nnx.merge_state(grads, self.touched.gradients(tables, rows, of_changes, tokens)), metrics, others
 
     def _loss(
         self, trained: tuple[nnx.State, nnx.State], tables: nnx.State, others: nnx.State, batch: Batch, *, total: Array
