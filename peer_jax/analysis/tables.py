@@ -14,9 +14,23 @@ from peer_jax.analysis.results import Row
 
 # Columns that hold words, and those that hold whole sentences.
 WORDS = {
-    *("method", "series", "baseline", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task")
+    *(
+        "method",
+        "series",
+        "baseline",
+        "size",
+        "run",
+        "note",
+        "device",
+        "setting",
+        "text",
+        "reason",
+        "intervals",
+        "task",
+    ),
+    *("statement", "answer", "numbers", "finding", "layer", "change", "what it is", "label", "matrices", "domain"),
 }
-SENTENCES = {"note", "reason", "intervals"}
+SENTENCES = {"note", "reason", "intervals", "statement", "numbers", "finding", "what it is"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_function, initial, real_tokens
-from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
+from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Routing, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import floor, traffic, value_bag
@@ -70,10 +70,13 @@ class PKM(ProductKeyRetrieval):
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        indices, gates = routing = self._route(x, mask, self.query_norm)
-        indices, values = retrieved(indices, self.values)
-        y = value_bag(values, indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation)
-        return y, self._aux(routing, mask)
+        routing = self._route(x, mask, self.query_norm)
+        return self.mix(x, routing), self._aux(routing, mask)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        indices, values = retrieved(routing.indices, self.values)
+        gates = routing.gates.astype(self.dtype or x.dtype)
+        return value_bag(values, indices, gates, implementation=self.implementation)
 
     def rows_touched(self, tokens: int) -> int:
         return self._rows_touched(tokens)
