@@ -24,8 +24,8 @@ def analyse(
     tokens: Annotated[
         int,
         typer.Option(
-            help="About how many tokens to look at, of all texts together. Few tokens show little of a million experts; "
-            "each takes 8 bytes of memory per block and retrieved expert.",
+            help="About how many tokens to look at, of all texts together. Few tokens show little of a million experts. "
+            "Each takes 8 bytes of memory for each expert that it retrieves in each block.",
             min=1,
         ),
     ] = 2**15,

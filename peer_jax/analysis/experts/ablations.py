@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from peer_jax.analysis.experts.collect import Change, Run, unchanged
+from peer_jax.analysis.experts.passes import Change, Run, unchanged
 from peer_jax.analysis.experts.information import specialists
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Text, Trace
 from peer_jax.layers import FeedForward, Routing

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peer_jax.analysis.experts import statements, usage
-from peer_jax.analysis.experts.look import BlockLook, Look
+from peer_jax.analysis.experts.everything import BlockLook, Look
 from peer_jax.analysis.reading import si
 from peer_jax.analysis.style import PALETTE, QUIET, brief, figure, house_style, log_axis
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peer_jax.analysis.experts import ablations, figures
-from peer_jax.analysis.experts.look import BlockLook, Look
+from peer_jax.analysis.experts.everything import BlockLook, Look
 from peer_jax.analysis.reading import count, joined
 from peer_jax.analysis.report import draw_into, render
 from peer_jax.analysis.tables import Table
@@ -38,7 +38,6 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
         write_whole(folder / f"{key}.csv", _csv(table))
     write_whole(folder / VALUES, json.dumps(values(found), indent=1, allow_nan=False))
     draw = functools.partial(draw_into, folder)
-    kinds = [labels.kind for labels in found.text.domains]
     page = render(
         "analysis.html.jinja",
         name=name,
@@ -58,13 +57,8 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
         depth=draw("depth", "Similarity of experts' outputs by block.", figures.depth(found)),
         costs=draw("ablations", "Loss added by each change.", figures.costs(found)),
         by_domain=[
-            drawn
-            for kind in kinds
-            if (
-                drawn := draw(
-                    f"ablations_by_{_slug(kind)}", f"Loss added by {kind}.", figures.costs_by_domain(found, kind)
-                )
-            )
+            draw(f"ablations_by_{name}", f"Loss added by {kind}.", figures.costs_by_domain(found, kind))
+            for kind, name in ((labels.kind, labels.kind.replace(" ", "_")) for labels in found.text.domains)
         ],
         data=_script({"pages": [page for of in found.blocks for page in of.pages], "index": _index(found)}),
     )
@@ -75,8 +69,8 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
 def _summary(found: Look) -> str:
     layers = sorted({of.layer for of in found.blocks})
     return (
-        f"{count(len(found.text.inputs), 'token')} in {found.text.documents[-1] + 1} documents, or parts of documents, of "
-        f"{joined(found.texts)}; loss {found.text.losses.mean():.4f} nats per token. "
+        f"{count(len(found.text.inputs), 'token')} in {found.text.documents[-1] + 1} documents, or parts of documents, "
+        f"of {joined(found.texts)}; loss {found.text.losses.mean():.4f} nats per token. "
         f"{count(len(found.blocks), 'block')} with {joined(layers)}."
     )
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from peer_jax.analysis.experts import ablations, collect, domains, information, pages, similarity, statements, usage
+from peer_jax.analysis.experts import ablations, domains, information, pages, passes, similarity, statements, usage
 from peer_jax.analysis.experts.trace import Labels, Text, Trace
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache
@@ -131,8 +131,8 @@ def look(
     if not any(block.ffw.routes for block in model.blocks):
         raise InputError(f"{model.method.label} does not route tokens to experts: analyse a run whose layers do")
     sources = [open_cache(ensure_prepared(task, progress=progress), "validation") for task in tasks]
-    run = collect.Run(model, collect.draw(sources, tokens, seed), batch_size, progress)
-    text, traces = collect.collect(run, seed=seed)
+    run = passes.Run(model, passes.draw(sources, tokens, seed), batch_size, progress)
+    text, traces = passes.collect(run, seed=seed)
     text = dataclasses.replace(text, domains=_domains(tasks, run.rows, text))
     vocabulary = vocabularies.load(tasks[0].vocabulary)
     shown = [vocabulary.piece(i) for i in range(model.vocab_size)]
@@ -166,10 +166,10 @@ def look(
     return Look([task.corpus.name for task in tasks], text, by.kind, model.is_causal, blocks, checked)
 
 
-def _domains(tasks: Sequence[TextTask], rows: collect.Rows, text: Text) -> tuple[Labels, ...]:
+def _domains(tasks: Sequence[TextTask], rows: passes.Rows, text: Text) -> tuple[Labels, ...]:
     """The labels of where the tokens come from, of all kinds that are known."""
-    of_document = collect.text_of_documents(rows, text.documents)
-    pieces, names = collect.pieces(text), [None] * len(of_document)
+    of_document = passes.text_of_documents(rows, text.documents)
+    pieces, names = passes.pieces(text), [None] * len(of_document)
     for number, task in enumerate(tasks):
         own = [place for place, of in enumerate(of_document) if of == number]
         for place, name in zip(own, domains.name_documents(task, [pieces[place] for place in own]), strict=True):
