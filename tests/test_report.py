@@ -282,27 +282,29 @@ MEASURE = """<script>addEventListener("load", async () => {
 });</script>"""
 
 
+def browse(page, folder, width):
+    """What a browser makes of a page, and what it writes to its console."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
+    flags += [f"--window-size={width},2000", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
+    flags += ["--virtual-time-budget=20000"]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 @pytest.mark.parametrize("width", [1200, 500], ids=["desktop", "phone"])
 def test_a_browser_shows_the_page(everything, tmp_path, width):
     if BROWSER is None:
         pytest.skip("there is no chromium on the PATH (Debian's package chromium)")
     page = tmp_path / "report.html"
     page.write_text((everything / "out" / "report.html").read_text().replace("</body>", MEASURE + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    flags += [f"--window-size={width},2000", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
-    flags += ["--virtual-time-budget=20000"]
-    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    widths = re.search(r'data-widths="([\d ]*)"', done.stdout)[1].split()
+    dumped, console = browse(page, tmp_path, width)
+    assert console == []
+    widths = re.search(r'data-widths="([\d ]*)"', dumped)[1].split()
     assert len(widths) == 12
     assert all(int(image) > 100 for image in widths)
     # Wide tables and figures scroll within the page; the page itself does not.
-    assert int(re.search(r'data-overflow="(-?\d+)"', done.stdout)[1]) <= 0
+    assert int(re.search(r'data-overflow="(-?\d+)"', dumped)[1]) <= 0
 
 
 def test_a_report_on_one_run(tmp_path):

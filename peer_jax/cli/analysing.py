@@ -24,7 +24,7 @@ def analyse(
     tokens: Annotated[
         int,
         typer.Option(
-            help="About how many tokens to look at, of all texts together. Few tokens show little of a million experts. "
+            help="About how many tokens to look at, of all texts together. Few tokens show little of many experts. "
             "Each takes 8 bytes of memory for each expert that it retrieves in each block.",
             min=1,
         ),

@@ -5,9 +5,9 @@ the arrays of a ``Trace``, which may also come from a model of one's own: for an
 experts, since nothing has the size [tokens, experts].
 """
 
-from peer_jax.analysis.experts.passes import Run, collect, draw
 from peer_jax.analysis.experts.everything import Look, look, look_into
 from peer_jax.analysis.experts.page import write
+from peer_jax.analysis.experts.passes import Passes, collect, draw
 from peer_jax.analysis.experts.trace import Labels, Text, Trace
 
-__all__ = ["Labels", "Look", "Run", "Text", "Trace", "collect", "draw", "look", "look_into", "write"]
+__all__ = ["Labels", "Look", "Passes", "Text", "Trace", "collect", "draw", "look", "look_into", "write"]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from peer_jax.analysis.experts.passes import Change, Run, unchanged
 from peer_jax.analysis.experts.information import specialists
+from peer_jax.analysis.experts.passes import Change, Passes, unchanged
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Text, Trace
 from peer_jax.layers import FeedForward, Routing
 
@@ -87,15 +87,15 @@ def changes(
     return found
 
 
-def ablate(run: Run, text: Text, trace: Trace, labels: Labels, *, seed: int) -> list[Ablation]:
+def ablate(passes: Passes, text: Text, trace: Trace, labels: Labels, *, seed: int) -> list[Ablation]:
     """Runs the model over the same rows with each change of one layer, and compares losses with those before.
 
     One program is compiled for all changes of a layer, so each costs one pass over the rows.
     """
-    can_mix = takes_routings(run.model.blocks[trace.block].ffw, trace.vectors.shape[-1])
+    can_mix = takes_routings(passes.model.blocks[trace.block].ffw, trace.vectors.shape[-1])
     masses, found = trace.masses(), []
     for name, (change, experts) in changes(trace, labels, can_mix=can_mix, seed=seed).items():
-        more = run.losses(f"block {trace.block}, {name}", {trace.block: change}) - text.losses
+        more = passes.losses(f"block {trace.block}, {name}", {trace.block: change}) - text.losses
         count = None if experts is None else len(experts)
         mass = None if experts is None else float(masses[experts].sum() / masses.sum())
         error = _error(more, text.documents)

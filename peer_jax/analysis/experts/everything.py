@@ -131,7 +131,7 @@ def look(
     if not any(block.ffw.routes for block in model.blocks):
         raise InputError(f"{model.method.label} does not route tokens to experts: analyse a run whose layers do")
     sources = [open_cache(ensure_prepared(task, progress=progress), "validation") for task in tasks]
-    run = passes.Run(model, passes.draw(sources, tokens, seed), batch_size, progress)
+    run = passes.Passes(model, passes.draw(sources, tokens, seed), batch_size, progress)
     text, traces = passes.collect(run, seed=seed)
     text = dataclasses.replace(text, domains=_domains(tasks, run.rows, text))
     vocabulary = vocabularies.load(tasks[0].vocabulary)

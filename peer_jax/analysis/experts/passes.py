@@ -146,7 +146,7 @@ def draw(sources: Sequence[PackedText], tokens: int, seed: int) -> Rows:
     return Rows(Batch(inputs=inputs, targets=targets, segment_ids=segment_ids), np.concatenate(texts))
 
 
-class Run(NamedTuple):
+class Passes(NamedTuple):
     """Runs a model over rows, in batches of the same size."""
 
     model: Transformer
@@ -177,16 +177,16 @@ class Run(NamedTuple):
         return np.concatenate(found).astype(np.float64)
 
 
-def collect(run: Run, *, seed: int, sampled: int = SAMPLED) -> tuple[Text, list[Trace]]:
+def collect(passes: Passes, *, seed: int, sampled: int = SAMPLED) -> tuple[Text, list[Trace]]:
     """The tokens of the rows, without domains, and the routing of each block that routes.
 
     It takes 8 bytes of memory for each use of an expert: T * h * k for each block.
     """
-    real = run.rows.real
+    real = passes.rows.real
     total = int(real.sum())
     sample = np.sort(np.random.default_rng(seed).permutation(total)[:sampled])
     losses, routings, vectors, start = [], {}, {}, 0
-    for own, batch_losses, seen in run.batches("look", {}):
+    for own, batch_losses, seen in passes.batches("look", {}):
         count = int(own.sum())
         here = sample[(sample >= start) & (sample < start + count)] - start
         losses.append(batch_losses[own])
@@ -199,7 +199,7 @@ def collect(run: Run, *, seed: int, sampled: int = SAMPLED) -> tuple[Text, list[
     traces = [
         Trace(
             block,
-            run.model.blocks[block].ffw.num_experts,
+            passes.model.blocks[block].ffw.num_experts,
             np.concatenate(indices).astype(np.int32),
             np.concatenate(gates).astype(np.float32),
             sample,
@@ -207,8 +207,8 @@ def collect(run: Run, *, seed: int, sampled: int = SAMPLED) -> tuple[Text, list[
         )
         for block, (indices, gates) in routings.items()
     ]
-    documents, positions = _documents(run.rows.batch["segment_ids"])
-    inputs, targets = run.rows.batch["inputs"][real], run.rows.batch["targets"][real]
+    documents, positions = _documents(passes.rows.batch["segment_ids"])
+    inputs, targets = passes.rows.batch["inputs"][real], passes.rows.batch["targets"][real]
     return Text(inputs, targets, positions, documents, np.concatenate(losses).astype(np.float64)), traces
 
 
