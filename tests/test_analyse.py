@@ -1,9 +1,11 @@
 """Analyses of models whose answer is known, and ``peer-jax analyse`` from a run to the page in a browser."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import html
+import io
 import json
 import re
 import shutil
@@ -15,6 +17,7 @@ from flax import nnx
 from small_runs import refused, train, write_text
 from test_report import BROWSER, Page, browse
 
+from peer_jax import cli
 from peer_jax.analysis.experts import ablations, pages, passes, similarity
 from peer_jax.analysis.experts.trace import Labels, Text, Trace
 from peer_jax.data.pipeline import Batch, shift_right
@@ -318,7 +321,7 @@ def test_experts_with_pages_are_of_three_kinds(rng):
 
 @pytest.fixture(scope="module")
 def analysed(tiny, tmp_path_factory):
-    """A run of PEER, a second text, and what the command writes and prints."""
+    """The folder of a run of PEER, of a second text and of what the command writes; and what it prints."""
     folder = tmp_path_factory.mktemp("analysed")
     train(tiny, folder / "run", "Run.steps=30", layer="peer")
     (folder / "more" / "numbers").mkdir(parents=True)
@@ -326,26 +329,25 @@ def analysed(tiny, tmp_path_factory):
     for number in range(12):
         (folder / "more" / "numbers" / f"{number}.txt").write_text(" ".join(map(str, range(number, 300, 7))))
     shutil.copy(write_text(folder / "words.jsonl", seed=5), folder / "more" / "words")
-    data = folder / "more.gin"
-    data.write_text(
+    (folder / "more.gin").write_text(
         "TextTask.corpus = @local_files()\n"
         f"local_files.path = {str(folder / 'more')!r}\nlocal_files.validation_share = 0.5\n"
     )
-    return folder, data
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.argv", ["peer-jax", *map(str, command(folder, "out"))])
+        cli.main()
+    return folder, printed.getvalue()
 
 
-def run_analyse(run_cli, folder, data, out, *more):
-    given = ("--workdir", folder / "run", "--data", data, "--tokens", 3000, "--out", out, *more)
-    status, printed, errors = run_cli("analyse", *given)
-    assert status == 0, errors
-    return printed, errors
+def command(folder, out):
+    given = ("--workdir", folder / "run", "--data", folder / "more.gin", "--tokens", 3000, "--out", folder / out)
+    return ("analyse", *given, "--quiet")
 
 
-def test_the_command_writes_a_page_and_files(analysed, run_cli):
-    folder, data = analysed
-    printed, errors = run_analyse(run_cli, folder, data, folder / "out", "--quiet")
-    assert errors == ""
+def test_the_command_writes_a_page_and_files(analysed):
+    folder, printed = analysed
     assert f"The page is {folder / 'out' / 'analysis.html'}" in printed
+    assert "Block 1: The expert of a token tells about its token" in printed
     found = json.loads((folder / "out" / "analysis" / "analysis.json").read_text())
     assert set(found["texts"]) == {"corpus", "more"}
     (block,) = found["blocks"]
@@ -356,30 +358,41 @@ def test_the_command_writes_a_page_and_files(analysed, run_cli):
     assert by_kind["folder"]["labels"] == 3  # numbers, words, and the run's own text, which is in no folder
     assert by_kind["token"]["answer"] == "yes"
     assert {one["verdict"] for one in found["statements"]} <= {"yes", "no", "partly", "unknown"}
-    assert len(block["ablations"]) == 7
+    assert len(block["ablations"]) == len(ablations.EXPLAINED)
     with (folder / "out" / "analysis" / "ablations_by_domain.csv").open() as file:
         domains = {row["domain"] for row in csv.DictReader(file) if row["label"] == "folder"}
     assert domains == {"numbers", "words", "(no folder)"}
     for name in ("usage", "heads", "specialisation", "similarity", "norm_ranks", "norms", "ablations"):
         assert (folder / "out" / "analysis" / f"{name}.svg").read_bytes().startswith(b"<?xml"), name
     page = Page(folder / "out" / "analysis.html")
-    assert "http" not in page.text.replace("http", "", page.text.count("https"))
+    assert "http" not in page.text
     assert all(link.startswith(("data:", "#")) for link in page.links)
     for words in ("Neurons act like fine-grained experts", "The expert of a token tells", "shuffled documents"):
         assert words in page.text, words
 
 
 def test_the_same_run_gives_the_same_bytes(analysed, run_cli):
-    folder, data = analysed
-    for out in ("first", "second"):
-        run_analyse(run_cli, folder, data, folder / out, "--no-ablate", "--quiet")
+    folder, printed = analysed
+    status, again, errors = run_cli(*command(folder, "again"))
+    assert (status, again, errors) == (0, printed.replace("/out/", "/again/"), "")
     first, second = (
         {path.relative_to(folder / out): path.read_bytes() for path in (folder / out).rglob("*") if path.is_file()}
-        for out in ("first", "second")
+        for out in ("out", "again")
     )
     assert len(first) > 10
     assert first == second
-    assert "Layers were not changed in this analysis." in Page(folder / "first" / "analysis.html").text
+
+
+def test_bars_and_no_ablations(analysed, tmp_path, run_cli):
+    folder, _ = analysed
+    given = ("--workdir", folder / "run", "--out", tmp_path, "--tokens", 500, "--no-ablate")
+    status, _, errors = run_cli("analyse", *given)
+    assert status == 0
+    assert "look 1/" in errors
+    assert "analyse block 1" in errors
+    text = Page(tmp_path / "analysis.html").text
+    assert "Layers were not changed in this analysis." in text
+    assert "All of the text has one task" in text
 
 
 SEARCH = """<script>addEventListener("load", async () => {
@@ -424,8 +437,9 @@ def test_a_browser_shows_the_page_and_searches_it(analysed, tmp_path, width):
 
 
 def test_what_cannot_be_analysed_is_refused(analysed, tiny, tmp_path, run_cli):
-    folder, data = analysed
+    folder, _ = analysed
+    data = ("--data", folder / "more.gin")
     refused(run_cli("analyse", "--workdir", tmp_path), str(tmp_path))
-    refused(run_cli("analyse", "--workdir", folder / "run", "--data", data, "--data", data), "two of the tasks 'more'")
+    refused(run_cli("analyse", "--workdir", folder / "run", *data, *data), "two of the tasks 'more'")
     train(tiny, tmp_path / "dense", "Run.steps=1")
     refused(run_cli("analyse", "--workdir", tmp_path / "dense"), "Dense does not route tokens")
