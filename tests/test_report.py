@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 
-from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style
+from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style, tables
 from peer_jax.analysis.isoflop import analyse
 from peer_jax.errors import InputError
 from peer_jax.run_directory import SCHEMA, RunDirectory, SweepDirectory
@@ -341,6 +341,21 @@ def test_a_report_on_several_directories(tmp_path):
     assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
     again = Page(write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
     assert "6 finished runs" in again  # a directory given twice is read once
+
+
+def test_query_batch_norm_is_compared_as_in_the_paper(tmp_path):
+    axes = {"PEER.query_norm": ("batch", "layer", None), "NUM_EXPERTS": (1024, 4096)}
+    write_ablation(tmp_path, axes)
+    rows = results.read([tmp_path])
+    shown = tables.query_norm(rows)
+    assert [cells[3] for cells in shown.rows] == ["1024", "4096"]
+    for cells in shown.rows:
+        for norm, told in zip((None, "batch"), cells[4].split(" / "), strict=True):
+            settings = {"PEER.query_norm": norm, "NUM_EXPERTS": int(cells[3])}
+            own = [row.perplexity for row in rows if row.settings == settings]
+            assert len(own) == 2  # seeds
+            assert float(told) == pytest.approx(np.mean(own), abs=5e-4)
+    assert tables.query_norm([row for row in rows if row.settings["PEER.query_norm"] == "batch"]).rows == []
 
 
 def test_losses_on_different_texts_are_not_compared(tmp_path):

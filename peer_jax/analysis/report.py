@@ -114,6 +114,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
             "surfaces": tables.surfaces(analysis),
             "training": tables.training([curve for curve in trained if curve.is_best]),
             "usage": tables.usage(rows),
+            "query_norm": tables.query_norm(rows),
             "flops": tables.flops_split(figures.models(rows)),
             "runs": tables.runs(rows),
             "failures": failed,
