@@ -266,7 +266,7 @@ QUERY_NORM = ("query_norm", "QUERY_NORM")
 
 
 def query_norm(rows: Sequence[Row]) -> Table:
-    """Perplexity, unevenness and usage without and with query batch-norm, as table 3 of the PEER paper has them.
+    """Perplexity, unevenness and usage without and with query batch-norm, as the table of the PEER paper has them.
 
     A line compares the runs that differ in nothing else that a sweep varied, as means over seeds.
     """

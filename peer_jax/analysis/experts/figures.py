@@ -20,13 +20,11 @@ MOST_DOMAINS = 12
 def curves(found: Look) -> Figure | None:
     """Weight mass against the rank of an expert, a line per block."""
     made, (axes,) = figure(1, 1, height=4.0, width=8.0)
-    highest = 1.0
     for (colour, marker), of in zip(PALETTE, found.blocks, strict=False):
         ranks, mass = usage.curve(of.trace)
         above = mass > 0
         if not above.any():
             continue
-        highest = max(highest, float(mass.max()))
         axes.plot(ranks[above], mass[above], color=colour, marker=marker, markevery=25, label=f"block {of.trace.block}")
     axes.axhline(1.0, color=QUIET, lw=1, ls=":")
     axes.set_yscale("log")
@@ -86,7 +84,7 @@ def components(found: Look) -> Figure | None:
         points, experts = of.static.components
         several = len(np.unique(experts)) < len(experts)
         colours = [PALETTE[place % len(PALETTE)][0] for place in np.unique(experts, return_inverse=True)[1]]
-        axes.scatter(*points.T, s=6, c=colours if several else PALETTE[1][0], lw=0)
+        axes.scatter(*points.T, s=6, c=colours if several else PALETTE[1][0], lw=0, rasterized=True)
         axes.set_title(_title(of))
         axes.set_xlabel("first component")
         axes.set_ylabel("second component")

@@ -4,7 +4,7 @@ b  batch     s  sequence     h  heads     k  top-k     N  experts     d  d_model
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -154,7 +154,9 @@ class Passes(NamedTuple):
     batch_size: int
     progress: bool = False
 
-    def batches(self, description: str, changes: Mapping[int, Change]):
+    def batches(
+        self, description: str, changes: Mapping[int, Change]
+    ) -> Iterator[tuple[Bool[np.ndarray, "b s"], Float[np.ndarray, "b s"], dict[int, Seen]]]:
         """Yields, for each batch, which places hold tokens, their losses, and what the layers have seen."""
         graph, state = nnx.split(self.model)
         real = self.rows.real
