@@ -118,7 +118,8 @@ def test_what_layers_tell_of_their_experts():
     np.testing.assert_array_equal(moe.expert_keys(experts[:2] % 4)[1], moe.router.kernel[...][:, 1])
     quiet = OnlyRoutes(D, rngs=nnx.Rngs(0))
     assert quiet.expert_matrices(experts) == {}
-    assert quiet.expert_keys(experts) is quiet.expert_outputs(experts) is quiet.mix(jnp.ones((1, D)), None) is None
+    x = jnp.ones((1, D))
+    assert quiet.expert_keys(experts) is quiet.expert_outputs(experts) is quiet.mix(x, quiet.route(x)) is None
 
 
 # What a pass keeps
@@ -126,11 +127,12 @@ def test_what_layers_tell_of_their_experts():
 
 def test_losses_and_routing_are_those_of_the_model(peer, rows):
     built, run, text, (trace,) = peer
-    logits = np.asarray(built(rows.batch["inputs"], rows.batch["segment_ids"])[0], np.float64)
+    given = jnp.asarray(rows.batch["inputs"]), jnp.asarray(rows.batch["segment_ids"])
+    logits = np.asarray(built(*given)[0], np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     target = np.take_along_axis(logits, rows.batch["targets"][..., None], -1)[..., 0]
     np.testing.assert_allclose(text.losses, (log_z - target)[rows.real], atol=1e-5)
-    routing = built.route(rows.batch["inputs"], rows.batch["segment_ids"])[1]
+    routing = built.route(*given)[1]
     np.testing.assert_array_equal(trace.indices, np.asarray(routing.indices)[rows.real])
     np.testing.assert_allclose(trace.gates, np.asarray(routing.gates)[rows.real], atol=1e-6)
     assert (trace.block, trace.num_experts, len(text.inputs)) == (1, N, int(rows.real.sum()))

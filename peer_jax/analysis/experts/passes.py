@@ -166,9 +166,7 @@ class Passes(NamedTuple):
                 part = slice(start, start + self.batch_size)
                 own = real[part]
                 missing = ((0, self.batch_size - len(own)), (0, 0))
-                batch = {
-                    name: np.pad(a[start : start + self.batch_size], missing) for name, a in self.rows.batch.items()
-                }
+                batch = {name: np.pad(array[part], missing) for name, array in self.rows.batch.items()}
                 losses, seen = _forward(graph, state, batch, changes)
                 yield own, np.asarray(losses)[: len(own)], seen
                 bar.update(done)

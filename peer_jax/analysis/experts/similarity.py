@@ -185,7 +185,7 @@ class Dynamic:
     rank_error: float
     ranks: Int[np.ndarray, "k k"] | None
     norms: Float[np.ndarray, " n"]
-    other_norms: Float[np.ndarray, " n"]
+    other_norms: Float[np.ndarray, " o"]
 
 
 def outputs(layer: FeedForward, x: Float[np.ndarray, "S d"], experts: Int[np.ndarray, "S r"]) -> np.ndarray | None:
