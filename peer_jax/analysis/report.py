@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,8 +73,6 @@ def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPat
 
 def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> str:
     """Draws the figures into their files, and returns the page."""
-    import jinja2
-
     from peer_jax.analysis import ablation_figures, figures, style
 
     failed = failures(directories)
@@ -85,18 +84,10 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     isoflop = {measure: figures.isoflop(analysis, measure, looks) for measure in MEASURES}
     optimum = figures.optimum(analysis, looks)
 
-    def draw(name: str, alt: str, figure: Any) -> Drawing | None:
-        return None if figure is None else _draw(out / FIGURES, name, alt, figure)
+    draw = functools.partial(draw_into, out / FIGURES)
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("peer_jax.analysis", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         rows=rows,
         summary=_summary(analysis, directories),
         analysis=analysis,
@@ -123,6 +114,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
             "surfaces": tables.surfaces(analysis),
             "training": tables.training([curve for curve in trained if curve.is_best]),
             "usage": tables.usage(rows),
+            "query_norm": tables.query_norm(rows),
             "flops": tables.flops_split(figures.models(rows)),
             "runs": tables.runs(rows),
             "failures": failed,
@@ -140,9 +132,27 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     )
 
 
-def _draw(folder: AnyPath, name: str, alt: str, figure: Any) -> Drawing:
+def render(template: str, **values: Any) -> str:
+    """A page of this package, made of values that are written as text and not as markup."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("peer_jax.analysis", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def draw_into(folder: AnyPath, name: str, alt: str, figure: Any) -> Drawing | None:
+    """Writes a figure as SVG and PNG into a folder, and returns it for a page; None where there is no figure."""
     from peer_jax.analysis import style
 
+    if figure is None:
+        return None
     vector = style.svg(figure)
     for path, content in ((folder / f"{name}.svg", vector), (folder / f"{name}.png", style.png(figure))):
         write_whole(path, content)

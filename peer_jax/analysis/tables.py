@@ -14,9 +14,23 @@ from peer_jax.analysis.results import Row
 
 # Columns that hold words, and those that hold whole sentences.
 WORDS = {
-    *("method", "series", "baseline", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task")
+    *(
+        "method",
+        "series",
+        "baseline",
+        "size",
+        "run",
+        "note",
+        "device",
+        "setting",
+        "text",
+        "reason",
+        "intervals",
+        "task",
+    ),
+    *("statement", "answer", "numbers", "finding", "layer", "change", "what it is", "label", "matrices", "domain"),
 }
-SENTENCES = {"note", "reason", "intervals"}
+SENTENCES = {"note", "reason", "intervals", "statement", "numbers", "finding", "what it is"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +260,33 @@ def usage(rows: Sequence[Row]) -> Table:
     ]
     columns = ("budget", "series", "size", "experts", "usage", "unevenness", "runs")
     return Table("Usage (share of experts) and unevenness (nats)", columns, cells)
+
+
+QUERY_NORM = ("query_norm", "QUERY_NORM")
+
+
+def query_norm(rows: Sequence[Row]) -> Table:
+    """Perplexity, unevenness and usage without and with query batch-norm, as the table of the PEER paper has them.
+
+    A line compares the runs that differ in nothing else that a sweep varied, as means over seeds.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        names = [name for name in row.settings if name.rpartition(".")[2] in QUERY_NORM]
+        if len(names) == 1 and row.usage is not None and row.unevenness is not None:
+            others = tuple((name, str(value)) for name, value in sorted(row.settings.items()) if name not in names)
+            place = budget(row.budget), named(row.method, row.is_causal), row.size, row.num_experts, others
+            groups[place][row.settings[names[0]]].append(row)
+    cells = []
+    for (*place, experts, _), by_norm in groups.items():
+        if None in by_norm and "batch" in by_norm:
+            means = [
+                tuple(f"{np.mean([getattr(row, of) for row in by_norm[norm]]):.3f}" for norm in (None, "batch"))
+                for of in ("perplexity", "unevenness", "usage")
+            ]
+            cells.append([*place, str(experts), *(f"{without} / {with_norm}" for without, with_norm in means)])
+    columns = ("budget", "method", "size", "experts", "perplexity", "unevenness", "usage")
+    return Table("Query batch-norm: without / with", columns, cells)
 
 
 def flops_split(rows: Sequence[Row]) -> Table:

@@ -169,6 +169,26 @@ class FeedForward(nnx.Module):
         """The experts of each token, without side effects; only of a layer that routes."""
         raise InputError(f"{self.name} does not route tokens to experts, so it has no route")
 
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"] | None:
+        """The output of the layer if tokens get these experts with these weights, instead of those of ``route``.
+
+        Each token is computed on its own, so x may have any leading axes. Analyses change the routing by this method;
+        None, the default, means that they can't.
+        """
+        return None
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"] | None:
+        """What the router compares a token with to choose each of these experts; None if unknown."""
+        return None
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        """The parameters of these experts by name, with a row for each of an expert's neurons; empty if unknown."""
+        return {}
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        """The direction of each of these experts' output, if it is the same for all tokens; None if not or unknown."""
+        return None
+
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token in a sequence of ``seq_len`` tokens; a multiply-add counts 2.
 

@@ -338,6 +338,27 @@ class MoE(CoarseExperts):
         specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
         return on_each_device(of_device, specs, sharded.TOKENS)(kernels, x, experts)
 
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        """Runs every expert on every token, which costs E times as much as a dense layer, one expert after another."""
+        x = x.astype(self.dtype or x.dtype)
+
+        def add(y: Array, expert: tuple[Array, list[Array]]) -> tuple[Array, None]:
+            number, kernels = expert
+            weight = jnp.sum(routing.gates, axis=(-2, -1), where=routing.indices == number)
+            out = self._mlp(lambda rows, kernel: rows @ kernel.astype(rows.dtype), x, *kernels)
+            return y + weight[..., None].astype(x.dtype) * out, None
+
+        numbers = jnp.arange(self.num_experts, dtype=jnp.int32)
+        y = jax.lax.scan(add, jnp.zeros_like(x), (numbers, self._kernels()))[0]
+        return y if self.shared is None else y + self.shared(x)[0]
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
+        return self.router.kernel[...].T[experts]
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        rows = {"up": jnp.swapaxes(self.up[...][experts], 1, 2), "down": self.down[...][experts]}
+        return rows if self.gate is None else rows | {"gate": jnp.swapaxes(self.gate[...][experts], 1, 2)}
+
     def flops_per_token(self, seq_len: int) -> float:
         check_sizes(seq_len=seq_len)
         router = 2 * math.prod(self.router.kernel.shape)

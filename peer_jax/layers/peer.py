@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_function, initial_table, real_tokens
-from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Table
+from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Routing, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import expert_mix, floor, traffic
@@ -99,18 +99,20 @@ class PEER(ProductKeyRetrieval):
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        indices, gates = routing = self._route(x, mask, self.query_norm)
-        indices, down, up = retrieved(indices, self.down, self.up)
-        y = expert_mix(
+        routing = self._route(x, mask, self.query_norm)
+        return self.mix(x, routing), self._aux(routing, mask)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        indices, down, up = retrieved(routing.indices, self.down, self.up)
+        return expert_mix(
             x.astype(self.dtype or x.dtype),
             down,
             up,
             indices,
-            gates,
+            routing.gates,
             EXPERT_ACTIVATIONS[self.activation],
             implementation=self.implementation,
         )
-        return y, self._aux(routing, mask)
 
     def rows_touched(self, tokens: int) -> int:
         return self._rows_touched(tokens)

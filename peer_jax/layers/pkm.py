@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_flag, check_function, initial_table, real_tokens
-from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
+from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Routing, Table
 from peer_jax.layers.linear import Linear
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
@@ -89,12 +89,17 @@ class PKM(ProductKeyRetrieval):
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        indices, gates = routing = self._route(x, mask, self.query_norm)
-        indices, values = retrieved(indices, self.values)
-        y = value_bag(values, indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation)
-        if self.gated:
-            y = self.value_proj(y * jax.nn.silu(self.gate_proj(x)))
-        return y, self._aux(routing, mask)
+        routing = self._route(x, mask, self.query_norm)
+        return self.mix(x, routing), self._aux(routing, mask)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        indices, values = retrieved(routing.indices, self.values)
+        gates = routing.gates.astype(self.dtype or x.dtype)
+        y = value_bag(values, indices, gates, implementation=self.implementation)
+        return self.value_proj(y * jax.nn.silu(self.gate_proj(x))) if self.gated else y
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        return None if self.gated else super().expert_outputs(experts)
 
     def rows_touched(self, tokens: int) -> int:
         return self._rows_touched(tokens)

@@ -19,7 +19,7 @@ from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
 from peer_jax.layers.growing import sub_keys_between, take_over
-from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
+from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing, Table
 from peer_jax.layers.linear import Linear
 from peer_jax.layers.masked import batch_norm, mean_of_real
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
@@ -151,6 +151,20 @@ class ProductKeyRetrieval(FeedForward):
         """
         top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
         return Aux(jnp.zeros(()), {"top_gate": mean_of_real(top, mask)})
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
+        """Both sub-keys of each expert, one after the other; of every head, if heads don't share them."""
+        keys = self.sub_keys[...]
+        n, heads = keys.shape[-2], keys.reshape(-1, *keys.shape[-3:])
+        pairs = jnp.concatenate([heads[:, 0, experts // n], heads[:, 1, experts % n]], axis=-1)
+        return jnp.moveaxis(pairs, 0, 1).reshape(experts.size, -1)
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        tables = nnx.to_flat_state(nnx.state(self, Table))
+        return {name: table.get_value()[experts][:, None] for (name,), table in tables}
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        return getattr(self, self.outputs)[...][experts]
 
     def options(self) -> dict[str, object]:
         named = {nnx.LayerNorm: "layer", nnx.RMSNorm: "qk"}.get(type(self.query_norm))

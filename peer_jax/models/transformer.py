@@ -242,7 +242,7 @@ class Transformer(nnx.Module):
         only. Metrics are named ``block_<i>/<metric>``.
         """
         x, aux = self._residual_stream(tokens, segment_ids)
-        return self._logits(x), aux
+        return self.logits(x), aux
 
     def cross_entropy(
         self, tokens: Int[Array, "b s"], targets: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None
@@ -252,9 +252,23 @@ class Transformer(nnx.Module):
         It never holds the logits of all tokens at once (``peer_jax.ops.cross_entropy``).
         """
         x, aux = self._residual_stream(tokens, segment_ids)
+        return self._cross_entropy(x, targets, _weights(tokens, segment_ids)), aux
+
+    def losses(
+        self, tokens: Int[Array, "b s"], targets: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None = None
+    ) -> Float[Array, "b s"]:
+        """The negative log-likelihood of each target in nats; that of padding means nothing.
+
+        The loss of a token is the derivative of ``cross_entropy`` in the weight with which the token counts.
+        """
+        x, _ = self._residual_stream(tokens, segment_ids)
+        return jax.grad(self._cross_entropy, argnums=2)(x, targets, _weights(tokens, segment_ids))
+
+    def _cross_entropy(
+        self, x: Float[Array, "b s d"], targets: Int[Array, "b s"], weights: Float[Array, "b s"]
+    ) -> Float[Array, ""]:
         kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
-        return linear_cross_entropy(self.final_norm(x), kernel, targets, real.astype(jnp.float32)), aux
+        return linear_cross_entropy(self.final_norm(x), kernel, targets, weights)
 
     def _residual_stream(
         self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None
@@ -288,7 +302,7 @@ class Transformer(nnx.Module):
         b, s = tokens.shape
         positions = jnp.broadcast_to(cache[0].length + jnp.arange(s), (b, s))
         x, outputs = self._through_blocks(self.embed(tokens), positions, None, cache)
-        return self._logits(x), [output.cache for output in outputs]
+        return self.logits(x), [output.cache for output in outputs]
 
     def _through_blocks(
         self,
@@ -316,7 +330,8 @@ class Transformer(nnx.Module):
         look_up = automatic(functools.partial(jnp.take, axis=0), split_of(tokens, tokens.ndim))
         return constrain(look_up(table, tokens), "batch")
 
-    def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s V"]:
+    def logits(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens V"]:
+        """The logits that a vector of the residual stream stands for after the last block."""
         x = self.final_norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
         return logits.astype(jnp.float32)
@@ -381,6 +396,11 @@ def _check_tokens(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | No
         if array.ndim != 2 or array.shape != tokens.shape:
             of_tokens = "" if array is tokens else f", as tokens have {list(tokens.shape)}"
             raise InputError(f"{name} must have the shape [batch, seq]{of_tokens}, not {list(array.shape)}")
+
+
+def _weights(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None) -> Float[Array, "b s"]:
+    """1 for each token that counts, 0 for padding."""
+    return jnp.ones(tokens.shape) if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
 
 
 def _positions(tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None) -> Int[Array, "b s"]:

@@ -96,12 +96,7 @@ def _evaluate_run(
     step, model = restore_model(runs[0], workdir, checkpoint)
     if batch_size is not None and current() is not None:
         current().check_rows("batch_size", batch_size)
-    for run in runs:
-        if not vocabularies.same(run.task.vocabulary, runs[0].task.vocabulary):
-            raise InputError(
-                f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
-            )
-    evaluators.check_names([run.task for run in runs])
+    check_texts(runs)
     measured = {}
     for run in runs:
         room.check_evaluation(model, batch_size=batch_size or run.eval_batch_size(), seq_len=run.task.seq_len)
@@ -109,6 +104,16 @@ def _evaluate_run(
         evaluator = evaluators.of_task(run.task, METRIC, None, **how)
         measured[evaluator.name] = evaluator(model, ended=True)
     return step, measured
+
+
+def check_texts(runs: Sequence[Run]) -> None:
+    """An InputError unless all texts have the vocabulary of the first run's model, and names of their own."""
+    for run in runs:
+        if not vocabularies.same(run.task.vocabulary, runs[0].task.vocabulary):
+            raise InputError(
+                f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
+            )
+    evaluators.check_names([run.task for run in runs])
 
 
 def continue_text(
