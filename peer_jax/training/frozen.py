@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import TABLE_AXES, FeedForward, Table
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.sharding import EXPERT, on_each_device, parts_of, spec_of
 from peer_jax.training.touched import Path, RowGradients
 
@@ -35,7 +35,7 @@ class FrozenExperts:
         InputError: if the model has no tables, or they had no such number of experts.
     """
 
-    def __init__(self, model: Transformer, experts: int | Mask | None) -> None:
+    def __init__(self, model: Model, experts: int | Mask | None) -> None:
         self._frozen: dict[Path, Callable[[Array], Array]] = {}
         for index, block in enumerate([] if experts is None else model.blocks):
             for path, parameter in nnx.to_flat_state(nnx.state(block.ffw, nnx.Param)):
