@@ -4,19 +4,16 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peer_jax.data.corpora import SPLITS
 from peer_jax.data.images import Images
 from peer_jax.data.task import Task
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-
-if TYPE_CHECKING:
-    from peer_jax.data.prepare_progress import PrepareProgress
 
 _LAYOUT = 1  # raise it when the same task would give other rows
 _BATCH = 256  # images that are handed to the writer at a time
@@ -110,8 +107,8 @@ class ImageTask(Task):
             "segment_ids": np.ones(rows, np.int32),
         }
 
-    def write_cache(self, path: Path, bar: "PrepareProgress") -> None:
-        """Writes the cache. Training images that validation has too are left out.
+    def write_cache(self, path: Path, note: Callable[[str], None]) -> None:
+        """Writes the cache, and tells how large it is by `note`. Training images that validation has are left out.
 
         Raises:
             InputError: if the images can't be read, or are not what the task says.
@@ -121,7 +118,7 @@ class ImageTask(Task):
         counts, held_out = {}, set()
         with cache.CacheWriter(path, cache.IMAGES, cache.image_fields(self.image_shape)) as writer:
             for split in reversed(SPLITS):  # validation first: training leaves out what validation holds
-                images = _Images(self, split, held_out, bar)
+                images = _Images(self, split, held_out)
                 counts[split] = writer.write_split(split, images.batches()) | {"repeated": images.repeated}
                 if not counts[split]["rows"]:
                     raise InputError(f"{self.corpus.name} has no images for {split}; give other splits.")
@@ -137,7 +134,7 @@ class ImageTask(Task):
             )
         train, validation = (f"{counts[split]['rows']:,}" for split in SPLITS)
         shape = " x ".join(map(str, self.image_shape))
-        bar.note(f"{self.corpus.name}: {train} images to train on and {validation} to validate on, {shape}")
+        note(f"{self.corpus.name}: {train} images to train on and {validation} to validate on, {shape}")
 
 
 class _Images:
@@ -147,9 +144,9 @@ class _Images:
         repeated: training images that are left out because validation has them.
     """
 
-    def __init__(self, task: ImageTask, split: str, held_out: set[bytes], bar: "PrepareProgress"):
+    def __init__(self, task: ImageTask, split: str, held_out: set[bytes]):
         self.repeated = 0
-        self._task, self._split, self._held_out, self._bar = task, split, held_out, bar
+        self._task, self._split, self._held_out = task, split, held_out
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """Batches of (images, labels), [n, H, W, c] and [n]."""

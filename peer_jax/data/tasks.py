@@ -54,7 +54,8 @@ def prepare(task: Task, *, progress: bool = True) -> Path:
                     if path.exists():
                         bar.note(f"{path} is damaged and is prepared again")
                     if isinstance(task, ImageTask):
-                        task.write_cache(path, bar)
+                        with bar.spinner(f"reading the images of {task.corpus.name}"):
+                            task.write_cache(path, bar.note)
                     else:
                         _write(task, path, bar)
         except OSError as error:
