@@ -43,6 +43,11 @@ def files(layer="dense", size="tiny", data="digits"):
     return [VISION / "base.gin", CONFIGS / "layers" / f"{layer}.gin", *own]
 
 
+def text_files(layer):
+    others = [CONFIGS / "sizes" / "tiny.gin", CONFIGS / "data" / "python_stdlib.gin"]
+    return [CONFIGS / "base.gin", CONFIGS / "layers" / f"{layer}.gin", *others]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -178,6 +183,15 @@ def test_configs_are_built_without_data(size, data):
     assert run.task.seq_len == model.num_patches
     assert run.task.fingerprint()
     assert run.eval_batch_size() * run.task.seq_len >= 4096
+
+
+@pytest.mark.parametrize("layer", sorted(path.stem for path in (CONFIGS / "layers").glob("*.gin")))
+def test_every_layer_of_the_configs_reaches_the_vit(layer):
+    """A file that bound the layer at the Transformer would leave a ViT dense under the layer's name."""
+    run, text = (config.load(stack, ["Run.steps=10"]) for stack in (files(layer), text_files(layer)))
+    models = [made.trainer().abstract_model for made in (run, text)]
+    assert [model.method.name for model in models] == [models[1].method.name] * 2
+    assert (models[0].method.name == "Dense") == (layer == "dense")
 
 
 def test_the_sweep_spends_the_same_on_every_method(folder):
