@@ -33,7 +33,7 @@ from peer_jax.training import loop
 from peer_jax.training.flops import training_flops
 
 VISION = CONFIGS / "vision"
-SHORT = ["Run.steps=12", "Run.batch_size=16", "ViT.num_blocks=2", "ViT.d_model=16", "Run.log_every=1"]
+SHORT = ["Run.steps=12", "Run.batch_size=16", "ViT.d_model=16", "Run.log_every=1"]
 
 pytestmark = pytest.mark.usefixtures("trains")
 
@@ -63,7 +63,7 @@ def load(folder):
 
 def test_dense_reads_digits(load, tmp_path):
     """At least 95% of the held-out digits, by the command of the config, and a result that adds up."""
-    run = load("Run.steps=400")
+    run = load("Run.steps=200")
     result = loop.train(run, tmp_path, progress=False)
     assert result == json.loads((tmp_path / "result.json").read_text())
     own = result["evaluations"]["digits"]
@@ -73,15 +73,15 @@ def test_dense_reads_digits(load, tmp_path):
     rows = run.task.prepared_rows()
     assert own["images"] == 1797 - rows
     assert result["is_causal"] is None
-    assert result["seq_len"] == 16
-    assert result["tokens"] == 400 * 64 * 16
-    assert result["epochs"] == 400 * 64 / rows
+    assert result["seq_len"] == 4
+    assert result["tokens"] == 200 * 64 * 4
+    assert result["epochs"] == 200 * 64 / rows
     model = run.trainer().abstract_model
     assert isinstance(model, ViT)
-    d, s = 32, 16
-    per_image = s * (2 * 4 * d + 4 * (8 * d * d + 4 * s * d) + 4 * 16 * d * d) + 2 * d * 10
-    assert result["training_flops"] == pytest.approx(3 * per_image * 400 * 64, rel=1e-12)
-    assert result["training_flops"] == training_flops(model, result["tokens"], 16)
+    d, s = 32, 4
+    per_image = s * (2 * 16 * d + 2 * (8 * d * d + 4 * s * d) + 2 * 16 * d * d) + 2 * d * 10
+    assert result["training_flops"] == pytest.approx(3 * per_image * 200 * 64, rel=1e-12)
+    assert result["training_flops"] == training_flops(model, result["tokens"], 4)
     logged = [line for line in lines(tmp_path) if "validation_loss" in line]
     assert [line["validation_accuracy"] for line in logged] == [own["accuracy"]]
 
@@ -156,13 +156,13 @@ def test_what_a_run_of_images_is_asked_for_in_vain(short_runs, tmp_path, run_cli
     text = CONFIGS / "data" / "python_stdlib.gin"
     refused(run_cli("evaluate", "--workdir", run, "--data", text), f"{text} binds TextTask.corpus, but ImageTask")
     other = tmp_path / "other.gin"
-    other.write_text("# Other digits.\nImageTask.corpus = @digits()\nImageTask.patch_size = 4\n")
-    refused(run_cli("evaluate", "--workdir", run, "--data", other), "patch_size=4 ViT")
+    other.write_text("# Other digits.\nImageTask.corpus = @digits()\nImageTask.patch_size = 2\n")
+    refused(run_cli("evaluate", "--workdir", run, "--data", other), "patch_size=2 model")
     stack = [part for file in files() for part in ("--config", file)]
     mixed = [*stack, "--set", "Run.model=@Transformer", "--set", "Run.steps=1", "--workdir", tmp_path / "mixed"]
     refused(run_cli("train", *mixed), "@Transformer is given 'image_shape' a model must fit its task")
     refused(
-        run_cli("train", *stack, "--set", "ViT.patch_size=4", "--workdir", tmp_path / "x"), "set ImageTask.patch_size"
+        run_cli("train", *stack, "--set", "ViT.patch_size=2", "--workdir", tmp_path / "x"), "set ImageTask.patch_size"
     )
     refused(run_cli("sentencepiece", *stack, "--model", tmp_path / "model"), "digits is no text")
     status, printed, errors = run_cli("evaluate", "--workdir", run)
