@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
-from peer_jax.models import Transformer
+from peer_jax.models import Transformer, ViT
 from peer_jax.models.attention import Attention
 from peer_jax.training.flops import steps_for, training_flops
 
@@ -54,6 +54,12 @@ def model_flops(layer, width):
     return xla_flops(model, lambda model, tokens: model(tokens)[0], tokens), model.flops_per_token(S) * B * S
 
 
+def vit_flops(width):
+    model = abstract(functools.partial(ViT, (8, 16, 3), 4, 10, width, 3, 2, ffw=Dense))
+    images = jax.ShapeDtypeStruct((B, 8, 16, 3), jnp.float32)
+    return xla_flops(model, lambda model, images: model(images)[0], images), model.flops_per_token(8) * B * 8
+
+
 def retrieval(layer, **options):
     """Sizes whose projection, scores and retrieved rows are each a good part of the whole."""
 
@@ -88,6 +94,7 @@ COUNTED = {
     "peer": functools.partial(layer_flops, retrieval(PEER)),
     "attention": attention_flops,
     "model": functools.partial(model_flops, retrieval(PEER)),
+    "vit": vit_flops,
 }
 
 
@@ -125,6 +132,14 @@ def test_model_s_flops_by_part():
         "logits": 2 * d * V,
     }
     assert model.flops_per_token(S) == sum(model.flops_by_part(S).values())
+    vit = abstract(functools.partial(ViT, (8, 8, 3), 2, 10, d, 3, 2, ffw=functools.partial(Dense, d_ff=f)))
+    assert vit.flops_by_part(16) == {  # per patch; the logits of an image are shared by its 16 patches
+        "patches": 2 * 12 * d,
+        "attention": 3 * (2 * 4 * d * d + 2 * 2 * 16 * d),
+        "logits": 2 * d * 10 / 16,
+        "Dense": 3 * (2 * 2 * d * f),
+    }
+    assert vit.num_params() == 12 * d + 16 * d + 3 * (4 * d * d + 2 * d * f + 2 * d) + d + 10 * d
     tied = abstract(functools.partial(Transformer, V, d, 1, 2, ffw=Dense, tie_embeddings=True))
     assert tied.flops_by_part(S)["logits"] == 2 * d * V
     assert training_flops(model, 1000, S) == 3 * 1000 * model.flops_per_token(S)

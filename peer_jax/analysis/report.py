@@ -168,7 +168,7 @@ def _summary(analysis: Analysis, directories: Sequence[AnyPath]) -> str:
         f"{reading.count(len(rows), 'finished run')} from {reading.joined([str(path) for path in directories])}: "
         f"{reading.count(len(methods), 'method')} ({'; '.join(methods)}) at {reading.joined(budgets)} training FLOPs. "
         f"Trained and validated on {reading.joined(analysis.texts)}, on {reading.joined(devices)}; losses are in nats "
-        "per token, on the validation split."
+        f"per {analysis.unit}, on the validation split."
     )
 
 
@@ -239,13 +239,12 @@ def failures(directories: Sequence[AnyPath]) -> Table:
 
 def table(rows: Sequence[Row]) -> None:
     """Prints one line per run: losses on its own task, training FLOPs, parameters and speed."""
-    columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
+    columns = ("method", "loss", "accuracy", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
     cells = [
         [
             row.method + ("" if row.is_causal else " *"),
             reading.loss(row.loss),
-            f"{row.bits_per_byte:.4f}",
-            f"{row.perplexity:.3f}",
+            *tables.measures(row.accuracy, row.bits_per_byte, row.perplexity),
             f"{row.training_flops:.3g}",
             reading.si(row.params_total),
             reading.si(row.params_active),
@@ -255,7 +254,8 @@ def table(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     console = _console()
-    _print(console, Table("Validation loss (nats per token) at the training FLOPs spent", columns, cells))
+    title = f"Validation loss (nats per {results.unit(rows)}) at the training FLOPs spent"
+    _print(console, Table(title, columns, cells).known())
     if not all(row.is_causal for row in rows):
         console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")
 
@@ -288,7 +288,7 @@ def _console() -> Console:
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
     """Prints one line per task."""
-    columns = ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
+    columns = ("task", "loss", "accuracy", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
     cells = []
     for name, values in evaluations.items():
         experts = values.get("experts", {}).values()
@@ -296,11 +296,11 @@ def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
             [
                 name,
                 f"{values['loss']:.4f}",
-                f"{values['bits_per_byte']:.4f}",
-                f"{values['perplexity']:.3f}",
-                f"{values['word_perplexity']:.4g}",
+                *tables.measures(*(values.get(name) for name in ("accuracy", "bits_per_byte", "perplexity"))),
+                f"{values['word_perplexity']:.4g}" if "word_perplexity" in values else "-",
                 ", ".join(f"{block['usage']:.3f}" for block in experts) or "-",
                 ", ".join(f"{block['unevenness']:.3f}" for block in experts) or "-",
             ]
         )
-    _print(_console(), Table(f"Validation loss (nats per token), step {step}", columns, cells))
+    unit = "image" if any("accuracy" in values for values in evaluations.values()) else "token"
+    _print(_console(), Table(f"Validation loss (nats per {unit}), step {step}", columns, cells).known())

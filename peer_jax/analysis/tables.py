@@ -31,6 +31,8 @@ WORDS = {
     *("statement", "answer", "numbers", "finding", "layer", "change", "what it is", "label", "matrices", "domain"),
 }
 SENTENCES = {"note", "reason", "intervals", "statement", "numbers", "finding", "what it is"}
+# Columns that are left out where no row has a value: text has no accuracy, and images have nothing else of these.
+OPTIONAL = {"accuracy", "mean accuracy", "bits/byte", "perplexity", "word perplexity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: list[list[str]]
+
+    def known(self) -> "Table":
+        """The table without the columns of ``OPTIONAL`` in which no row has a value."""
+        kept = [
+            place
+            for place, column in enumerate(self.columns)
+            if column not in OPTIONAL or any(cells[place] != "-" for cells in self.rows)
+        ]
+        columns = tuple(self.columns[place] for place in kept)
+        return Table(self.title, columns, [[cells[place] for place in kept] for cells in self.rows])
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds words, which are aligned left."""
@@ -53,8 +65,8 @@ class Table:
 def runs(rows: Sequence[Row]) -> Table:
     """One line per run, with what is known of it in short."""
     columns = (
-        *("run", "method", "size", "seed", "loss", "bits/byte", "perplexity", "budget", "spent", "off by", "steps"),
-        *("tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
+        *("run", "method", "size", "seed", "loss", "accuracy", "bits/byte", "perplexity", "budget", "spent", "off by"),
+        *("steps", "tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
     )
     names = Counter(row.run for row in rows)
     cells = [
@@ -65,8 +77,7 @@ def runs(rows: Sequence[Row]) -> Table:
             row.size,
             str(row.seed),
             loss(row.loss),
-            f"{row.bits_per_byte:.4f}",
-            f"{row.perplexity:.3f}",
+            *measures(row.accuracy, row.bits_per_byte, row.perplexity),
             budget(row.budget),
             f"{row.training_flops:.4g}",
             f"{row.training_flops / row.budget - 1:+.1%}",
@@ -82,7 +93,13 @@ def runs(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table("All runs", columns, cells)
+    return Table("All runs", columns, cells).known()
+
+
+def measures(accuracy: float | None, bits_per_byte: float | None, perplexity: float | None) -> list[str]:
+    """The cells of what is measured beside the loss."""
+    pairs = ((accuracy, ".2%"), (bits_per_byte, ".4f"), (perplexity, ".3f"))
+    return ["-" if value is None else format(value, how) for value, how in pairs]
 
 
 def minima(analysis: Analysis) -> Table:
@@ -104,13 +121,13 @@ def minima(analysis: Analysis) -> Table:
                 si(curve.tokens_at_minimum),
                 loss(fit.loss),
                 interval(fit.loss_interval, loss),
-                f"{np.exp(fit.loss):.3f}",
+                f"{np.exp(fit.loss):.3f}" if curve.unit == "token" else "-",
                 str(fit.points),
                 str(fit.sizes),
                 _note(curve),
             ]
         )
-    return Table("Minima of the parabolas (N: active parameters, D: tokens)", columns, cells)
+    return Table("Minima of the parabolas (N: active parameters, D: tokens)", columns, cells).known()
 
 
 def _note(curve: Curve) -> str:
@@ -145,12 +162,16 @@ def points(analysis: Analysis) -> Table:
                     si(rows[0].params_total),
                     si(rows[0].tokens),
                     loss(mean_loss(rows)),
+                    "-" if rows[0].accuracy is None else f"{np.mean([row.accuracy for row in rows]):.2%}",
                     str(len(rows)),
                     f"{max(losses) - min(losses):.4f}" if len(rows) > 1 else "-",
                 ]
             )
-    columns = ("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "runs", "range over runs")
-    return Table("Mean loss by size", columns, cells)
+    columns = (
+        *("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "mean accuracy", "runs"),
+        "range over runs",
+    )
+    return Table("Mean loss by size", columns, cells).known()
 
 
 def comparisons(analysis: Analysis) -> Table:

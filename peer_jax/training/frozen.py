@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import TABLE_AXES, FeedForward
-from peer_jax.models.transformer import Path, Transformer
+from peer_jax.models.model import Model, Path
 from peer_jax.sharding import EXPERT, on_each_device, parts_of, spec_of
 from peer_jax.training.touched import RowGradients
 
@@ -35,7 +35,7 @@ class FrozenExperts:
         InputError: if the model has no tables, or they had no such number of experts.
     """
 
-    def __init__(self, model: Transformer, experts: int | Mask | None) -> None:
+    def __init__(self, model: Model, experts: int | Mask | None) -> None:
         self._frozen: dict[Path, Callable[[Array], Array]] = {}
         if experts is not None:
             self._frozen = {path: _are_frozen(layers[0], experts) for path, (_, layers) in model.tables().items()}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from peer_jax.errors import InputError
 from peer_jax.layers.interface import TABLE_AXES, FeedForward, Table
 from peer_jax.layers.touched import TouchedTable
-from peer_jax.models.transformer import Path, Transformer
+from peer_jax.models.model import Model, Path
 from peer_jax.ops.checks import check_room
 from peer_jax.ops.touched import compact_size, touched_rows
 from peer_jax.sharding import current, on_each_device, parts_of, spec_of
@@ -46,7 +46,7 @@ class TouchedTables:
     """
 
     def __init__(
-        self, model: Transformer, wanted: Callable[[int, int], bool] | None, share: float, accumulation: int
+        self, model: Model, wanted: Callable[[int, int], bool] | None, share: float, accumulation: int
     ) -> None:
         self._wanted, self._share, self._accumulation = wanted, share, accumulation
         self._readers: dict[Path, list[FeedForward]] = {}
