@@ -110,7 +110,7 @@ CASES = {
     ),
     "one table, accumulated": (
         PKM,
-        {"num_heads": 2, "top_k": 2, "query_norm": "qk", "blocks": 2, "share_tables": True},
+        {"num_heads": 2, "top_k": 2, "query_norm": "layer", "blocks": 2, "share_tables": True},
         256,
         (4, 3),
     ),
