@@ -8,6 +8,7 @@ b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens t
 f  d_ff      k  top-k        m  rows given to an expert
 """
 
+import functools
 import math
 
 import jax
@@ -141,17 +142,17 @@ class MoE(CoarseExperts):
             rngs=rngs,
         )
         self.shared_d_ff = shared_d_ff
-        self.shared = None
-        if shared_d_ff is not None:
-            self.shared = Dense(
-                d_model,
-                shared_d_ff,
-                activation=activation,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
-                rngs=rngs,
-            )
+        shared = functools.partial(
+            Dense,
+            d_model,
+            shared_d_ff,
+            activation=activation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
+            rngs=rngs,
+        )
+        self.shared = None if shared_d_ff is None else shared()
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
