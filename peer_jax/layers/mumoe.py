@@ -68,9 +68,9 @@ class Factors(nnx.Module):
         mixed = [experts(gate.astype(hidden.dtype)) for experts, gate in zip(self.experts, gates, strict=True)]
         if self.ring_rank is None:
             return self.output(functools.reduce(jnp.multiply, mixed) * hidden)
-        t, tokens = self.ring_rank, hidden.shape[:-1]
+        t, (*tokens, width) = self.ring_rank, hidden.shape
         ring = functools.reduce(jnp.matmul, [matrix.reshape(*tokens, t, t) for matrix in mixed])
-        return self.output((ring @ hidden.reshape(*tokens, t, -1)).reshape(*tokens, -1))
+        return self.output((ring @ hidden.reshape(*tokens, t, width // t)).reshape(*tokens, width))
 
     def flops(self) -> int:
         """Forward FLOPs per token of all matrix products."""
