@@ -159,9 +159,10 @@ class MoE(FeedForward):
         self.gate = kernels(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
         self.down = kernels(d_ff, d_model, "hidden", "embed")
         self.shared_d_ff = shared_d_ff
-        self.shared = None
-        if shared_d_ff is not None:
-            self.shared = Dense(
+        self.shared = (
+            None
+            if shared_d_ff is None
+            else Dense(
                 d_model,
                 shared_d_ff,
                 activation=activation,
@@ -170,6 +171,7 @@ class MoE(FeedForward):
                 kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
                 rngs=rngs,
             )
+        )
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
