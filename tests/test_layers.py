@@ -365,7 +365,6 @@ SMALL = {"num_heads": 1, "top_k": 2, "d_key": 4}
         (lambda r: MoE(8, 4, routing="expert_choice", capacity_factor=None, rngs=r), "None"),
         (lambda r: MoE(8, 4, capacity_factor=-1.5, rngs=r), r"-1\.5"),
         (lambda r: MoE(8, 4, shared_d_ff=0, rngs=r), "shared_d_ff=0"),
-        (lambda r: PKM(8, 16, **SMALL, gated="abacus", rngs=r), "abacus"),
     ],
 )
 def test_a_size_that_cannot_be_is_an_error_that_names_it(build, named):

@@ -142,17 +142,19 @@ class MoE(CoarseExperts):
             rngs=rngs,
         )
         self.shared_d_ff = shared_d_ff
-        shared = functools.partial(
-            Dense,
-            d_model,
-            shared_d_ff,
-            activation=activation,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
-            rngs=rngs,
+        self.shared = (
+            None
+            if shared_d_ff is None
+            else Dense(
+                d_model,
+                shared_d_ff,
+                activation=activation,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
+                rngs=rngs,
+            )
         )
-        self.shared = None if shared_d_ff is None else shared()
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
