@@ -53,10 +53,6 @@ class Task:
         """A `peer_jax.data.rows.Batch` with the shapes and types of the task's own and random values."""
         raise NotImplementedError
 
-    def kept_file(self) -> bytes | None:
-        """The SentencePiece model, without which a model of this task can't be used; None if there is none."""
-        return None
-
     def given_cache(self) -> AnyPath | None:
         """The place of a cache that was prepared elsewhere and stands in the place of a corpus; None without one."""
         return None

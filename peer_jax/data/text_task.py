@@ -91,9 +91,6 @@ class TextTask(Task):
         if not vocabularies.same(self.vocabulary, other.vocabulary):
             raise InputError(f"TextTask.vocabulary={self.vocabulary!r} is not that of {what}, {other.vocabulary!r}")
 
-    def kept_file(self) -> bytes | None:
-        return vocabularies.model(self.vocabulary)
-
     def train_tokens(self) -> int | None:
         """An estimate that takes each byte for a token.
 

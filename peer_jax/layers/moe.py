@@ -8,7 +8,6 @@ b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens t
 f  d_ff      k  top-k        m  rows given to an expert
 """
 
-import functools
 import math
 
 import jax

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from peer_jax.data.pipeline import ensure_prepared, open_cache, train_batches
+from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted, TryAgain
 from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
@@ -105,7 +105,8 @@ def _train(
         if grows:  # from now on, the run needs no other directory
             checkpoints.save(start, state, position)
         clock = Clock(**position.get("clock", {}))
-        ownership.keep_vocabulary(directory, run.task)
+        if isinstance(run.task, TextTask):
+            ownership.keep_vocabulary(directory, run.task.vocabulary)
 
         # Steps.
         step_function = _step_function(run, trainer, state) if start < steps else None

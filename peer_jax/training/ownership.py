@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from peer_jax.data.task import Task
+from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError, InUse
 from peer_jax.fields import RunConfig
 from peer_jax.lease import STALE
@@ -126,8 +126,8 @@ def keep_config(directory: RunDirectory, config: RunConfig | None) -> None:
             directory.write_config(config.text)
 
 
-def keep_vocabulary(directory: RunDirectory, task: Task) -> None:
+def keep_vocabulary(directory: RunDirectory, vocabulary: str) -> None:
     """Copies the run's SentencePiece model to the directory, so that the run can be used without the original file."""
     with together():
-        if leads() and (model := task.kept_file()) is not None:
+        if leads() and (model := vocabularies.model(vocabulary)) is not None:
             directory.keep_vocabulary(model)
