@@ -434,5 +434,5 @@ def test_what_cannot_be_analysed_is_refused(analysed, tmp_path, run_cli):
     data = ("--data", folder / "more.gin")
     refused(run_cli("analyse", "--workdir", tmp_path), str(tmp_path))
     refused(run_cli("analyse", "--workdir", folder / "run", *data, *data), "two of the tasks 'more'")
-    with pytest.raises(InputError, match="^Dense does not route tokens"):
+    with pytest.raises(InputError, match=r"^Dense does not route tokens"):
         look(model(Dense), [], tokens=10, batch_size=1)
