@@ -29,7 +29,9 @@ def labelled(of, names=None, **how):
 
 
 def informed(trace, of):
-    return information.mutual_information(information.joint(information.Uses.of(trace), np.asarray(of), max(of) + 1))
+    return information.mutual_information(
+        information.joint(information.Uses.of(trace), np.asarray(of), int(max(of)) + 1)
+    )
 
 
 # Mutual information

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from peer_jax.analysis.experts import statements, usage
 from peer_jax.analysis.experts.everything import BlockLook, Look
@@ -20,14 +21,14 @@ MOST_DOMAINS = 12
 def curves(found: Look) -> Figure | None:
     """Weight mass against the rank of an expert, a line per block."""
     made, (axes,) = figure(1, 1, height=4.0, width=8.0)
+    drawn = [1.0]
     for (colour, marker), of in zip(PALETTE, found.blocks, strict=False):
         ranks, mass = usage.curve(of.trace)
         above = mass > 0
-        if not above.any():
-            continue
+        drawn += mass[above].tolist()
         axes.plot(ranks[above], mass[above], color=colour, marker=marker, markevery=25, label=f"block {of.trace.block}")
     axes.axhline(1.0, color=QUIET, lw=1, ls=":")
-    axes.set_yscale("log")
+    log_axis(axes.yaxis, min(drawn), max(drawn))
     log_axis(axes.xaxis, 1, max(2, *(of.trace.num_experts for of in found.blocks)), si)
     axes.set_xlabel("rank of the expert by use")
     axes.set_ylabel("weight mass, 1 = even share")
@@ -208,5 +209,7 @@ def _heat_maps(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
         made.colorbar(drawn, ax=axes, label=label, shrink=0.8)
     return made

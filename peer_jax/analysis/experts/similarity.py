@@ -68,7 +68,7 @@ def regress(
         other = np.corrcoef(x, off_diagonal(of[np.ix_(order, order)]))[0, 1]
         larger += other**2 >= correlation**2
     slope = correlation * y.std() / x.std()
-    return Regression(float(slope), correlation**2, correlation, (larger + 1) / (shuffles + 1))
+    return Regression(float(slope), correlation**2, correlation, float((larger + 1) / (shuffles + 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def diversity(dynamics: Sequence[Dynamic], num_blocks: int) -> list[Statement]:
     """Statement 3 in its two parts, by the mean cosine of outputs of random experts for the same token."""
     claims = (
         "3a. Experts get more diverse with depth, but for the last layer",
-        "3b. The last layer is less diverse again",
+        "3b. The last layer is an outlier: its experts are less diverse again",
     )
     found = [(of.block, of.others) for of in dynamics if of.others is not None]
     if not found:
