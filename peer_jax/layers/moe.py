@@ -51,8 +51,7 @@ class MoE(CoarseExperts):
 
     The input may have any axes before that of the sequence.
 
-    The parameters are ``router``, those of ``shared``, a ``Dense`` layer, and, stacked along a first axis of E, ``up``,
-    ``down`` and, if gated, ``gate``.
+    The parameters are ``router``, ``shared``, a ``Dense``, and, stacked over E, ``up``, ``down`` and, gated, ``gate``.
 
     Args:
         d_model: width of input and output.
