@@ -25,7 +25,7 @@ MOST_FOLDERS = 24
 OTHER, TOP = "(other folders)", "(no folder)"
 
 
-def name_documents(task: TextTask, pieces: Sequence[Int[np.ndarray, " t"]]) -> list[str | None]:
+def name_documents(task: TextTask, pieces: Sequence[Int[np.ndarray, " _"]]) -> list[str | None]:
     """The name of the document that each piece of tokens comes from; None where it isn't known."""
     names: dict[bytes, str | None] = {}
     try:

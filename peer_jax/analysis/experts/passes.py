@@ -223,7 +223,7 @@ def _documents(
     return documents, np.arange(len(begins)) - np.flatnonzero(begins)[documents]
 
 
-def pieces(text: Text) -> list[Int[np.ndarray, " t"]]:
+def pieces(text: Text) -> list[Int[np.ndarray, " _"]]:
     """The tokens of each document, or piece of one."""
     return np.split(text.targets, np.flatnonzero(np.diff(text.documents)) + 1)
 
