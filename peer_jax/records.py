@@ -31,17 +31,18 @@ class Usage(Record):
 
 
 class Evaluation(Record):
-    """Losses on a text, which are not finite if the run diverged."""
+    """Losses on a text or on images, which are not finite if the run diverged; only images have an accuracy."""
 
     loss: float
-    perplexity: float
-    bits_per_byte: float
+    accuracy: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
     fingerprint: str | None = None
     experts: dict[str, Usage] = {}
 
 
 class Corpus(Record):
-    """The text of a run."""
+    """The text or the images of a run."""
 
     name: str
     cache: str
@@ -72,7 +73,7 @@ class Result(Record):
     layer: str | None = None
     options: dict[str, Any] | None = None
     is_baseline: bool | None = None
-    is_causal: bool
+    is_causal: bool | None
     d_model: Size
     num_blocks: Size
     num_experts: Size | None

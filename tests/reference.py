@@ -8,6 +8,7 @@ Ops take the tokens' axes flattened to one, [T, ...]; layers take x [batch, seq,
 token), and parameters as a dict of arrays named by their path in the module ("query_proj.kernel").
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -45,6 +46,7 @@ ACTIVATIONS = {
     "gelu": (_gelu, _gelu_grad),
     "relu": (lambda s: np.maximum(s, 0.0), lambda s: (s > 0) * 1.0),
     "silu": (lambda s: s * _sigmoid(s), _silu_grad),
+    "identity": (lambda s: s, np.ones_like),
 }
 
 
@@ -169,6 +171,14 @@ def dense(params, x, *, activation="gelu"):
     return y
 
 
+def shared_expert(params, x, activation):
+    """The output of the expert that takes every token; nothing if there is none."""
+    if "shared.up.kernel" not in params:
+        return 0.0
+    kernels = (params.get(f"shared.{name}.kernel") for name in ("up", "gate", "down"))
+    return _feed_forward(x, *kernels, activation)
+
+
 def expert(params, e, x, activation):
     gate = params["gate"][e] if "gate" in params else None
     return _feed_forward(x, params["up"][e], gate, params["down"][e], activation)
@@ -183,6 +193,8 @@ def moe_expert_choice(params, x, mask, *, capacity_factor=1.0, activation="gelu"
     for b in range(B):
         probs = [_softmax(x[b, t] @ params["router.kernel"]) for t in range(S)]
         real = [t for t in range(S) if mask[b, t]]
+        for t in real:
+            y[b, t] += shared_expert(params, x[b, t], activation)
         for e in range(E):
             for t in sorted(real, key=lambda t, e=e, probs=probs: (-probs[t][e], t))[:capacity]:
                 gates[b, t, e] = probs[t][e]
@@ -216,6 +228,7 @@ def moe_token_choice(
         for t in range(S):
             if not mask[b, t]:
                 continue
+            y[b, t] += shared_expert(params, x[b, t], activation)
             logits = x[b, t] @ params["router.kernel"]
             probs = _softmax(logits)
             mean_prob += probs / num_real
@@ -233,9 +246,100 @@ def moe_token_choice(
     return y, balance_loss_weight * np.mean(balance) + z_loss_weight * np.mean(z), indices, gates
 
 
+def soft_moe(params, x, mask, *, activation="gelu"):
+    """Puigcerver et al. 2023. keys [d, E, p]; padding gets zeros."""
+    B, S, _ = x.shape
+    _, E, p = params["keys"].shape
+
+    def unit(v):
+        return v / math.sqrt(v @ v + 1e-6)
+
+    y = np.zeros_like(x)
+    for b in range(B):
+        real = [t for t in range(S) if mask[b, t]]
+        logits = np.zeros((len(real), E, p))
+        for at in np.ndindex(logits.shape):
+            logits[at] = params["scale"] * (unit(x[b, real[at[0]]]) @ unit(params["keys"][:, at[1], at[2]]))
+        combine = np.array([_softmax(row) for row in logits])
+        for e, j in np.ndindex(E, p):
+            dispatch = _softmax(logits[:, e, j])
+            slot = sum(weight * x[b, t] for weight, t in zip(dispatch, real, strict=True))
+            out = expert(params, e, slot, activation)
+            for i, t in enumerate(real):
+                y[b, t] += combine[i, e, j] * out
+    return y
+
+
+# Multilinear mixtures
+
+
+def entmax15(scores):
+    """Rows p_i = max(0, s_i / 2 - tau)^2 that sum to one; tau by halving its interval."""
+    weights = np.zeros_like(scores)
+    for at in np.ndindex(scores.shape[:-1]):
+        s = scores[at] / 2 - np.max(scores[at]) / 2
+        low, high = -1.0, 0.0
+        for _ in range(60):
+            tau = (low + high) / 2
+            low, high = (tau, high) if np.sum(np.maximum(s - tau, 0) ** 2) > 1 else (low, tau)
+        weights[at] = np.maximum(s - low, 0) ** 2
+    return weights
+
+
+def mumoe_tensor(params, name, ring_rank=None):
+    """The weights [N, i + 1, o] of a mixture, the last of i + 1 rows being the bias, from its factors."""
+    u = np.vstack([params[f"{name}.input.kernel"], params[f"{name}.bias"]])
+    v = params[f"{name}.output.kernel"]
+    levels = [params[key] for key in sorted(params) if key.startswith(f"{name}.experts.")]
+    if ring_rank is None:
+        return np.array([u * np.prod(rows, axis=0) @ v for rows in itertools.product(*levels)])
+    t = ring_rank
+    tensor = []
+    for rows in itertools.product(*levels):
+        ring = np.eye(t)
+        for row in rows:
+            ring = ring @ row.reshape(t, t)
+        # sum over p, q and r of ring[p, q] u[i, q, r] v[p, r, o]
+        tensor.append(
+            sum(
+                ring[p, q] * u.reshape(len(u), t, -1)[:, q] @ v.reshape(t, -1, v.shape[1])[p]
+                for p, q in np.ndindex(t, t)
+            )
+        )
+    return np.array(tensor)
+
+
+def mumoe_gates(params, x, mask, *, levels, gate_norm="layer", running=None):
+    """The gate of every expert, [batch, seq, N]. running: (mean, var) of each level to evaluate with."""
+    gates, begin = np.ones((*x.shape[:2], 1)), 0
+    for level, n in enumerate(levels):
+        logits = x @ params["gate.kernel"][:, begin : begin + n]
+        begin += n
+        if gate_norm == "batch":
+            mean, var = batch_statistics(logits, mask) if running is None else running[level]
+            logits = normalise(logits, mean, var, 1, 0)
+        elif gate_norm == "layer":
+            mean, var = logits.mean(-1, keepdims=True), logits.var(-1, keepdims=True)
+            logits = normalise(logits, mean, var, 1, 0)
+        gates = (gates[..., None] * entmax15(logits)[..., None, :]).reshape(*x.shape[:2], -1)
+    return gates
+
+
+def mumoe(params, x, mask, *, activation="gelu", ring_rank=None, **gate):
+    """Oldfield et al. 2024, by the whole tensors."""
+    gates = mumoe_gates(params, x, mask, **gate)
+    first, second = (mumoe_tensor(params, name, ring_rank) for name in ("first", "second"))
+    y = np.zeros_like(x)
+    for b, t in np.ndindex(x.shape[:2]):
+        hidden = sum(gate * (np.append(x[b, t], 1) @ w) for gate, w in zip(gates[b, t], first, strict=True))
+        hidden = ACTIVATIONS[activation][0](hidden)
+        y[b, t] = sum(gate * (np.append(hidden, 1) @ w) for gate, w in zip(gates[b, t], second, strict=True))
+    return y
+
+
 # Retrieval: query norms, PKM, PEER
 
-BATCH_NORM_EPS, LAYER_NORM_EPS = 1e-5, 1e-6
+BATCH_NORM_EPS, LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6, 1e-6
 
 
 def batch_statistics(queries, mask):
@@ -259,6 +363,10 @@ def running_statistics(batches, momentum=0.9):
     return mean, var
 
 
+def over_rms(vector):
+    return vector / math.sqrt(np.mean(vector**2) + RMS_NORM_EPS)
+
+
 def queries_of(params, x, mask, *, num_heads, query_norm, running=None):
     """x -> [batch, seq, h, d_key]. running: (mean, var) to evaluate with, None for this batch's statistics."""
     queries = x @ params["query_proj.kernel"]
@@ -272,14 +380,26 @@ def queries_of(params, x, mask, *, num_heads, query_norm, running=None):
             q = queries[at]
             scale, bias = params["query_norm.scale"], params["query_norm.bias"]
             queries[at] = normalise(q, q.mean(), q.var(), scale, bias, LAYER_NORM_EPS)
+    if query_norm == "qk":
+        for at in np.ndindex(queries.shape[:3]):
+            halves = [over_rms(half) * params["query_norm.scale"] for half in np.split(queries[at], 2)]
+            queries[at] = np.concatenate(halves) / math.sqrt(d_key)
     return queries
+
+
+def sub_keys_of(params, *, query_norm):
+    sub_keys = params["sub_keys"].copy()
+    for at in np.ndindex(sub_keys.shape[:-1]) if query_norm == "qk" else ():
+        sub_keys[at] = over_rms(sub_keys[at])
+    return sub_keys
 
 
 def route(params, x, mask, *, num_heads, top_k, query_norm="batch", score_activation="softmax", running=None):
     """Retrieval of PKM and PEER, scores in float64: indices and gates, both [batch * seq, h, k]."""
     queries = queries_of(params, x, mask, num_heads=num_heads, query_norm=query_norm, running=running)
     flat = queries.reshape(-1, *queries.shape[2:])
-    scores, indices = product_key_top_k(flat, params["sub_keys"], top_k, score_dtype=np.float64)
+    sub_keys = sub_keys_of(params, query_norm=query_norm)
+    scores, indices = product_key_top_k(flat, sub_keys, top_k, score_dtype=np.float64)
     gates = np.zeros_like(scores)
     for t, head in np.ndindex(scores.shape[:2]):
         s = scores[t, head]
@@ -297,7 +417,11 @@ def peer(params, x, mask, *, activation="gelu", **retrieval):
 
 def pkm(params, x, mask, **retrieval):
     indices, gates = route(params, x, mask, **retrieval)
-    return value_bag(params["values"], indices, gates).reshape(x.shape)
+    y = value_bag(params["values"], indices, gates).reshape(x.shape)
+    if "gate_proj.kernel" in params:  # Memory+
+        gate = ACTIVATIONS["silu"][0](x @ params["gate_proj.kernel"])
+        y = (y * gate) @ params["value_proj.kernel"]
+    return y
 
 
 # Derivatives of whole layers

@@ -33,6 +33,7 @@ Transformer.d_model = 16
 Transformer.num_blocks = 2
 Transformer.num_heads = 2
 NUM_EXPERTS = 64
+MEMORY_BLOCKS = (0, 1)
 MOE_EXPERTS = 4
 D_KEY = 8
 PEER.top_k = 4

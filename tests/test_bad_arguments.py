@@ -11,7 +11,7 @@ from test_library_use import EVERY_LAYER, IN_SEQUENCES, RETRIEVAL, B, D, S, buil
 
 from peer_jax import memory
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.models.attention import Attention
 from peer_jax.ops import expert_mix, product_key_top_k, value_bag
 
@@ -22,6 +22,14 @@ def dense(d_model=8, **options):
 
 def moe(d_model=8, num_experts=4, d_ff=None, **options):
     return MoE(d_model, num_experts, d_ff, **{"routing": "token_choice", "rngs": nnx.Rngs(0)} | options)
+
+
+def soft_moe(d_model=8, num_experts=4, d_ff=None, **options):
+    return SoftMoE(d_model, num_experts, d_ff, **{"rngs": nnx.Rngs(0)} | options)
+
+
+def mumoe(d_model=8, num_experts=4, d_ff=None, **options):
+    return MuMoE(d_model, num_experts, d_ff, **{"rngs": nnx.Rngs(0)} | options)
 
 
 def peer(d_model=8, num_experts=16, layer=PEER, **options):
@@ -53,6 +61,17 @@ ARGUMENTS = {
         **dict.fromkeys(("capacity_factor", "balance_loss_weight", "z_loss_weight", "router_noise"), NUMBERS),
         **dict.fromkeys(("routing", "activation"), CHOICES),
         **dict.fromkeys(("kernel_init", "router_init"), FUNCTIONS),
+    },
+    soft_moe: EVERY
+    | {
+        **dict.fromkeys(("num_experts", "d_ff", "slots_per_expert"), SIZES),
+        "activation": CHOICES,
+        **dict.fromkeys(("kernel_init", "key_init"), FUNCTIONS),
+    },
+    mumoe: EVERY
+    | {
+        **dict.fromkeys(("num_experts", "d_ff", "rank", "match", "ring_rank", "second_level"), SIZES),
+        **dict.fromkeys(("form", "gate_norm", "activation"), CHOICES),
     },
     pkm: OF_RETRIEVAL | {"value_init": FUNCTIONS},
     peer: OF_RETRIEVAL | {"activation": CHOICES, "down_init": FUNCTIONS, "up_init": FUNCTIONS},

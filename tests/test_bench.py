@@ -416,8 +416,8 @@ def refused(outcome, *words):
     [
         (["ops"], ["ops", "op, layer, step"]),
         (["op", "--only", "PEER"], ["PEER", "expert_mix"]),
-        (["layer", "--only", "Sparse"], ["Sparse", "Dense, MoE, PEER, PKM"]),
-        (["step", "--only", "expert_mix"], ["expert_mix", "Dense, MoE, PEER, PKM"]),
+        (["layer", "--only", "Sparse"], ["Sparse", "Dense, MoE, MuMoE, PEER, PKM, SoftMoE"]),
+        (["step", "--only", "expert_mix"], ["expert_mix", "Dense, MoE, MuMoE, PEER, PKM, SoftMoE"]),
         (["layer", "--only", "PKM", "--num-experts", "1000", "--quick"], ["num_experts=1000", "try 961 or 1024"]),
         (["op", "--implementation", "fast"], ["fast", "xla"]),
         (["op", "--num-experts", "1000"], ["1000", "1024"]),

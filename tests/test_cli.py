@@ -12,7 +12,7 @@ from small_runs import CONFIGS, ROOT, environment, load, stack, train
 from peer_jax import cli, config
 from peer_jax.run_directory import RunDirectory
 
-COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "plan", "report", "bench", "sentencepiece")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "sweep", "plan", "report", "analyse", "bench", "sentencepiece")
 
 
 pytestmark = pytest.mark.usefixtures("trains")

@@ -12,11 +12,18 @@ from peer_jax import config
 from peer_jax.data.corpora import TfdsCorpus
 from peer_jax.data.prepared import PreparedCorpus
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.training import loop
 
 LAYERS, SIZES, DATA = (sorted((CONFIGS / folder).glob("*.gin")) for folder in ("layers", "sizes", "data"))
-METHODS = {"dense": Dense, "moe": MoE, "moe_token_choice": MoE, "pkm": PKM, "peer": PEER}
+VISION = ("vision", "vision/sizes", "vision/data")  # which test_vision.py builds
+METHODS = {"dense": Dense, "moe": MoE, "moe_token_choice": MoE, "moe_fine_grained": MoE} | {
+    "pkm": PKM,
+    "memory_plus": PKM,
+    "peer": PEER,
+    "mumoe": MuMoE,
+    "soft_moe": SoftMoE,
+}
 
 
 def name(path):
@@ -55,10 +62,8 @@ def test_there_are_configs():
     assert {path.stem for path in LAYERS} == METHODS.keys()
     assert {path.stem for path in DATA} >= {"python_stdlib", "python_packages", "prepared"}
     assert {path.stem for path in SIZES} >= {"tiny"}
-    assert all(
-        path.parent in (CONFIGS, *(CONFIGS / f for f in ("layers", "sizes", "data", "sweeps", "sweeps/shared")))
-        for path in CONFIGS.rglob("*.gin")
-    )
+    folders = ("layers", "sizes", "data", "sweeps", "sweeps/shared", *VISION)
+    assert {path.parent for path in CONFIGS.rglob("*.gin")} <= {CONFIGS, *(CONFIGS / folder for folder in folders)}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.gin")), ids=name)
@@ -75,7 +80,8 @@ def test_model_is_built(needed, layer, size):
     trainer = run.trainer()
     model = trainer.abstract_model
     sparse = [type(block.ffw) for block in model.blocks if type(block.ffw) is not Dense]
-    assert sparse == ([] if layer.stem == "dense" else [METHODS[layer.stem]])
+    blocks = {"dense": 0, "memory_plus": 2 if size.stem == "tiny" else 3}.get(layer.stem, 1)
+    assert sparse == [METHODS[layer.stem]] * blocks
     state = trainer.abstract_state()
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model.num_params()
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.task.seq_len), "int32")

@@ -26,7 +26,7 @@ def batches(seed):
 
 def write(path):
     """A cache like those of `prepare`, without the seconds that TensorFlow takes to load."""
-    with cache.CacheWriter(path, SEQ_LEN, 259) as writer:
+    with cache.CacheWriter(path, cache.TEXT, cache.text_fields(SEQ_LEN, 259)) as writer:
         counts = {
             split: writer.write_split(split, [batches(seed)]) | {"documents": 7, "bytes": 500, "words": 90}
             for seed, split in enumerate(("train", "validation"))

@@ -30,7 +30,7 @@ def random_rows(rows, seed=0, seq_len=SEQ_LEN):
 
 def write(path, train, validation, vocabulary_size=259):
     seq_len = train[0].shape[1]
-    with cache.CacheWriter(path, seq_len, vocabulary_size) as writer:
+    with cache.CacheWriter(path, cache.TEXT, cache.text_fields(seq_len, vocabulary_size)) as writer:
         splits = {"train": writer.write_split("train", [train]) | COUNTS}
         splits["validation"] = writer.write_split("validation", [validation]) | COUNTS
         writer.commit({"splits": splits})
@@ -41,7 +41,7 @@ def write(path, train, validation, vocabulary_size=259):
 def prepared(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SHARD_TOKENS", 16 * SEQ_LEN)  # three shards of train
+        patch.setitem(cache.SHARD_VALUES, cache.TEXT, 16 * SEQ_LEN)  # three shards of train
         return write(path, random_rows(37), random_rows(10, seed=1))
 
 
@@ -240,7 +240,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
         raise ZeroDivisionError
 
-    with cache.CacheWriter(tmp_path / "c", SEQ_LEN, 259) as writer, pytest.raises(ZeroDivisionError):
+    fields = cache.text_fields(SEQ_LEN, 259)
+    with cache.CacheWriter(tmp_path / "c", cache.TEXT, fields) as writer, pytest.raises(ZeroDivisionError):
         writer.write_split("train", batches())
     assert not list(tmp_path.iterdir())
 

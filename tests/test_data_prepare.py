@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from peer_jax.data import cache, corpora, pipeline, tasks, vocabulary
+from peer_jax.data.image_task import ImageTask
+from peer_jax.data.images import tfds_images
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
 
@@ -256,25 +258,25 @@ def test_a_vocabulary_that_drops_text_is_said_and_its_bytes_are_those_it_keeps(f
             assert prompt + vocabulary.continuation(prompt, ids[len(before) :], f"{model}.model") == whole
 
 
-def write_tfds(root, splits):
+def write_tfds(root, name, features, splits):
     """Writes what TFDS would have written, so that nothing is downloaded."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    data = root / "tiny_text" / "1.0.0"
+    data = root / name / "1.0.0"
     data.mkdir(parents=True)
-    features, infos = tfds.features.FeaturesDict({"text": tfds.features.Text(), "url": tfds.features.Text()}), []
-    for split, texts in splits.items():
-        file = data / f"tiny_text-{split}.tfrecord-00000-of-00001"
+    features, infos = tfds.features.FeaturesDict(features), []
+    for split, examples in splits.items():
+        file = data / f"{name}-{split}.tfrecord-00000-of-00001"
         with tf.io.TFRecordWriter(str(file)) as writer:
-            for text in texts:
-                writer.write(features.serialize_example({"text": text, "url": "u"}))
+            for example in examples:
+                writer.write(features.serialize_example(example))
         template = tfds.core.ShardedFileTemplate(
-            data_dir=data, dataset_name="tiny_text", split=split, filetype_suffix="tfrecord"
+            data_dir=data, dataset_name=name, split=split, filetype_suffix="tfrecord"
         )
         size = file.stat().st_size
         infos.append(
-            tfds.core.SplitInfo(name=split, shard_lengths=[len(texts)], num_bytes=size, filename_template=template)
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(examples)], num_bytes=size, filename_template=template)
         )
     tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=infos)
 
@@ -285,9 +287,14 @@ def decoded(path, split):
 
 @pytest.fixture(scope="module")
 def tfds_data(prepared, tmp_path_factory):  # `prepared` has imported TensorFlow and silenced its warnings
+    import tensorflow_datasets as tfds
+
     root = tmp_path_factory.mktemp("tfds")
     texts = [f"example {i} " + "word " * (i % 50) for i in range(300)]
-    write_tfds(root, {"train": ["", *texts[:250]], "validation": texts[240:]})
+    features = {"text": tfds.features.Text(), "url": tfds.features.Text()}
+    splits = {"train": ["", *texts[:250]], "validation": texts[240:]}
+    examples = {split: [{"text": text, "url": "u"} for text in own] for split, own in splits.items()}
+    write_tfds(root, "tiny_text", features, examples)
     return root, texts
 
 
@@ -331,6 +338,65 @@ def test_tfds_builder_without_validation_gives_its_tail(tfds_data, folder, capfd
 def test_bad_tfds_arguments_are_named(tfds_data, folder, builder, arguments, says):
     corpus = corpora.tfds_corpus(builder, data_dir=tfds_data[0], **arguments)
     task = TextTask(corpus, SEQ_LEN, cache_dir=folder)
+    with pytest.raises(InputError, match=says) as caught:
+        tasks.prepare(task)
+    assert "\n" not in str(caught.value)
+    assert not task.cache_path().exists()
+
+
+@pytest.fixture(scope="module")
+def tfds_pictures(prepared, tmp_path_factory):
+    """Images of 6 x 6, and one of 6 x 12 whose central square has one colour."""
+    import tensorflow_datasets as tfds
+
+    root, draw = tmp_path_factory.mktemp("tfds_images"), np.random.default_rng(0)
+    wide = draw.integers(0, 256, (6, 12, 3), np.uint8)
+    wide[:, 3:9] = (10, 200, 77)
+    pictures = [*draw.integers(0, 256, (20, 6, 6, 3), np.uint8), wide]
+    examples = [{"picture": picture, "kind": number % 4} for number, picture in enumerate(pictures)]
+    features = {"picture": tfds.features.Image(shape=(None, None, 3)), "kind": tfds.features.ClassLabel(num_classes=4)}
+    write_tfds(root, "tiny_pictures", features, {"train": examples[:15], "test": examples[12:]})
+    return root, pictures
+
+
+def pictures_of(root, **options):
+    keys = {"image_key": "picture", "label_key": "kind", "num_classes": 4, "data_dir": root}
+    return tfds_images("tiny_pictures:1.0.0", **keys | options)
+
+
+def test_tfds_images(tfds_pictures, folder):
+    root, pictures = tfds_pictures
+    task = ImageTask(pictures_of(root), 2, image_size=6, cache_dir=folder)
+    path = tasks.prepare(task)
+    train, validation = (
+        pipeline.open_cache(path, split).take(range(n)) for split, n in (("train", 12), ("validation", 9))
+    )
+    np.testing.assert_array_equal(train["images"], pictures[:12])  # without the three that validation has, too
+    np.testing.assert_array_equal(train["labels"], np.arange(12) % 4)
+    np.testing.assert_array_equal(validation["images"][:-1], pictures[12:20])
+    np.testing.assert_array_equal(validation["images"][-1], np.full((6, 6, 3), (10, 200, 77)))  # its central square
+    assert json.loads((path / "manifest.json").read_text())["splits"]["train"]["repeated"] == 3
+
+    # Half the size: each pixel is a weighted mean of those around it, so the mean of an image nearly stays.
+    small = pipeline.open_cache(tasks.prepare(ImageTask(pictures_of(root), 1, image_size=3, cache_dir=folder)), "train")
+    assert small[0]["images"].shape == (3, 3, 3)
+    np.testing.assert_allclose(
+        small.take(range(12))["images"].mean(axis=(1, 2, 3)), np.mean(pictures[:12], axis=(1, 2, 3)), atol=12
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image_key": "image"}, "has no feature 'image'; set image_key to one of kind, picture"),
+        ({"label_key": "label"}, "has no feature 'label'; set label_key to one of kind, picture"),
+        ({"image_key": "kind"}, "tiny_pictures_1.0.0 can't be read"),
+        ({"num_classes": 3}, "has the label 3, but num_classes=3"),
+        ({"channels": 1}, r"has an image of uint8 \[6, 6, 3\], but the task says uint8 \[6, 6, 1\]"),
+    ],
+)
+def test_bad_tfds_images_are_named(tfds_pictures, folder, options, says):
+    task = ImageTask(pictures_of(tfds_pictures[0], **options), 2, image_size=6, cache_dir=folder)
     with pytest.raises(InputError, match=says) as caught:
         tasks.prepare(task)
     assert "\n" not in str(caught.value)

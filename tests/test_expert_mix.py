@@ -20,7 +20,7 @@ FP32 = 1e-5
 BF16 = 2**-7
 
 IMPLEMENTATIONS = ["reference", "xla"]
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "identity": lambda s: s}
 
 # name: T, d, N, h, k
 SIZES = {
@@ -82,7 +82,7 @@ def test_forward_and_gradient(rng, size, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "identity"])
 def test_other_activations(rng, activation, implementation):
     arguments = draw(rng, *SIZES["middle"])
     dy = rng.normal(size=arguments[0].shape).astype(jnp.float32)

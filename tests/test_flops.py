@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_jax.errors import InputError
-from peer_jax.layers import PEER, PKM, Dense, MoE
-from peer_jax.models import Transformer
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
+from peer_jax.models import Transformer, ViT
 from peer_jax.models.attention import Attention
 from peer_jax.training.flops import steps_for, training_flops
 
@@ -54,6 +54,12 @@ def model_flops(layer, width):
     return xla_flops(model, lambda model, tokens: model(tokens)[0], tokens), model.flops_per_token(S) * B * S
 
 
+def vit_flops(width):
+    model = abstract(functools.partial(ViT, (8, 16, 3), 4, 10, width, 3, 2, ffw=Dense))
+    images = jax.ShapeDtypeStruct((B, 8, 16, 3), jnp.float32)
+    return xla_flops(model, lambda model, images: model(images)[0], images), model.flops_per_token(8) * B * 8
+
+
 def retrieval(layer, **options):
     """Sizes whose projection, scores and retrieved rows are each a good part of the whole."""
 
@@ -77,11 +83,18 @@ COUNTED = {
     "token choice, wide": functools.partial(
         layer_flops, moe(routing="token_choice", top_k=2, capacity_factor=1.3, activation="geglu")
     ),
+    "soft moe": functools.partial(layer_flops, lambda width, **more: SoftMoE(width, 4, 16, slots_per_expert=8, **more)),
+    "mumoe": functools.partial(layer_flops, lambda width, **more: MuMoE(width, 8, 32, rank=16, **more)),
+    "mumoe, tr": functools.partial(
+        layer_flops,
+        lambda width, **more: MuMoE(width, 8, 32, form="TR", rank=8, ring_rank=2, second_level=2, **more),
+    ),
     "pkm": functools.partial(layer_flops, retrieval(PKM)),
     "pkm, sub-keys a head": functools.partial(layer_flops, retrieval(PKM, share_sub_keys=False, query_norm=None)),
     "peer": functools.partial(layer_flops, retrieval(PEER)),
     "attention": attention_flops,
     "model": functools.partial(model_flops, retrieval(PEER)),
+    "vit": vit_flops,
 }
 
 
@@ -119,6 +132,14 @@ def test_model_s_flops_by_part():
         "logits": 2 * d * V,
     }
     assert model.flops_per_token(S) == sum(model.flops_by_part(S).values())
+    vit = abstract(functools.partial(ViT, (8, 8, 3), 2, 10, d, 3, 2, ffw=functools.partial(Dense, d_ff=f)))
+    assert vit.flops_by_part(16) == {  # per patch; the logits of an image are shared by its 16 patches
+        "patches": 2 * 12 * d,
+        "attention": 3 * (2 * 4 * d * d + 2 * 2 * 16 * d),
+        "logits": 2 * d * 10 / 16,
+        "Dense": 3 * (2 * 2 * d * f),
+    }
+    assert vit.num_params() == 12 * d + 16 * d + 3 * (4 * d * d + 2 * d * f + 2 * d) + d + 10 * d
     tied = abstract(functools.partial(Transformer, V, d, 1, 2, ffw=Dense, tie_embeddings=True))
     assert tied.flops_by_part(S)["logits"] == 2 * d * V
     assert training_flops(model, 1000, S) == 3 * 1000 * model.flops_per_token(S)

@@ -9,19 +9,25 @@ import pytest
 import reference
 from flax import nnx
 from jax.sharding import Mesh
+from layer_cases import (
+    FP32,
+    UNCHANGED,
+    B,
+    Compiled,
+    D,
+    S,
+    changes,
+    check_evaluation,
+    check_padding,
+    check_training,
+    draw,
+)
 from reference import relative_error
 
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE, checks
 from peer_jax.sharding import AXES, Placement, use
 
-# float32 against float64 through three or four matrix products of width 16 at most, partial sums of the result's size.
-# Batch norm divides by standard deviations of about 1 here and so doesn't magnify.
-FP32 = 1e-5
-# A leak moves an output by its own size; other shapes of the same sum move it by a few float32 roundings.
-UNCHANGED = 2e-6
-
-B, S, D = 2, 7, 6
 LOSSES = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
 RETRIEVAL = {"num_heads": 2, "d_key": 4}  # of N = 16 experts, n = 4
 
@@ -54,13 +60,30 @@ CASES = {
         (D, 3, 5),
         {"routing": "token_choice", "top_k": 3, "capacity_factor": None, **LOSSES},
     ),
+    "expert choice, shared": (MoE, (D, 3, 5), {"routing": "expert_choice", "activation": "swiglu", "shared_d_ff": 4}),
+    "fine-grained, shared of 1": (
+        MoE,
+        (D, 6, 2),
+        {"routing": "token_choice", "top_k": 3, "capacity_factor": None, "shared_d_ff": 1, **LOSSES},
+    ),
     "pkm k=1": (PKM, (D, 16), {**RETRIEVAL, "top_k": 1, "query_norm": "layer", "score_activation": "sigmoid"}),
     "pkm k=n": (PKM, (D, 16), {**RETRIEVAL, "top_k": 4}),
     "pkm k=N": (PKM, (D, 16), {**RETRIEVAL, "top_k": 16, "query_norm": None, "share_sub_keys": False}),
+    "pkm gated, k=1, d_key=2": (
+        PKM,
+        (D, 16),
+        {"num_heads": 1, "d_key": 2, "top_k": 1, "query_norm": None, "score_activation": "sigmoid", "gated": True},
+    ),
+    "memory plus": (
+        PKM,
+        (D, 16),
+        {**RETRIEVAL, "top_k": 4, "query_norm": "qk", "gated": True, "share_sub_keys": False},
+    ),
     "peer k=1": (PEER, (D, 16), {**RETRIEVAL, "top_k": 1, "score_activation": "relu", "share_sub_keys": False}),
     "peer k=n": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4}),
     "peer k=n, reference": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "implementation": "reference"}),
     "peer k=n, layer norm": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "query_norm": "layer", "activation": "relu"}),
+    "peer without activation": (PEER, (D, 16), {**RETRIEVAL, "top_k": 4, "query_norm": "qk", "activation": "identity"}),
     "peer k=N": (PEER, (D, 16), {**RETRIEVAL, "top_k": 16, "query_norm": None, "score_activation": "sigmoid"}),
 }
 ONE_OF_EACH = [
@@ -81,14 +104,16 @@ def oracle(name, params, x, mask, running=None):
     layer, _, options = CASES[name]
     if layer is Dense:
         return reference.dense(params, x, **options), 0.0
-    options = {
-        key: value for key, value in options.items() if key not in ("routing", "share_sub_keys", "implementation")
-    }
+    seen_in_parameters = ("share_sub_keys", "gated", "shared_d_ff")
+    told = ("routing", "implementation", *seen_in_parameters)
+    options = {key: value for key, value in options.items() if key not in told}
     if name in LEAKY:
         return reference.moe_expert_choice(params, x, mask, **options)[0], 0.0
     if layer is MoE:
         return reference.moe_token_choice(params, x, mask, **options)[:2]
     del options["d_key"]
+    if running is not None:
+        running = running["query_norm.mean"], running["query_norm.var"]
     return {PKM: reference.pkm, PEER: reference.peer}[layer](params, x, mask, running=running, **options), 0.0
 
 
@@ -97,123 +122,24 @@ def build(name, seed=0, **more):
     return layer(*sizes, **options, **more, rngs=nnx.Rngs(seed))
 
 
-class Compiled:
-    """A case's layer as pure functions, its parameters random (norm scales and biases too) whatever their init."""
-
-    def __init__(self, name):
-        rng = np.random.default_rng(1)
-        layer = build(name)
-        self.graph, params, self.rest = nnx.split(layer, nnx.Param, ...)
-        self.params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.7, p.dtype), params)
-        layer.eval()
-        self.eval_graph = nnx.graphdef(layer)
-        self.layer = layer
-
-    @functools.cached_property
-    def train(self):
-        """(params, x, mask, weights) -> y, loss, the rest of the state, (d_params, dx) of sum(weights * y) + loss."""
-
-        @jax.jit
-        def run(params, x, mask, weights):
-            def total(params, x):
-                layer = nnx.merge(self.graph, params, self.rest, copy=True)
-                y, aux = layer(x, mask)
-                return jnp.sum(y * weights) + aux.loss, (y, aux.loss, nnx.state(layer, nnx.Not(nnx.Param)))
-
-            grads, results = jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
-            return *results, grads
-
-        return run
-
-    @functools.cached_property
-    def evaluate(self):
-        """(params, rest, x, mask) -> y, loss, metrics, the rest of the state."""
-
-        @jax.jit
-        def run(params, rest, x, mask):
-            layer = nnx.merge(self.eval_graph, params, rest, copy=True)
-            y, aux = layer(x, mask)
-            return y, aux.loss, aux.metrics, nnx.state(layer, nnx.Not(nnx.Param))
-
-        return run
-
-
 @functools.cache
 def compiled(name):
-    return Compiled(name)
-
-
-def draw(rng):
-    """x, a mask with padding in the middle and at the end, and the weights of a loss over real tokens."""
-    x = rng.normal(size=(B, S, D)).astype(np.float32)
-    mask = np.ones((B, S), bool)
-    mask[0, 2] = mask[1, 5:] = False
-    return x, mask, np.where(mask[..., None], rng.normal(size=(B, S, D)), 0).astype(np.float32)
-
-
-def running_of(rest):
-    """(mean, var) of the query batch norm, None for a layer without one."""
-    flat = {path[-1]: np.asarray(variable.get_value(), np.float64) for path, variable in nnx.to_flat_state(rest)}
-    return (flat["mean"], flat["var"]) if "mean" in flat else None
+    return Compiled(build(name))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_forward_and_gradient(rng, params_of, name):
-    case = compiled(name)
-    x, mask, weights = draw(rng)
-    y, loss, _, (d_params, dx) = case.train(case.params, x, mask, weights)
-    params = params_of(case.params)
-
-    def total(params):
-        y, loss = oracle(name, params, params["x"], mask)
-        return np.sum(y * np.asarray(weights, np.float64)) + loss
-
-    params["x"] = np.asarray(x, np.float64)
-    expected_y, expected_loss = oracle(name, params, params["x"], mask)
-    assert relative_error(np.asarray(y)[mask], expected_y[mask]) < FP32
-    assert relative_error(loss, expected_loss) < FP32
-    grads = {**params_of(d_params), "x": np.asarray(dx, np.float64)}
-    assert grads.keys() == params.keys()
-    for parameter, grad in grads.items():
-        direction = rng.normal(size=grad.shape)
-        expected = reference.directional_derivative(total, params, parameter, direction)
-        terms = grad * direction
-        # Against the size of the terms, since their sum may cancel.
-        assert abs(terms.sum() - expected) < FP32 * max(np.abs(terms).sum(), abs(expected)), parameter
+    check_training(compiled(name), functools.partial(oracle, name), rng, params_of)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation(rng, params_of, name):
-    """After one training step, so that the running statistics are neither the batch's nor the initial ones."""
-    case = compiled(name)
-    x, mask, weights = draw(rng)
-    _, _, rest, _ = case.train(case.params, x, mask, weights)
-    x = rng.normal(size=(B, S, D)).astype(np.float32) + np.float32(0.5)
-    y, loss, metrics, rest_after = case.evaluate(case.params, rest, x, mask)
-    params = params_of(case.params)
-    expected_y, expected_loss = oracle(name, params, x.astype(np.float64), mask, running=running_of(rest))
-    assert relative_error(np.asarray(y)[mask], expected_y[mask]) < FP32
-    assert relative_error(loss, expected_loss) < FP32
-    jax.tree.map(np.testing.assert_array_equal, rest_after, rest)  # evaluation changes no state
-    assert all(isinstance(key, str) and np.shape(value) == () for key, value in metrics.items())
-    assert all(np.isfinite(value) for value in metrics.values())
+    check_evaluation(compiled(name), functools.partial(oracle, name), rng, params_of)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_padding_changes_nothing(rng, name):
-    """Outputs of real tokens, loss, statistics and gradients with other (and large) contents in the padding."""
-    case = compiled(name)
-    x, mask, weights = draw(rng)
-    other = np.where(mask[..., None], x, 30 * rng.normal(size=x.shape)).astype(np.float32)
-    outcomes = []
-    for contents in (x, other):
-        y, loss, rest, (d_params, dx) = case.train(case.params, contents, mask, weights)
-        evaluated, evaluation_loss, *_ = case.evaluate(case.params, rest, contents, mask)
-        outputs = [np.asarray(a)[mask] for a in (y, evaluated, dx)]
-        outcomes.append(jax.tree.leaves((outputs, loss, evaluation_loss, rest, d_params)))
-    for before, after in zip(*outcomes, strict=True):
-        if jnp.issubdtype(before.dtype, jnp.floating):
-            assert relative_error(after, before) < UNCHANGED
+    check_padding(compiled(name), rng)
 
 
 @pytest.mark.parametrize("name", ["expert choice", "token choice, tight, gated", "peer k=n"])
@@ -224,16 +150,6 @@ def test_no_mask_means_all_tokens_are_real(rng, name):
     y, aux = jax.jit(lambda params, x: nnx.merge(case.eval_graph, params, case.rest, copy=True)(x))(case.params, x)
     assert relative_error(y, expected) < UNCHANGED
     assert relative_error(aux.loss, expected_loss) < UNCHANGED
-
-
-def changes(case, x, positions, rng):
-    """How much the output at each position moves, relative to the output, when x at `positions` is replaced."""
-    mask = np.ones((B, S), bool)
-    y = case.evaluate(case.params, case.rest, x, mask)[0]
-    moved = x.copy()
-    moved[:, positions] = 2 * rng.normal(size=x[:, positions].shape)
-    difference = np.abs(case.evaluate(case.params, case.rest, moved, mask)[0] - y)
-    return difference.max(axis=(0, 2)) / np.abs(y).max()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -301,7 +217,7 @@ def test_route_is_the_forward_s_and_has_no_side_effects(rng, params_of, name, mo
 @pytest.mark.parametrize("name", CASES)
 def test_parameter_counts(name):
     layer = compiled(name).layer
-    kind, _, options = CASES[name]
+    kind, sizes, options = CASES[name]
     leaves = {".".join(map(str, path)): leaf.size for path, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
     assert layer.num_params() == sum(leaves.values())
     if kind is Dense:
@@ -309,12 +225,13 @@ def test_parameter_counts(name):
     elif kind is MoE:
         # The average number of experts that compute a token: its own choices, or the experts that choose it.
         slots = min(options.get("capacity_factor", 1.0), 3) if name in LEAKY else options.get("top_k", 1)
-        expert = (3 if options.get("activation", "gelu") != "gelu" else 2) * D * 5
-        active = leaves["router.kernel"] + slots * expert
+        neuron = (3 if options.get("activation", "gelu") != "gelu" else 2) * D
+        active = leaves["router.kernel"] + (slots * sizes[2] + options.get("shared_d_ff", 0)) * neuron
     else:
         tables = {PEER: 2, PKM: 1}[kind] * D
         routing = sum(size for path, size in leaves.items() if path not in ("down", "up", "values"))
-        active = routing + min(2 * options["top_k"], 16) * tables  # a row that two heads retrieve is one row
+        used = min(options["num_heads"] * options["top_k"], 16)  # a row that two heads retrieve is one row
+        active = routing + used * tables
     assert layer.num_active_params() == active
 
 
@@ -325,6 +242,20 @@ def test_parameter_counts(name):
         (Dense, (16, 24), {"activation": "swiglu"}, 6 * 16 * 24),
         (PEER, (16, 81), {"num_heads": 3, "top_k": 5, "d_key": 10}, 2 * 16 * 30 + 2 * 3 * 9 * 10 + 4 * 15 * 16),
         (PKM, (16, 81), {"num_heads": 3, "top_k": 5, "d_key": 10}, 2 * 16 * 30 + 2 * 3 * 9 * 10 + 2 * 15 * 16),
+        # Two projections for the gated output.
+        (
+            PKM,
+            (16, 81),
+            {"num_heads": 3, "top_k": 5, "d_key": 10, "gated": True},
+            2 * 16 * 30 + 2 * 3 * 9 * 10 + 2 * 15 * 16 + 2 * 2 * 16 * 16,
+        ),
+        # Granularity 4: three experts a quarter as wide as the dense layer, and a shared one.
+        (
+            MoE,
+            (16, 32, 16),
+            {"routing": "token_choice", "top_k": 3, "capacity_factor": None, "shared_d_ff": 16},
+            2 * 16 * 32 + 4 * 16 * 64,
+        ),
         (MoE, (16, 4, 8), {"routing": "expert_choice"}, 2 * 16 * 4 + 4 * 16 * 8),
         # ceil(32 * 1.1 / 4) = 9 tokens of 32 per expert
         (MoE, (16, 4, 8), {"routing": "expert_choice", "capacity_factor": 1.1}, 2 * 16 * 4 + 4 * 9 / 32 * 4 * 16 * 8),
@@ -433,6 +364,7 @@ SMALL = {"num_heads": 1, "top_k": 2, "d_key": 4}
         (lambda r: MoE(8, 4, routing="token_choice", top_k=0, rngs=r), "0"),
         (lambda r: MoE(8, 4, routing="expert_choice", capacity_factor=None, rngs=r), "None"),
         (lambda r: MoE(8, 4, capacity_factor=-1.5, rngs=r), r"-1\.5"),
+        (lambda r: MoE(8, 4, shared_d_ff=0, rngs=r), "shared_d_ff=0"),
     ],
 )
 def test_a_size_that_cannot_be_is_an_error_that_names_it(build, named):

@@ -42,8 +42,10 @@ pytestmark = pytest.mark.usefixtures("trains")
 
 # Learning
 
+LAYERS = {"dense": "Dense", "soft_moe": "SoftMoE", "mumoe": "MuMoE", "pkm": "PKM", "peer": "PEER"}
 
-@pytest.mark.parametrize("layer", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+
+@pytest.mark.parametrize("layer", ["dense", "moe", "moe_token_choice", "soft_moe", "mumoe", "pkm", "peer"])
 def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     result = train(tiny, tmp_path, "Run.steps=40", layer=layer)
     logged = [line["loss"] for line in lines(tmp_path) if "loss" in line]
@@ -55,7 +57,7 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     model = run.trainer().abstract_model
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["schema"] == 1
-    assert result["layer"] == {"dense": "Dense", "pkm": "PKM", "peer": "PEER"}.get(layer, "MoE")
+    assert result["layer"] == LAYERS.get(layer, "MoE")
     assert result["method"] == model.method.label
     assert result["method"].startswith(result["layer"])
     assert result["options"] == json.loads(json.dumps(model.method.options()))
@@ -63,9 +65,9 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     assert result["config"] == run.config.identity
     assert (result["config"]["AdamW.learning_rate"], result["config"]["Run.steps"]) == ("0.01", "40")
     assert not result["config"].keys() & {"Run.log_every", "Run.accumulation", "TextTask.cache_dir", "local_files.path"}
-    assert result["is_causal"] == (layer != "moe")
+    assert result["is_causal"] == (layer not in ("moe", "soft_moe"))
     assert (result["d_model"], result["num_blocks"]) == (16, 2)
-    assert result["num_experts"] == {"dense": None, "moe": 4, "moe_token_choice": 4}.get(layer, 64)
+    assert result["num_experts"] == {"dense": None, "peer": 64, "pkm": 64, "mumoe": 64}.get(layer, 4)
     assert (result["seed"], result["steps"], result["batch_size"], result["seq_len"]) == (0, 40, BATCH, SEQ_LEN)
     assert result["tokens"] == 40 * BATCH * SEQ_LEN
     assert result["forward_flops_per_token"] == sum(result["forward_flops_by_part"].values())
@@ -81,7 +83,7 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     (own,) = result["evaluations"].values()
     assert own["loss"] == lines(tmp_path)[-1]["validation_loss"]
     assert own["loss"] < logged[0] - 1.5
-    assert ("experts" in own) == (layer != "dense")
+    assert ("experts" in own) == (layer not in ("dense", "soft_moe"))
 
 
 def test_schedule_ends_with_the_last_step(tiny, tmp_path):

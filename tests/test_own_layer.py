@@ -17,7 +17,7 @@ from peer_jax.data.corpora import python_stdlib
 from peer_jax.data.pipeline import TextTask
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.layers import PEER, PKM, Aux, Dense, FeedForward, MoE, families
+from peer_jax.layers import PEER, PKM, Aux, Dense, FeedForward, MoE, MuMoE, SoftMoE, families
 from peer_jax.models import Transformer, generate
 from peer_jax.planning import capacity
 from peer_jax.planning.capacity_table import show
@@ -188,12 +188,9 @@ def test_the_baseline_is_the_plain_dense_layer():
 
 
 def test_families_are_the_layers_of_the_package():
-    assert families() == {"Dense": Dense, "MoE": MoE, "PEER": PEER, "PKM": PKM}
-    assert {name for name, layer in families().items() if layer.route is not FeedForward.route} == {
-        "MoE",
-        "PEER",
-        "PKM",
-    }
+    assert families() == {layer.__name__: layer for layer in (Dense, MoE, MuMoE, PEER, PKM, SoftMoE)}
+    without_route = {name for name, layer in families().items() if layer.route is FeedForward.route}
+    assert without_route == {"Dense", "SoftMoE"}
 
 
 # Planned
@@ -244,7 +241,8 @@ def test_plan_counts_it_and_says_what_is_unknown(capsys):
 
 
 def test_plan_knows_the_layers_of_the_package(capsys):
-    for layer in (Dense, functools.partial(MoE, num_experts=4), functools.partial(PEER, num_experts=64)):
+    coarse = (functools.partial(layer, num_experts=4) for layer in (MoE, MuMoE, SoftMoE))
+    for layer in (Dense, *coarse, functools.partial(PEER, num_experts=64)):
         planned, out = shown(layer, 80e9, capsys)
         assert planned.unknown == ()
         assert "unknown" not in out

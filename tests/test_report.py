@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 
-from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style
+from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style, tables
 from peer_jax.analysis.isoflop import analyse
 from peer_jax.errors import InputError
 from peer_jax.run_directory import SCHEMA, RunDirectory, SweepDirectory
@@ -192,7 +192,7 @@ def everything(tmp_path_factory):
 class Page(html.parser.HTMLParser):
     """The content of a page. Tags that don't match are an error."""
 
-    VOID = frozenset({"meta", "link", "img", "br", "hr"})
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
 
     def __init__(self, path):
         super().__init__()
@@ -282,27 +282,29 @@ MEASURE = """<script>addEventListener("load", async () => {
 });</script>"""
 
 
+def browse(page, folder, width):
+    """What a browser makes of a page, and what it writes to its console."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
+    flags += [f"--window-size={width},2000", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
+    flags += ["--virtual-time-budget=20000"]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 @pytest.mark.parametrize("width", [1200, 500], ids=["desktop", "phone"])
 def test_a_browser_shows_the_page(everything, tmp_path, width):
     if BROWSER is None:
         pytest.skip("there is no chromium on the PATH (Debian's package chromium)")
     page = tmp_path / "report.html"
     page.write_text((everything / "out" / "report.html").read_text().replace("</body>", MEASURE + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    flags += [f"--window-size={width},2000", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
-    flags += ["--virtual-time-budget=20000"]
-    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    widths = re.search(r'data-widths="([\d ]*)"', done.stdout)[1].split()
+    dumped, console = browse(page, tmp_path, width)
+    assert console == []
+    widths = re.search(r'data-widths="([\d ]*)"', dumped)[1].split()
     assert len(widths) == 12
     assert all(int(image) > 100 for image in widths)
     # Wide tables and figures scroll within the page; the page itself does not.
-    assert int(re.search(r'data-overflow="(-?\d+)"', done.stdout)[1]) <= 0
+    assert int(re.search(r'data-overflow="(-?\d+)"', dumped)[1]) <= 0
 
 
 def test_a_report_on_one_run(tmp_path):
@@ -340,6 +342,21 @@ def test_a_report_on_several_directories(tmp_path):
     assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
     again = Page(write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
     assert "6 finished runs" in again  # a directory given twice is read once
+
+
+def test_query_batch_norm_is_compared_as_in_the_paper(tmp_path):
+    axes = {"PEER.query_norm": ("batch", "layer", None), "NUM_EXPERTS": (1024, 4096)}
+    write_ablation(tmp_path, axes)
+    rows = results.read([tmp_path])
+    shown = tables.query_norm(rows)
+    assert [cells[3] for cells in shown.rows] == ["1024", "4096"]
+    for cells in shown.rows:
+        for norm, told in zip((None, "batch"), cells[4].split(" / "), strict=True):
+            settings = {"PEER.query_norm": norm, "NUM_EXPERTS": int(cells[3])}
+            own = [row.perplexity for row in rows if row.settings == settings]
+            assert len(own) == 2  # seeds
+            assert float(told) == pytest.approx(np.mean(own), abs=5e-4)
+    assert tables.query_norm([row for row in rows if row.settings["PEER.query_norm"] == "batch"]).rows == []
 
 
 def test_losses_on_different_texts_are_not_compared(tmp_path):

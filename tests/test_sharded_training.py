@@ -17,7 +17,7 @@ from flax import nnx
 from reference import relative_error
 from test_step import SMOOTH, B, S, V, ragged
 
-from peer_jax.layers import PEER, PKM, Dense, MoE
+from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
 from peer_jax.models import Transformer
 from peer_jax.sharding import Sharding, split_batch, use
 from peer_jax.training.step import Trainer
@@ -25,6 +25,7 @@ from peer_jax.training.step import Trainer
 pytestmark = pytest.mark.slow
 
 D, N, E, F = 16, 64**2, 8, 128
+SLOTS = 5  # unlike the capacities of experts, by whose sizes all-to-alls are told apart
 TABLE, KERNEL = 4 * N * D, 4 * E * D * F  # bytes
 STEPS = 5
 RETRIEVAL = {"num_experts": N, "num_heads": 2, "d_key": 4, "top_k": 4}
@@ -33,18 +34,22 @@ LAYERS = {
     "expert choice": functools.partial(MoE, num_experts=E, d_ff=F),
     "token choice": functools.partial(MoE, num_experts=E, d_ff=F, routing="token_choice", top_k=2),
     "dropless": functools.partial(MoE, num_experts=E, d_ff=F, routing="token_choice", top_k=2, capacity_factor=None),
+    "soft moe": functools.partial(SoftMoE, num_experts=E, d_ff=F, slots_per_expert=SLOTS),
+    "mumoe": functools.partial(MuMoE, num_experts=E, rank=4),
     "pkm": functools.partial(PKM, **RETRIEVAL),
     "peer": functools.partial(PEER, **RETRIEVAL),
     "peer, layer norm": functools.partial(PEER, **RETRIEVAL, query_norm="layer"),
 }
 # A block of each of the layers, and what is unusual.
 MODELS = {
-    "coarse": (["dense", "expert choice", "token choice"], {}),
+    "coarse": (["dense", "expert choice", "token choice", "soft moe"], {}),
     "retrieval": (["pkm", "peer"], {}),
     "dropless": (["dropless"], {}),
+    "multilinear": (["mumoe"], {}),
     "moment a row": (["pkm", "peer"], {"moment": "row"}),
     "bfloat16": (["peer"], {"dtype": jnp.bfloat16}),
     "touched": (["pkm", "peer"], {"touched": True}),
+    "shared": (["pkm", "pkm"], {"touched": True, "shared": True}),
     "accumulation": (["peer, layer norm"], {"touched": True, "accumulation": 2, "remat": True}),
 }
 ALONE = ((1, 1, 1), "rows")
@@ -61,13 +66,15 @@ TOUCHED = [
     ("touched", (2, 1, 4), "rows"),
     ("touched", (1, 2, 4), "columns"),
     ("touched", (8, 1, 1), "rows"),
+    ("shared", (2, 1, 4), "rows"),
     ("accumulation", (2, 2, 2), "rows"),
 ]
 OTHERS = [("bfloat16", (2, 2, 2), "rows")]
 COARSE = [("coarse", *case) for case in [*SPLIT, *WHOLE, *FSDP]]
 DROPLESS = [("dropless", *case) for case in [*SPLIT, *WHOLE]]
+MULTILINEAR = [("multilinear", (2, 2, 2), "rows")]
 # What a process measures.
-GROUPS = {"retrieving": RETRIEVING + TOUCHED + OTHERS, "coarse": COARSE + DROPLESS}
+GROUPS = {"retrieving": RETRIEVING + TOUCHED + OTHERS, "coarse": COARSE + DROPLESS + MULTILINEAR}
 CASES = [case for cases in GROUPS.values() for case in cases]
 # As in test_step, whose optimiser is smooth on purpose: sums in another order, some dozen roundings of 6e-8, but here
 # through five steps.
@@ -91,8 +98,9 @@ def trainer(model, *, on_mesh=False):
         def next_layer(*arguments, **types):
             return LAYERS[next(layers)](*arguments, **types)
 
-        init = nnx.initializers.normal(1.0)
-        return Transformer(V, D, len(names), 2, ffw=next_layer, embed_init=init, dtype=dtype, remat=remat, rngs=rngs)
+        sparse = {"sparse_ffw": next_layer, "sparse_blocks": "all", "share_tables": "shared" in options}
+        more = {"embed_init": nnx.initializers.normal(1.0), "dtype": dtype, "remat": remat}
+        return Transformer(V, D, len(names), 2, ffw=Dense, **sparse, **more, rngs=rngs)
 
     optimizer = SMOOTH.__class__(**SMOOTH.__dict__ | tables)
     return Trainer(build, optimizer, accumulation=options.get("accumulation", 1))
@@ -278,7 +286,7 @@ def test_rows_go_to_their_experts_and_come_back(model, mesh, form):
     """By all-to-all, as their gradients do: E C rows of a sequence a device. Experts, routers' scores: not at all."""
     _, fsdp, expert = mesh
     sent = Counter(sizes(model, mesh, form, "all-to-all"))
-    for capacity in (math.ceil(S / E), math.ceil(2 * S / E)):
+    for capacity in (math.ceil(S / E), math.ceil(2 * S / E), SLOTS):
         assert sent.pop(4 * E * capacity * D, 0) == (4 if expert > 1 else 0)
     # With fsdp, also the embeddings of tokens, and a device's own experts, of which it holds a part of the width.
     assert max(sent, default=0) <= (4 * S * D if fsdp > 1 else 0)

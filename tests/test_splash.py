@@ -17,16 +17,16 @@ from peer_jax.training.step import Trainer
 B, S, H, C = 2, 256, 2, 32
 
 
-def by_hand(query, key, value, segments):
-    """[b, s, h, c] in the type of the inputs; each token sees the earlier ones of its segment."""
+def by_hand(query, key, value, segments, causal):
+    """[b, s, h, c] in the type of the inputs; each token sees those of its segment, and only earlier ones if causal."""
     scores = jnp.einsum("bshc,bShc->bhsS", query, key) / np.sqrt(C)
-    seen = np.tril(np.ones((S, S), bool))[None] & (segments[:, :, None] == segments[:, None, :])
+    seen = np.tril(np.ones((S, S), bool), k=0 if causal else S)[None] & (segments[:, :, None] == segments[:, None, :])
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhsS,bShc->bshc", weights, value)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_outputs_and_gradients(rng, packed):
+@pytest.mark.parametrize(("packed", "causal"), [(True, True), (False, True), (True, False), (False, False)])
+def test_outputs_and_gradients(rng, packed, causal):
     """The softmax of at most 256 scores and sums of 256 values in float32: errors of some 256 roundings of 2^-24."""
     arrays = [rng.normal(size=(B, S, H, C)) for _ in range(4)]
     # Documents that begin within a block of 128 keys and at its border, and padding at the end.
@@ -38,9 +38,9 @@ def test_outputs_and_gradients(rng, packed):
         return [np.asarray(a) for a in (y, *pullback(dy))]
 
     ids = jnp.asarray(segments, jnp.int32) if packed else None
-    found = run(functools.partial(splash.attend, segment_ids=ids, interpret=True), jnp.float32)
+    found = run(functools.partial(splash.attend, segment_ids=ids, causal=causal, interpret=True), jnp.float32)
     with jax.enable_x64(True):
-        wanted = run(functools.partial(by_hand, segments=segments), jnp.float64)
+        wanted = run(functools.partial(by_hand, segments=segments, causal=causal), jnp.float64)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=256 * 2**-24 * np.abs(b).max())
 

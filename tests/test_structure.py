@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "models",
         "data",
     },
-    "analysis": {"errors", "run_directory", "storage", "training"},
+    "analysis": {"errors", "run_directory", "storage", "sharding", "layers", "models", "data", "training"},
     "planning": {"errors", "memory", "sharding", "ops", "layers", "models", "training"},
     "bench": {"errors", "fields", "memory", "storage", "startup"} | {"ops", "layers", "models", "training", "analysis"},
     "sweeps": LEAVES | {"ops", "layers", "data", "models", "training", "analysis"},

@@ -359,10 +359,37 @@ def test_shipped_sweep_is_built(path):
 
 def test_shipped_sweeps_are_those_promised():
     names = {path.stem for path in SWEEPS}
-    assert names >= {"isoflop_quick", "isoflop_cpu", "isoflop_gpu", "isoflop_paper", "lr"}
+    assert names >= {"isoflop_quick", "isoflop_cpu", "isoflop_gpu", "isoflop_paper", "lr", "memory"}
     assert {name.removeprefix("ablation_") for name in names if name.startswith("ablation_")} == {
-        *("heads", "experts", "active", "query_norm", "scores", "routing", "seeds", "second_moment", "table_optimizer")
+        *("heads", "experts", "active", "query_norm", "scores", "routing", "seeds", "second_moment", "table_optimizer"),
+        "granularity",
     }
+
+
+def shipped(name):
+    """The runs of the first seed of a shipped sweep."""
+    described, _, _ = config.load_sweep([FOLDER / f"{name}.gin"])
+    described = dataclasses.replace(described, seeds=described.seeds[:1])
+    return plan.plan(expand(described, FOLDER), load)
+
+
+def test_runs_of_every_granularity_differ_by_their_routers_alone():
+    """16 G experts of width 128 / G, of which a token takes G."""
+    d, all_but_router = 32, set()
+    for run, granularity in zip(shipped("ablation_granularity"), (1, 2, 4, 8, 16), strict=True):
+        router = d * 16 * granularity
+        all_but_router.add((run.params_total - router, run.params_active - router, run.flops_per_token - 2 * router))
+        assert abs(run.training_flops - 1e12) <= run.step_flops / 2
+    assert len(all_but_router) == 1
+
+
+def test_memories_are_compared_at_equal_parameters_and_flops():
+    runs = {run.point.method: run for run in shipped("memory")}
+    assert runs.keys() == {"pkm", "memory_plus", "peer", "peer_linear"}
+    for run in runs.values():
+        assert run.params_total == pytest.approx(runs["pkm"].params_total, rel=0.02)
+        assert abs(run.training_flops - 1e12) <= run.step_flops / 2
+    assert runs["peer"].flops_per_token == runs["peer_linear"].flops_per_token
 
 
 def test_the_paper_s_sweep_has_the_paper_s_layers():

@@ -38,9 +38,22 @@ def _standard_promotion():
         yield
 
 
-def trainer(table_updates, layer, *, d=8, blocks=1, remat=False, accumulation=1, form=BY_ROW, share=1.0, **sizes):
+def trainer(
+    table_updates,
+    layer,
+    *,
+    d=8,
+    blocks=1,
+    share_tables=False,
+    remat=False,
+    accumulation=1,
+    form=BY_ROW,
+    share=1.0,
+    **sizes,
+):
     def build(*, rngs):
-        options = {"sparse_blocks": "all", "remat": remat, "embed_init": nnx.initializers.normal(1.0)}
+        options = {"sparse_blocks": "all", "share_tables": share_tables, "remat": remat}
+        options |= {"embed_init": nnx.initializers.normal(1.0)}
         sparse = functools.partial(layer, **sizes)
         return Transformer(V, d, blocks, 2, ffw=Dense, sparse_ffw=sparse, **options, rngs=rngs)
 
@@ -89,6 +102,18 @@ CASES = {
     "one token, k=1": (PKM, {"num_heads": 1, "top_k": 1, "query_norm": "layer"}, 16, (1, 1)),
     "all rows": (PKM, {"num_heads": 1, "top_k": 4}, 4, (2, 3)),
     "accumulated": (PEER, {"num_heads": 2, "top_k": 2, "query_norm": "layer"}, 64, (4, 3)),
+    "one table, three blocks, remat": (
+        PEER,
+        {"num_heads": 2, "top_k": 2, "blocks": 3, "share_tables": True, "remat": True},
+        1024,
+        (2, 5),
+    ),
+    "one table, accumulated": (
+        PKM,
+        {"num_heads": 2, "top_k": 2, "query_norm": "layer", "blocks": 2, "share_tables": True},
+        256,
+        (4, 3),
+    ),
     "Adam, rows rest": (PEER, {"num_heads": 2, "top_k": 2, "form": RESTING}, 64, (2, 5)),
     "moment per row, rows rest": (
         PKM,
@@ -108,7 +133,7 @@ def test_ten_steps_equal_those_on_whole_tables(case):
     layer, options, num_experts, size = CASES[case]
     made, steps = {}, {}
     for updates in ("all", "touched"):
-        accumulation = 2 if (case, updates) == ("accumulated", "touched") else 1
+        accumulation = 2 if "accumulated" in case and updates == "touched" else 1
         made[updates] = trainer(updates, layer, num_experts=num_experts, d_key=4, accumulation=accumulation, **options)
         steps[updates] = made[updates].compiled_step()
     initial, states, metrics, history = made["all"].init(0), {}, {}, []

@@ -14,7 +14,7 @@ from reference import relative_error
 from peer_jax.errors import InputError
 from peer_jax.layers import PEER, PKM, Dense, MoE
 from peer_jax.models import Transformer
-from peer_jax.models.transformer import sparse_block_indices
+from peer_jax.models.model import sparse_block_indices
 
 V, D, HEADS, BLOCKS = 11, 8, 2, 2
 B, S = 2, 9

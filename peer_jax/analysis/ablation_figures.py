@@ -8,7 +8,17 @@ from matplotlib.ticker import MaxNLocator
 
 from peer_jax.analysis.ablations import UNUSED, Ablation, Panel, readable, value_text
 from peer_jax.analysis.reading import budget
-from peer_jax.analysis.style import LOSS, WIDTH, Style, brief, figure, house_style, legend, loss_limits, value_axis
+from peer_jax.analysis.style import (
+    WIDTH,
+    Style,
+    brief,
+    figure,
+    house_style,
+    legend,
+    loss_label,
+    loss_limits,
+    value_axis,
+)
 
 
 @house_style()
@@ -31,9 +41,9 @@ def ablation(found: Ablation, looks: dict[str, Style]) -> Figure | None:
         axes.set_title(f"{brief(panel.size, 24)}, {budget(panel.budget)} FLOPs")
         if found.kind == "line":
             axes.set_xlabel(brief(readable(found.varied[0])))
-            axes.set_ylabel(LOSS if place % columns == 0 else "")
+            axes.set_ylabel(loss_label(found.unit) if place % columns == 0 else "")
         else:
-            axes.set_xlabel(LOSS)
+            axes.set_xlabel(loss_label(found.unit))
             axes.set_ylabel(brief(found.title, 24) if place % columns == 0 and len(found.varied) == 1 else "")
     keys = [look.key(linestyle=look.line if found.kind == "line" else "") for look in looks.values()]
     legend(made, keys, spare)
@@ -118,5 +128,6 @@ def _heat_maps(found: Ablation, looks: dict[str, Style]) -> Figure | None:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    made.colorbar(image, ax=places, label=LOSS, pad=0.02, extend="max" if values.max() > limits[1] else "neither")
+    extend = "max" if values.max() > limits[1] else "neither"
+    made.colorbar(image, ax=places, label=loss_label(found.unit), pad=0.02, extend=extend)
     return made

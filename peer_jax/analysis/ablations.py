@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from peer_jax.analysis.pooling import SWEEP
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.results import Row, unit
 from peer_jax.storage import AnyPath
 
 # A name for an axis, and a short name for labels that hold several.
@@ -57,6 +57,7 @@ class Ablation:
         values: the combinations that were run, in order.
         panels: one for each budget and size.
         not_causal: the methods that see later tokens.
+        unit: what the losses are means over: a token, or an image.
     """
 
     directory: AnyPath
@@ -66,6 +67,7 @@ class Ablation:
     kind: Kind
     panels: tuple[Panel, ...]
     not_causal: frozenset[str]
+    unit: str
 
     @property
     def title(self) -> str:
@@ -122,6 +124,7 @@ def _ablation(directory: AnyPath, text: str, rows: Sequence[Row]) -> Ablation | 
         kind=kind,
         panels=tuple(panels.values()),
         not_causal=frozenset(row.method for row in rows if not row.is_causal),
+        unit=unit(rows),
     )
 
 

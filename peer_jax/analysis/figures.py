@@ -17,9 +17,8 @@ from matplotlib.patches import Patch
 from peer_jax.analysis.curves import Training
 from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, named, si
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.results import Row, unit
 from peer_jax.analysis.style import (
-    LOSS,
     PALETTE,
     QUIET,
     WIDTH,
@@ -29,6 +28,7 @@ from peer_jax.analysis.style import (
     house_style,
     legend,
     log_axis,
+    loss_label,
     loss_limits,
     perplexity_axis,
     value_axis,
@@ -59,8 +59,9 @@ def isoflop(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Fig
         axes.set_title(f"{budget(value)} training FLOPs")
         axes.set_xlabel(SIZES[measure])
         if place % columns == 0:
-            axes.set_ylabel(LOSS)
-        perplexity_axis(axes, label=place % columns == columns - 1 or place == len(budgets) - 1)
+            axes.set_ylabel(loss_label(analysis.unit))
+        if analysis.unit == "token":
+            perplexity_axis(axes, label=place % columns == columns - 1 or place == len(budgets) - 1)
     keys = [look.key() for look in looks.values()]
     fits = [curve.fits[measure] for curve in curves if measure in curve.fits]
     star = {"linestyle": "", "marker": "*", "ms": 13, "color": QUIET}
@@ -132,7 +133,7 @@ def optimum(analysis: Analysis, looks: Mapping[str, Style]) -> Figure | None:
         return None
     looks = _only(looks, laws.keys() & {curve.series for curve in curves})
     made, panels = figure(1, 3, height=4.3, width=WIDTH * 1.05)
-    titles = ("N_opt: active parameters", "D_opt: tokens", "loss at the minimum [nats/token]")
+    titles = ("N_opt: active parameters", "D_opt: tokens", f"loss at the minimum [nats/{analysis.unit}]")
     computes = [curve.compute for curve in curves]
     ends = np.array([min(computes), max(computes)])
     for axes, title, values in zip(panels, titles, _optima(curves), strict=True):
@@ -189,7 +190,7 @@ def training(curves: Sequence[Training], looks: Mapping[str, Style]) -> Figure |
         axes.set_title(f"{budget(value)} training FLOPs")
         axes.set_xlabel("FLOPs spent")
         if place % columns == 0:
-            axes.set_ylabel("training loss [nats/token], smoothed")
+            axes.set_ylabel(f"training loss [nats/{unit(curve.row for curve in curves)}], smoothed")
     keys = [look.key(marker="", lw=2.4) for look in looks.values()]
     legend(made, keys, spare)
     return made

@@ -1,6 +1,6 @@
 """IsoFLOP analysis (Hoffmann et al. 2022, approach 2): from rows to minima, power laws and comparisons with a baseline.
 
-N active parameters, D tokens, C training FLOPs spent, L final validation loss in nats per token.
+N active parameters, D tokens, C training FLOPs spent, L final validation loss in nats per token, or per image.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from peer_jax.analysis.columns import NoFit
 from peer_jax.analysis.fit import LossSurface, PowerLaw, Saving, compute_saved, fit_loss_surface, fit_power_law
 from peer_jax.analysis.parabola import Parabola, fit_parabola
 from peer_jax.analysis.pooling import tell_apart
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.results import Row, unit
 from peer_jax.storage import AnyPath
 
 MEASURES = ("params_active", "params_total", "tokens")
@@ -61,6 +61,11 @@ class Curve:
     def fit(self) -> Parabola | None:
         """The parabola of loss against active parameters, which minima, laws and comparisons are taken from."""
         return self.fits.get("params_active")
+
+    @property
+    def unit(self) -> str:
+        """What the losses are means over: a token, or an image."""
+        return unit(self.rows)
 
     @property
     def has_minimum(self) -> bool:
@@ -174,6 +179,11 @@ class Analysis:
     surfaces: tuple[Surface, ...]
     comparisons: tuple[Comparison, ...]
     noise: tuple[Noise, ...]
+
+    @property
+    def unit(self) -> str:
+        """What the losses are means over: a token, an image, or "token or image"."""
+        return unit(self.rows)
 
     @property
     def budgets(self) -> list[float]:

@@ -25,7 +25,7 @@ def si(number: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Writes a loss in nats per token to four decimals."""
+    """Writes a loss in nats to four decimals."""
     return "-" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
 
 
@@ -102,13 +102,13 @@ def _minima(ranked: Sequence[Curve]) -> list[str]:
     first = ranked[0]
     known = f" (95% interval {interval(first.fit.loss_interval, loss)})" if first.fit.loss_interval else ""
     sentences = [
-        f"{first.series} has the lowest fitted minimum of the causal methods: {loss(first.fit.loss)} nats per token"
-        f"{known} at {si(first.fit.size)} active parameters."
+        f"{first.series} has the lowest fitted minimum of the {_causal(first)}methods: {loss(first.fit.loss)} nats per "
+        f"{first.unit}{known} at {si(first.fit.size)} active parameters."
     ]
     if len(ranked) == 1:
         return [
-            f"{first.series} is the only causal method with a minimum among the sizes tried: "
-            f"{loss(first.fit.loss)} nats per token{known} at {si(first.fit.size)} active parameters."
+            f"{first.series} is the only {_causal(first)}method with a minimum among the sizes tried: "
+            f"{loss(first.fit.loss)} nats per {first.unit}{known} at {si(first.fit.size)} active parameters."
         ]
     overlapping, apart, unknown = [], [], []
     for other in ranked[1:]:
@@ -136,6 +136,11 @@ def _minima(ranked: Sequence[Curve]) -> list[str]:
     return sentences
 
 
+def _causal(curve: Curve) -> str:
+    """The word that says which methods are ranked, where causality matters: no token of an image is predicted."""
+    return "causal " if curve.unit == "token" else ""
+
+
 def _with_losses(curves: Sequence[Curve]) -> str:
     return joined([f"{curve.series} ({loss(curve.fit.loss)})" for curve in curves])
 
@@ -148,14 +153,14 @@ def _measured(curves: Sequence[Curve], analysis: Analysis) -> list[str]:
     if len(ranked) == 1:
         rows, value = ranked[0].best()
         return [
-            f"There is one causal series, {ranked[0].series}, and its lowest loss is {loss(value)} nats per token "
-            f"(size {rows[0].size}, {count(len(rows), 'run')})."
+            f"There is one {_causal(ranked[0])}series, {ranked[0].series}, and its lowest loss is {loss(value)} nats "
+            f"per {ranked[0].unit} (size {rows[0].size}, {count(len(rows), 'run')})."
         ]
     (rows, low), (others, next_low) = ranked[0].best(), ranked[1].best()
     sentences = [
-        f"No causal method has a minimum among the sizes tried. The lowest loss measured is {loss(low)} nats per token "
-        f"by {ranked[0].series} (size {rows[0].size}, {count(len(rows), 'run')}), the next lowest {loss(next_low)} by "
-        f"{ranked[1].series} (size {others[0].size}, {count(len(others), 'run')})."
+        f"No {_causal(ranked[0])}method has a minimum among the sizes tried. The lowest loss measured is {loss(low)} "
+        f"nats per {ranked[0].unit} by {ranked[0].series} (size {rows[0].size}, {count(len(rows), 'run')}), the next "
+        f"lowest {loss(next_low)} by {ranked[1].series} (size {others[0].size}, {count(len(others), 'run')})."
     ]
     noise = next((noise for noise in analysis.noise if noise.budget == curves[0].budget), None)
     if noise is None:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,8 +73,6 @@ def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPat
 
 def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> str:
     """Draws the figures into their files, and returns the page."""
-    import jinja2
-
     from peer_jax.analysis import ablation_figures, figures, style
 
     failed = failures(directories)
@@ -85,18 +84,10 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     isoflop = {measure: figures.isoflop(analysis, measure, looks) for measure in MEASURES}
     optimum = figures.optimum(analysis, looks)
 
-    def draw(name: str, alt: str, figure: Any) -> Drawing | None:
-        return None if figure is None else _draw(out / FIGURES, name, alt, figure)
+    draw = functools.partial(draw_into, out / FIGURES)
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("peer_jax.analysis", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         rows=rows,
         summary=_summary(analysis, directories),
         analysis=analysis,
@@ -123,6 +114,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
             "surfaces": tables.surfaces(analysis),
             "training": tables.training([curve for curve in trained if curve.is_best]),
             "usage": tables.usage(rows),
+            "query_norm": tables.query_norm(rows),
             "flops": tables.flops_split(figures.models(rows)),
             "runs": tables.runs(rows),
             "failures": failed,
@@ -140,9 +132,27 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     )
 
 
-def _draw(folder: AnyPath, name: str, alt: str, figure: Any) -> Drawing:
+def render(template: str, **values: Any) -> str:
+    """A page of this package, made of values that are written as text and not as markup."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("peer_jax.analysis", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def draw_into(folder: AnyPath, name: str, alt: str, figure: Any) -> Drawing | None:
+    """Writes a figure as SVG and PNG into a folder, and returns it for a page; None where there is no figure."""
     from peer_jax.analysis import style
 
+    if figure is None:
+        return None
     vector = style.svg(figure)
     for path, content in ((folder / f"{name}.svg", vector), (folder / f"{name}.png", style.png(figure))):
         write_whole(path, content)
@@ -158,7 +168,7 @@ def _summary(analysis: Analysis, directories: Sequence[AnyPath]) -> str:
         f"{reading.count(len(rows), 'finished run')} from {reading.joined([str(path) for path in directories])}: "
         f"{reading.count(len(methods), 'method')} ({'; '.join(methods)}) at {reading.joined(budgets)} training FLOPs. "
         f"Trained and validated on {reading.joined(analysis.texts)}, on {reading.joined(devices)}; losses are in nats "
-        "per token, on the validation split."
+        f"per {analysis.unit}, on the validation split."
     )
 
 
@@ -229,13 +239,12 @@ def failures(directories: Sequence[AnyPath]) -> Table:
 
 def table(rows: Sequence[Row]) -> None:
     """Prints one line per run: losses on its own task, training FLOPs, parameters and speed."""
-    columns = ("method", "loss", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
+    columns = ("method", "loss", "accuracy", "bits/byte", "perplexity", "FLOPs", "params", "active", "tokens/s", "run")
     cells = [
         [
             row.method + ("" if row.is_causal else " *"),
             reading.loss(row.loss),
-            f"{row.bits_per_byte:.4f}",
-            f"{row.perplexity:.3f}",
+            *tables.measures(row.accuracy, row.bits_per_byte, row.perplexity),
             f"{row.training_flops:.3g}",
             reading.si(row.params_total),
             reading.si(row.params_active),
@@ -245,7 +254,8 @@ def table(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     console = _console()
-    _print(console, Table("Validation loss (nats per token) at the training FLOPs spent", columns, cells))
+    title = f"Validation loss (nats per {results.unit(rows)}) at the training FLOPs spent"
+    _print(console, Table(title, columns, cells).known())
     if not all(row.is_causal for row in rows):
         console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")
 
@@ -278,7 +288,7 @@ def _console() -> Console:
 
 def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
     """Prints one line per task."""
-    columns = ("task", "loss", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
+    columns = ("task", "loss", "accuracy", "bits/byte", "perplexity", "word perplexity", "usage", "unevenness")
     cells = []
     for name, values in evaluations.items():
         experts = values.get("experts", {}).values()
@@ -286,11 +296,11 @@ def evaluation_table(step: int, evaluations: dict[str, Any]) -> None:
             [
                 name,
                 f"{values['loss']:.4f}",
-                f"{values['bits_per_byte']:.4f}",
-                f"{values['perplexity']:.3f}",
-                f"{values['word_perplexity']:.4g}",
+                *tables.measures(*(values.get(name) for name in ("accuracy", "bits_per_byte", "perplexity"))),
+                f"{values['word_perplexity']:.4g}" if "word_perplexity" in values else "-",
                 ", ".join(f"{block['usage']:.3f}" for block in experts) or "-",
                 ", ".join(f"{block['unevenness']:.3f}" for block in experts) or "-",
             ]
         )
-    _print(_console(), Table(f"Validation loss (nats per token), step {step}", columns, cells))
+    unit = "image" if any("accuracy" in values for values in evaluations.values()) else "token"
+    _print(_console(), Table(f"Validation loss (nats per {unit}), step {step}", columns, cells).known())

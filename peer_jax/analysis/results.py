@@ -35,7 +35,10 @@ class Row:
         config: the arguments that decide the numbers of the run, as a config writes them.
         grown: the steps and FLOPs that the run had spent when its pool of experts grew; empty if it has not grown.
         text: the name of the text if several are analysed together; otherwise empty.
-        loss: nats per token on the validation split of the run's own task.
+        is_causal: False if tokens see the later ones that they are to predict. True for images, of which no token is
+            predicted.
+        loss: nats per token, or per image, on the validation split of the run's own task.
+        accuracy: the share of the images that were classified rightly; None for text.
         other_losses: losses on further tasks, by task.
         usage, unevenness: means over the blocks that route.
     """
@@ -58,8 +61,9 @@ class Row:
     grown: dict[str, Any] = dataclasses.field(default_factory=dict)
     text: str = ""
     loss: float
-    perplexity: float
-    bits_per_byte: float
+    accuracy: float | None = None
+    perplexity: float | None
+    bits_per_byte: float | None
     training_flops: float
     tokens: int
     steps: int
@@ -81,6 +85,11 @@ class Row:
     cache: str
     device: str
     other_losses: dict[str, float]
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over: a token, or an image."""
+        return "token" if self.accuracy is None else "image"
 
     @property
     def varied(self) -> dict[str, Any]:
@@ -163,7 +172,7 @@ def row(
 
     folder = run.path
     copied = [
-        *("is_causal", "seed", "training_flops", "tokens", "steps", "params_total", "params_active", "d_model"),
+        *("seed", "training_flops", "tokens", "steps", "params_total", "params_active", "d_model"),
         *("num_blocks", "num_experts", "batch_size", "seq_len", "tokens_per_second", "wall_seconds"),
     ]
     return Row(
@@ -172,6 +181,7 @@ def row(
         method=point.get("method", result["method"]),
         layer=result.get("layer"),
         options=dict(result.get("options") or {}),
+        is_causal=result["is_causal"] is not False,
         is_baseline=bool(result.get("is_baseline", result["method"] == EARLIER_BASELINE)),
         baseline=kept["sweep"].get("baseline"),
         sweep=str(folder.parent if alone else folder.parent / kept["name"]) if point else None,
@@ -189,9 +199,15 @@ def row(
         usage=mean("usage"),
         unevenness=mean("unevenness"),
         other_losses={task: values["loss"] for task, values in evaluations.items() if values is not own},
-        **{name: own[name] for name in ("loss", "perplexity", "bits_per_byte")},
+        loss=own["loss"],
+        **{name: own.get(name) for name in ("accuracy", "perplexity", "bits_per_byte")},
         **{name: result[name] for name in copied},
     )
+
+
+def unit(rows: Iterable[Row]) -> str:
+    """What the losses of the rows are means over."""
+    return " or ".join(sorted({row.unit for row in rows}, reverse=True)) or "token"
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:

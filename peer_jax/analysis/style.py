@@ -19,7 +19,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.reading import named, si
 
-LOSS = "validation loss [nats/token]"
 SETTINGS = {
     "font.size": 10.5,
     "axes.titlesize": 11,
@@ -211,6 +210,11 @@ def value_axis(axis: Axis, values: Sequence[float]) -> None:
 def plain(value: float) -> str:
     """Writes a number in full where that is short (4096, 0.004), else with a suffix (1.2M)."""
     return f"{value:g}" if 1e-4 <= abs(value) < 1e6 else si(value) if abs(value) >= 1e6 else f"{value:.2g}"
+
+
+def loss_label(unit: str) -> str:
+    """The label of an axis of validation losses per token, or per image."""
+    return f"validation loss [nats/{unit}]"
 
 
 def perplexity_axis(axes: Axes, *, label: bool) -> None:

@@ -14,9 +14,25 @@ from peer_jax.analysis.results import Row
 
 # Columns that hold words, and those that hold whole sentences.
 WORDS = {
-    *("method", "series", "baseline", "size", "run", "note", "device", "setting", "text", "reason", "intervals", "task")
+    *(
+        "method",
+        "series",
+        "baseline",
+        "size",
+        "run",
+        "note",
+        "device",
+        "setting",
+        "text",
+        "reason",
+        "intervals",
+        "task",
+    ),
+    *("statement", "answer", "numbers", "finding", "layer", "change", "what it is", "label", "matrices", "domain"),
 }
-SENTENCES = {"note", "reason", "intervals"}
+SENTENCES = {"note", "reason", "intervals", "statement", "numbers", "finding", "what it is"}
+# Columns that are left out where no row has a value: text has no accuracy, and images have nothing else of these.
+OPTIONAL = {"accuracy", "mean accuracy", "bits/byte", "perplexity", "word perplexity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +42,16 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: list[list[str]]
+
+    def known(self) -> "Table":
+        """The table without the columns of ``OPTIONAL`` in which no row has a value."""
+        kept = [
+            place
+            for place, column in enumerate(self.columns)
+            if column not in OPTIONAL or any(cells[place] != "-" for cells in self.rows)
+        ]
+        columns = tuple(self.columns[place] for place in kept)
+        return Table(self.title, columns, [[cells[place] for place in kept] for cells in self.rows])
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds words, which are aligned left."""
@@ -39,8 +65,8 @@ class Table:
 def runs(rows: Sequence[Row]) -> Table:
     """One line per run, with what is known of it in short."""
     columns = (
-        *("run", "method", "size", "seed", "loss", "bits/byte", "perplexity", "budget", "spent", "off by", "steps"),
-        *("tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
+        *("run", "method", "size", "seed", "loss", "accuracy", "bits/byte", "perplexity", "budget", "spent", "off by"),
+        *("steps", "tokens", "epochs", "parameters", "active", "usage", "unevenness", "tokens/s", "device"),
     )
     names = Counter(row.run for row in rows)
     cells = [
@@ -51,8 +77,7 @@ def runs(rows: Sequence[Row]) -> Table:
             row.size,
             str(row.seed),
             loss(row.loss),
-            f"{row.bits_per_byte:.4f}",
-            f"{row.perplexity:.3f}",
+            *measures(row.accuracy, row.bits_per_byte, row.perplexity),
             budget(row.budget),
             f"{row.training_flops:.4g}",
             f"{row.training_flops / row.budget - 1:+.1%}",
@@ -68,7 +93,13 @@ def runs(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table("All runs", columns, cells)
+    return Table("All runs", columns, cells).known()
+
+
+def measures(accuracy: float | None, bits_per_byte: float | None, perplexity: float | None) -> list[str]:
+    """The cells of what is measured beside the loss."""
+    pairs = ((accuracy, ".2%"), (bits_per_byte, ".4f"), (perplexity, ".3f"))
+    return ["-" if value is None else format(value, how) for value, how in pairs]
 
 
 def minima(analysis: Analysis) -> Table:
@@ -90,13 +121,13 @@ def minima(analysis: Analysis) -> Table:
                 si(curve.tokens_at_minimum),
                 loss(fit.loss),
                 interval(fit.loss_interval, loss),
-                f"{np.exp(fit.loss):.3f}",
+                f"{np.exp(fit.loss):.3f}" if curve.unit == "token" else "-",
                 str(fit.points),
                 str(fit.sizes),
                 _note(curve),
             ]
         )
-    return Table("Minima of the parabolas (N: active parameters, D: tokens)", columns, cells)
+    return Table("Minima of the parabolas (N: active parameters, D: tokens)", columns, cells).known()
 
 
 def _note(curve: Curve) -> str:
@@ -131,12 +162,16 @@ def points(analysis: Analysis) -> Table:
                     si(rows[0].params_total),
                     si(rows[0].tokens),
                     loss(mean_loss(rows)),
+                    "-" if rows[0].accuracy is None else f"{np.mean([row.accuracy for row in rows]):.2%}",
                     str(len(rows)),
                     f"{max(losses) - min(losses):.4f}" if len(rows) > 1 else "-",
                 ]
             )
-    columns = ("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "runs", "range over runs")
-    return Table("Mean loss by size", columns, cells)
+    columns = (
+        *("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "mean accuracy", "runs"),
+        "range over runs",
+    )
+    return Table("Mean loss by size", columns, cells).known()
 
 
 def comparisons(analysis: Analysis) -> Table:
@@ -246,6 +281,33 @@ def usage(rows: Sequence[Row]) -> Table:
     ]
     columns = ("budget", "series", "size", "experts", "usage", "unevenness", "runs")
     return Table("Usage (share of experts) and unevenness (nats)", columns, cells)
+
+
+QUERY_NORM = ("query_norm", "QUERY_NORM")
+
+
+def query_norm(rows: Sequence[Row]) -> Table:
+    """Perplexity, unevenness and usage without and with query batch-norm, as the table of the PEER paper has them.
+
+    A line compares the runs that differ in nothing else that a sweep varied, as means over seeds.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        names = [name for name in row.settings if name.rpartition(".")[2] in QUERY_NORM]
+        if len(names) == 1 and row.usage is not None and row.unevenness is not None:
+            others = tuple((name, str(value)) for name, value in sorted(row.settings.items()) if name not in names)
+            place = budget(row.budget), named(row.method, row.is_causal), row.size, row.num_experts, others
+            groups[place][row.settings[names[0]]].append(row)
+    cells = []
+    for (*place, experts, _), by_norm in groups.items():
+        if None in by_norm and "batch" in by_norm:
+            means = [
+                tuple(f"{np.mean([getattr(row, of) for row in by_norm[norm]]):.3f}" for norm in (None, "batch"))
+                for of in ("perplexity", "unevenness", "usage")
+            ]
+            cells.append([*place, str(experts), *(f"{without} / {with_norm}" for without, with_norm in means)])
+    columns = ("budget", "method", "size", "experts", "perplexity", "unevenness", "usage")
+    return Table("Query batch-norm: without / with", columns, cells)
 
 
 def flops_split(rows: Sequence[Row]) -> Table:

@@ -176,6 +176,9 @@ def sentencepiece(
 ) -> None:
     """Train a SentencePiece model on the config's training text; then set TextTask.vocabulary to its path."""
     run = load(config, set_, import_)
+    from peer_jax.data.pipeline import TextTask
     from peer_jax.data.tasks import train_sentencepiece
 
+    if not isinstance(run.task, TextTask):
+        raise InputError(f"{run.task.corpus.name} is no text to train a vocabulary on: give the config of a text")
     typer.echo(train_sentencepiece(run.task.corpus, model, vocab_size=vocab_size))

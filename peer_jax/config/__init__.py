@@ -25,7 +25,7 @@ from peer_jax.storage import AnyPath, is_in_bucket, place
 from peer_jax.sweeps.sweep import Sweep
 from peer_jax.training.run import Run
 
-CORPUS = "TextTask.corpus"  # what names a text
+CORPORA = ("TextTask.corpus", "ImageTask.corpus")  # what names a text, and images
 
 __all__ = ["BEFORE", "Binding", "Config", "begun_with", "layers_of", "load", "load_grown", "load_kept", "load_sweep"]
 
@@ -87,25 +87,30 @@ def load_kept(
 
     Args:
         kept: the ``config.gin`` of a run directory.
-        files: config files, each of which names a text by ``TextTask.corpus``. None of the arguments of the run's own
-            corpus remain then.
+        files: config files, each of which names a text by ``TextTask.corpus``, or images by ``ImageTask.corpus``. None
+            of the arguments of the run's own corpus remain then.
         bindings: as for ``load``.
         imports: as for ``load``.
 
     Raises:
-        InputError: as ``load``, or if a file names no text.
+        InputError: as ``load``, or if a file names no text or images, or not what the run is of.
     """
-    for file in files:
-        if CORPUS not in _names(parse_file(file).bindings):
+    corpora = {file: [name for name in CORPORA if name in _names(parse_file(file).bindings)] for file in files}
+    for file, found in corpora.items():
+        if not found:
             raise InputError(
-                f"{file} names no text: give a file that binds {CORPUS}, such as those of configs/data",
+                f"{file} names no text: give a file that binds {' or '.join(CORPORA)}, such as those of configs/data",
                 argument="data",
             )
     try:
         source = Source.read([_parse_kept(place(kept)), *files], bindings, imports, before=BEFORE)
-        return _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
+        run = _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
+    for file, found in corpora.items():
+        if not any(run.config.uses(name) for name in found):
+            raise InputError(f"{file} binds {found[0]}, but the run has {type(run.task).__name__}", argument="data")
+    return run
 
 
 def load_grown(
@@ -153,7 +158,7 @@ def _of_kept(source: Source, directory: RunDirectory, other_text: bool) -> Sourc
         for at, binding in enumerate(own):
             if binding.name.endswith("TextTask.vocabulary") and binding.value != BYTES:
                 own[at] = dataclasses.replace(binding, value=str(copy))
-    corpus = [binding.value for binding in own if _names([binding]) == [CORPUS]]
+    corpus = [binding.value for binding in own if _names([binding])[0] in CORPORA]
     if other_text and corpus and isinstance(corpus[-1], Reference):
         place = f"{corpus[-1].name}."
         own = [binding for binding in own if not binding.name.startswith(place)]

@@ -63,6 +63,11 @@ class Factory:
         fits = all(_is_of(value, parameters[name].annotation) for name, value in by_place.items())
         if len(args) > len(parameters) or not (fits or inspect.isclass(self._node.configurable)):
             raise InputError(f"{self} stands where what it makes is needed: did you mean {self}()?")
+        if unknown := [name for name in kwargs if name not in parameters]:
+            raise InputError(
+                f"{self} is given {unknown[0]!r} and takes no such argument: a model must fit its task, and a layer "
+                "its model, so name another"
+            )
         return call(self._node, self._node.values() | by_place | kwargs)
 
     def __repr__(self) -> str:

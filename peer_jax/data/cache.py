@@ -1,9 +1,9 @@
-"""The token cache on disk, which `prepare` writes once and training reads by random access.
+"""The cache of a task on disk, which `prepare` writes once and training reads by random access.
 
 manifest.json                 describes the cache; written last, before the folder is renamed into place
 train/tokens-00000.npy        [rows, seq_len] targets: ids with EOS, 0 = padding
 train/segment_ids-00000.npy   [rows, seq_len] 1, 2, ... for the pieces of documents in a row, 0 = padding
-validation/...
+validation/...                of images instead: images-00000.npy [rows, H, W, c], 0 to 255, labels-00000.npy [rows]
 left_out.txt                  what of the corpus could not be read and was left out, if there is any
 .verified.json                written by readers: the files that they have found to be whole, by size and time
 
@@ -13,6 +13,7 @@ The manifest has the digest of every other file that `prepare` wrote, and one of
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,85 +27,24 @@ from filelock import FileLock
 
 from peer_jax import digests, storage
 from peer_jax.data.corpora import SPLITS
+from peer_jax.data.rows import Damaged, Field, LabelledImages, PackedText, Rows, fields, shard_file
 from peer_jax.errors import InputError
 from peer_jax.storage import AnyPath, write_whole
 
 logger = logging.getLogger(__name__)
 
-KIND = "peer_jax token cache"
+TEXT, IMAGES = "peer_jax token cache", "peer_jax image cache"
 FORMAT = 2
 WITHOUT_DIGESTS = 1  # the format of earlier versions, which is read as well
 MANIFEST = "manifest.json"
 LEFT_OUT = "left_out.txt"
 VERIFIED = ".verified.json"
-SHARD_TOKENS = 2**24
+SHARD_VALUES = {TEXT: 2**24, IMAGES: 2**29}  # of the largest array of a shard, whose files stay open
 COPIED_BYTES, COPIED_AT_ONCE = 2**24, 8
-_COUNTS = ("rows", "tokens", "documents", "bytes", "words")
+_READERS: dict[str, type[Rows]] = {TEXT: PackedText, IMAGES: LabelledImages}
 
 
-class Damaged(InputError):  # noqa: N818, it names what is so
-    """A cache whose files are not as they were written, or not there."""
-
-    def __init__(self, what: str, path: AnyPath):
-        super().__init__(f"{what}; delete {path} and prepare it again, or copy it here again.")
-
-
-class PackedText:
-    """One split of a cache, memory-mapped, as a random-access source of rows.
-
-    `source[i]` is `{"tokens": [seq_len], "segment_ids": [seq_len]}`; `source.take(indices)` gathers rows as int32.
-    """
-
-    def __init__(self, path: Path, split: str, manifest: dict):
-        self.path, self.split, self.manifest = path, split, manifest
-        self.counts = {key: manifest["splits"][split][key] for key in _COUNTS}
-        self.rows, self.seq_len = self.counts["rows"], manifest["seq_len"]
-        shards = manifest["splits"][split]["shards"]
-        self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
-        self._tokens = [self._map("tokens", i, rows) for i, rows in enumerate(shards)]
-        self._segment_ids = [self._map("segment_ids", i, rows) for i, rows in enumerate(shards)]
-
-    def _map(self, name: str, shard: int, rows: int) -> np.ndarray:
-        file = shard_file(self.path, self.split, name, shard)
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise Damaged(f"{file} is missing or damaged", self.path) from error
-        expected = (rows, self.seq_len), self.manifest["dtypes"][name]
-        if (array.shape, array.dtype.name) != expected:
-            raise Damaged(
-                f"{file} holds {array.dtype.name} {array.shape} but its manifest says {expected[1]} {expected[0]}",
-                self.path,
-            )
-        return array
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
-        index = range(self.rows)[index]
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[shard])
-        return {"tokens": self._tokens[shard][row], "segment_ids": self._segment_ids[shard][row]}
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """`{"tokens": [len(indices), seq_len], "segment_ids": ...}`, int32, in the order of `indices`."""
-        indices = np.asarray(indices, np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= self.rows):
-            raise IndexError(f"row {indices.min()} or {indices.max()} of {self.rows}")
-        tokens, segment_ids = np.empty((2, len(indices), self.seq_len), np.int32)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            at = np.flatnonzero(shards == shard)
-            rows = indices[at] - self._starts[shard]
-            tokens[at], segment_ids[at] = self._tokens[shard][rows], self._segment_ids[shard][rows]
-        return {"tokens": tokens, "segment_ids": segment_ids}
-
-    def __repr__(self) -> str:  # Grain shows it in its messages
-        return f"PackedText({str(self.path)!r}, {self.split!r}, rows={self.rows}, seq_len={self.seq_len})"
-
-
-def open_cache(path: Path | str, split: str) -> PackedText:
+def open_cache(path: Path | str, split: str) -> Rows:
     """Opens one split of a prepared cache, after `verify`.
 
     Raises:
@@ -115,7 +55,7 @@ def open_cache(path: Path | str, split: str) -> PackedText:
     manifest = verify(path)
     if split not in manifest["splits"]:
         raise InputError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}.")
-    source = PackedText(path, split, manifest)
+    source = _READERS[manifest["kind"]](path, split, manifest)
     if not source.rows:
         raise InputError(f"{path} has no rows for {split!r}; prepare it with max_{split}_tokens above 0.")
     return source
@@ -255,7 +195,7 @@ def _files(manifest: Mapping[str, Any]) -> list[str]:
     return list(manifest.get("digests", ())) or [
         shard_file(Path(), split, name, shard).as_posix()
         for split in SPLITS
-        for name in ("tokens", "segment_ids")
+        for name in manifest["dtypes"]
         for shard in range(len(manifest["splits"][split]["shards"]))
     ]
 
@@ -274,7 +214,7 @@ def _compare_counts(path: Path, manifest: dict[str, Any]) -> None:
     size = manifest.get("vocabulary", {}).get("size", np.inf)
     for split in SPLITS:
         source, tokens = PackedText(path, split, manifest), 0
-        for shard, segment_ids in zip(source._tokens, source._segment_ids, strict=True):
+        for shard, segment_ids in zip(source.shards["tokens"], source.shards["segment_ids"], strict=True):
             used = np.asarray(segment_ids) > 0
             if ((np.asarray(shard) > 0) != used).any() or (shard.size and int(shard.max()) >= size):
                 raise Damaged(f"{path / split} holds tokens that are no ids of its vocabulary", path)
@@ -299,7 +239,7 @@ def read_manifest(path: AnyPath) -> dict[str, Any]:
         raise storage.refusal(error, sentence) from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path / MANIFEST} is damaged", path) from error
-    if not isinstance(manifest, dict) or (manifest.get("kind") != KIND and "digest" not in manifest):
+    if not isinstance(manifest, dict) or (manifest.get("kind") not in _READERS and "digest" not in manifest):
         raise InputError(f"{path} is not a cache of peer_jax; choose another cache_dir.")
     version = manifest.get("format")
     if ("digest" in manifest or version == FORMAT) and manifest.get("digest") != _signature(manifest):
@@ -309,11 +249,12 @@ def read_manifest(path: AnyPath) -> dict[str, Any]:
             f"{path} has cache format {version} and this version reads {FORMAT}; delete it and prepare it again."
         )
     try:
+        counted, shapes = _READERS[manifest["kind"]].counted, [field.shape for field in fields(manifest).values()]
         for split in SPLITS:
             counts = manifest["splits"][split]
-            if sum(counts["shards"]) != counts["rows"] or not all(type(counts[key]) is int for key in _COUNTS):
+            if sum(counts["shards"]) != counts["rows"] or not all(type(counts[key]) is int for key in counted):
                 raise KeyError(split)
-        manifest["seq_len"] + 0, manifest["dtypes"]["tokens"], manifest["dtypes"]["segment_ids"]
+        sum(size for shape in shapes for size in shape)
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path / MANIFEST} is damaged", path) from error
     return manifest
@@ -332,17 +273,17 @@ def _canonical(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True).encode()
 
 
-def shard_file(path: Path, split: str, name: str, shard: int) -> Path:
-    """The file of one shard of "tokens" or "segment_ids"."""
-    return path / split / f"{name}-{shard:05d}.npy"
-
-
-def dtypes(seq_len: int, vocabulary_size: int) -> dict[str, np.dtype]:
-    """The smallest types that are large enough: for ids, and for at most `seq_len` segments per row."""
+def text_fields(seq_len: int, vocabulary_size: int) -> dict[str, Field]:
+    """The arrays of text, in the smallest types that are large enough for ids, and for `seq_len` segments per row."""
     return {
-        "tokens": np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.int32),
-        "segment_ids": np.dtype(np.min_scalar_type(seq_len)),
+        "tokens": Field((seq_len,), "uint16" if vocabulary_size <= 2**16 else "int32"),
+        "segment_ids": Field((seq_len,), np.min_scalar_type(seq_len).name),
     }
+
+
+def image_fields(shape: tuple[int, int, int]) -> dict[str, Field]:
+    """The arrays of images of this height, width and number of channels."""
+    return {"images": Field(shape, "uint8"), "labels": Field((), "int32")}
 
 
 class CacheWriter:
@@ -354,9 +295,8 @@ class CacheWriter:
     removed, and so are those of this writer if the block raises.
     """
 
-    def __init__(self, path: Path, seq_len: int, vocabulary_size: int):
-        self.path, self.seq_len = path, seq_len
-        self.dtypes = dtypes(seq_len, vocabulary_size)
+    def __init__(self, path: Path, kind: str, arrays: Mapping[str, Field]):
+        self.path, self.kind, self.arrays = path, kind, dict(arrays)
         self._prefix = f".{path.name}.writing-"
 
     def __enter__(self) -> "CacheWriter":
@@ -370,11 +310,14 @@ class CacheWriter:
         shutil.rmtree(self._folder, ignore_errors=True)  # commit() has renamed it, and nothing is there
 
     def write_split(self, split: str, batches) -> dict:
-        """Writes batches of (tokens, segment_ids), each [n, seq_len], as shards; returns rows, tokens and shards."""
+        """Writes batches of rows, each a tuple of the arrays in their order, as shards.
+
+        Returns the number of rows, the rows of each shard and, of text, the number of tokens.
+        """
         (self._folder / split).mkdir()
-        shard_rows = max(1, SHARD_TOKENS // self.seq_len)
+        shard_rows = max(1, SHARD_VALUES[self.kind] // max(math.prod(field.shape) for field in self.arrays.values()))
         shards, tokens, held = [], 0, 0
-        pending: dict[str, list[np.ndarray]] = {"tokens": [], "segment_ids": []}
+        pending: dict[str, list[np.ndarray]] = {name: [] for name in self.arrays}
 
         def flush(rows: int) -> None:
             for name, parts in pending.items():
@@ -385,8 +328,8 @@ class CacheWriter:
 
         for batch in batches:
             for name, array in zip(pending, batch, strict=True):
-                pending[name].append(array.astype(self.dtypes[name]))
-            tokens += int(np.count_nonzero(batch[1]))
+                pending[name].append(array.astype(self.arrays[name].dtype))
+            tokens += int(np.count_nonzero(batch[1])) if self.kind == TEXT else 0
             held += len(batch[0])
             while held >= shard_rows:
                 flush(shard_rows)
@@ -394,7 +337,7 @@ class CacheWriter:
         if held:
             flush(held)
         _sync(self._folder / split)
-        return {"rows": sum(shards), "tokens": tokens, "shards": shards}
+        return {"rows": sum(shards), "shards": shards} | ({"tokens": tokens} if self.kind == TEXT else {})
 
     def _save(self, file: Path, array: np.ndarray) -> None:
         with open(file, "wb") as stream:
@@ -409,8 +352,12 @@ class CacheWriter:
 
     def commit(self, manifest: dict) -> None:
         """Writes the manifest and moves the folder into place."""
-        names = {name: dtype.name for name, dtype in self.dtypes.items()}
-        manifest = {"kind": KIND, "format": FORMAT, **manifest, "seq_len": self.seq_len, "dtypes": names}
+        manifest = {"kind": self.kind, "format": FORMAT, **manifest}
+        manifest["dtypes"] = {name: field.dtype for name, field in self.arrays.items()}
+        if self.kind == TEXT:  # as earlier versions read it
+            manifest["seq_len"] = self.arrays["tokens"].shape[0]
+        else:
+            manifest["shapes"] = {name: field.shape for name, field in self.arrays.items()}
         manifest["digests"] = digests.of_folder(self._folder)
         self._write(self._folder / MANIFEST, json.dumps(signed(manifest), indent=1))
         _sync(self._folder)

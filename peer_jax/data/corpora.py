@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from peer_jax.data import text_files, text_split
+from peer_jax.data.builder import TfdsBuilder
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.storage import local
@@ -205,7 +206,7 @@ def tfds_corpus(
     Raises:
         InputError: `builder` names no version.
     """
-    return TfdsCorpus(builder, train_split, validation_split, text_key, None if data_dir is None else str(data_dir))
+    return TfdsCorpus(builder, train_split, validation_split, data_dir and str(data_dir), text_key)
 
 
 @dataclass(frozen=True)
@@ -405,38 +406,13 @@ class LocalCorpus:
 
 
 @dataclass(frozen=True)
-class TfdsCorpus:
-    """A TFDS builder and its splits, as `tfds_corpus` returns them. seqio reads it, see `seqio_task.py`."""
+class TfdsCorpus(TfdsBuilder):
+    """A TFDS builder of text, as `tfds_corpus` returns it. seqio reads it, see `seqio_task.py`."""
 
-    builder: str
-    train_split: str
-    validation_split: str | None
     text_key: str
-    data_dir: str | None
-
-    def __post_init__(self):
-        if not isinstance(self.builder, str) or ":" not in self.builder:
-            raise InputError(
-                f"TFDS builder {self.builder!r} names no version; write it as 'name:1.0.0' or 'name/config:1.0.0'."
-            )
-        if self.data_dir == "":
-            raise InputError(f"data_dir is ''; give the folder that holds {self.builder}, or None.")
-
-    @property
-    def name(self) -> str:
-        return "".join(c if c.isalnum() or c in "._" else "_" for c in self.builder)
 
     def fingerprint(self) -> str:
-        """A hash of the names and not of the data: the contents of a TFDS version don't change.
-
-        Raises:
-            InputError: `data_dir` does not exist.
-        """
-        if self.data_dir is not None and "://" not in self.data_dir and not Path(self.data_dir).expanduser().is_dir():
-            raise InputError(f"data_dir {self.data_dir!r} is not a folder; give the folder that holds {self.builder}.")
-        data_dir = self.data_dir and str(Path(self.data_dir).expanduser().absolute())
-        parts = [self.builder, self.train_split, self.validation_split, self.text_key, data_dir]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self.fingerprint_with(self.text_key)
 
 
 def _key_and_size(doc: Document) -> tuple[int, int]:

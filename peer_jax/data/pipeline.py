@@ -1,4 +1,4 @@
-"""Reads batches of packed rows from a prepared cache with Grain; never imports TensorFlow or seqio.
+"""Reads batches of rows from a prepared cache with Grain; never imports TensorFlow or seqio.
 
 The order of rows depends on seed and step alone: hosts take consecutive parts of each global batch.
 """
@@ -11,14 +11,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import cloudpickle
 import grain
-import numpy as np
-from jaxtyping import Int32
 
-from peer_jax.data.cache import PackedText, open_cache, publish
+from peer_jax.data.cache import open_cache, publish
+from peer_jax.data.image_task import ImageTask
+from peer_jax.data.rows import START_ID, Batch, PackedText, Rows, shift_right
+from peer_jax.data.task import Task
 from peer_jax.data.text_task import TextTask
 from peer_jax.data.vocabulary import decode, encode, vocabulary_size
 from peer_jax.errors import InputError
@@ -26,7 +26,10 @@ from peer_jax.errors import InputError
 __all__ = [
     "START_ID",
     "Batch",
+    "ImageTask",
     "PackedText",
+    "Rows",
+    "Task",
     "TextTask",
     "decode",
     "encode",
@@ -38,19 +41,9 @@ __all__ = [
     "vocabulary_size",
 ]
 
-START_ID = 0  # the input at the start of each document, where there is no token before; seqio takes padding's id
-
-
-class Batch(TypedDict):
-    """b rows of T tokens. A position counts in the loss if its `segment_ids` is above 0; 0 is padding."""
-
-    inputs: Int32[np.ndarray, "b T"]
-    targets: Int32[np.ndarray, "b T"]
-    segment_ids: Int32[np.ndarray, "b T"]
-
 
 def train_batches(
-    source: PackedText, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    source: Rows, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """An endless iterator of `Batch`es, shuffled over the whole split anew each epoch and read ahead in a thread.
 
@@ -69,8 +62,8 @@ def train_batches(
     """
     if source.rows < batch_size:
         raise InputError(
-            f"batch_size {batch_size} is more than the {source.rows} rows of {source.seq_len} tokens in "
-            f"{source.path.name}/{source.split}; give more text, a smaller batch_size or a smaller seq_len."
+            f"batch_size {batch_size} is more than the {source.described} in {source.path.name}/{source.split}; "
+            f"{source.more}."
         )
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
@@ -84,9 +77,7 @@ def train_batches(
     return iter(grain.MapDataset.source(steps).to_iter_dataset(read_ahead))
 
 
-def eval_batches(
-    source: PackedText, *, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Sequence[Batch]:
+def eval_batches(source: Rows, *, batch_size: int, process_index: int = 0, process_count: int = 1) -> Sequence[Batch]:
     """A sequence of `Batch`es with every row once, in order.
 
     The last batch is filled up with rows whose `segment_ids` are all 0, on every host alike, so all batches have the
@@ -97,13 +88,6 @@ def eval_batches(
         return range(start, min(stop, source.rows))
 
     return _Steps(source, rows, source.rows, batch_size, process_index, process_count)
-
-
-def shift_right(targets: Int32[np.ndarray, "b T"], segment_ids: Int32[np.ndarray, "b T"]) -> Int32[np.ndarray, "b T"]:
-    """The inputs that predict `targets`: the token before, and `START_ID` at the start of a segment, as in seqio."""
-    inputs = np.full_like(targets, START_ID)
-    inputs[:, 1:] = np.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets[:, :-1], START_ID)
-    return inputs
 
 
 class _Steps(Sequence):
@@ -129,21 +113,18 @@ class _Steps(Sequence):
 
     def __getitem__(self, step) -> Batch:
         start = range(self._steps)[step] * self._batch_size + self._offset
-        taken = self._source.take(self._rows(start, start + self._share))
-        missing = ((0, self._share - len(taken["tokens"])), (0, 0))
-        targets, segment_ids = np.pad(taken["tokens"], missing), np.pad(taken["segment_ids"], missing)
-        return Batch(inputs=shift_right(targets, segment_ids), targets=targets, segment_ids=segment_ids)
+        return self._source.batch(self._rows(start, start + self._share), self._share)
 
     def __repr__(self) -> str:
         return f"batches of {self._share} rows of {self._source!r}"
 
 
 def preparing_command() -> list[str]:
-    """Starts the process that prepares a text; the paths of its request and its answer follow, see `tasks.main`."""
+    """Starts the process that prepares a task; the paths of its request and its answer follow, see `tasks.main`."""
     return [sys.executable, "-P", "-m", "peer_jax.data.tasks"]
 
 
-def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
+def ensure_prepared(task: Task, *, progress: bool = True) -> Path:
     """The path of the task's cache, which is prepared if it isn't there yet, or if it is damaged.
 
     Another process prepares it, so that this one never imports TensorFlow, and shows a progress bar on stderr.
@@ -159,7 +140,7 @@ def ensure_prepared(task: TextTask, *, progress: bool = True) -> Path:
     return path
 
 
-def _prepare(task: TextTask, progress: bool) -> None:
+def _prepare(task: Task, progress: bool) -> None:
     """Prepares the task's cache in another process."""
     name = task.cache_path().name
     with tempfile.TemporaryDirectory(prefix="peer_jax-prepare-") as folder:
@@ -181,12 +162,12 @@ def _prepare(task: TextTask, progress: bool) -> None:
         raise RuntimeError(f"preparing {name} failed with status {process.returncode}; its traceback is above")
 
 
-def _pickled(task: TextTask, progress: bool) -> bytes:
+def _pickled(task: Task, progress: bool) -> bytes:
     """A request for the process that prepares; a class that a script or a notebook defines is sent as code."""
     try:
         return cloudpickle.dumps((task, progress))
     except Exception as error:  # whatever the objects of a user's corpus raise
         raise InputError(
             f"corpus {task.corpus.name!r} can't be sent to the process that prepares it ({error}): keep paths in it "
-            "and open them in documents(), or call peer_jax.data.tasks.prepare(task) first."
+            "and open them when they are read, or call peer_jax.data.tasks.prepare(task) first."
         ) from error

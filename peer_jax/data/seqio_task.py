@@ -3,27 +3,21 @@
 This module imports TensorFlow, so `tasks.py` imports it only when there is something to prepare.
 """
 
-import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow's C++ while it is imported
-from absl import logging as absl_logging
+# isort: off
+from peer_jax.data.tfds_source import first_line, open_builder  # first, because it silences TensorFlow's beginning
+import seqio
+import tensorflow as tf
+# isort: on
 
-absl_logging.set_verbosity(absl_logging.ERROR)
-logging.getLogger("tensorflow").setLevel(logging.ERROR)
-
-import seqio  # noqa: E402
-import tensorflow as tf  # noqa: E402
-import tensorflow_datasets as tfds  # noqa: E402
-
-from peer_jax.data import vocabulary as vocabularies  # noqa: E402
-from peer_jax.data.corpora import Corpus, TfdsCorpus  # noqa: E402
-from peer_jax.data.text_task import TextTask  # noqa: E402
-from peer_jax.errors import InputError  # noqa: E402
+from peer_jax.data import vocabulary as vocabularies
+from peer_jax.data.corpora import Corpus, TfdsCorpus
+from peer_jax.data.text_task import TextTask
+from peer_jax.errors import InputError
 
 BATCH_ROWS = 256
 # seqio's packing takes about 250 us per row on a CPU core, whatever the length of the row. Training text is therefore
@@ -31,9 +25,6 @@ BATCH_ROWS = 256
 # pieces as a row has tokens to the longest piece, up to 64 MiB per call, with at most PARALLEL_CALLS calls at a time.
 PACK_TOKENS = 4096
 PARALLEL_CALLS = 8
-
-with contextlib.suppress(RuntimeError):  # raised if TensorFlow was already in use in this process
-    tf.config.set_visible_devices([], "GPU")  # leave the accelerator's memory to whoever trains on it
 
 
 class Source:
@@ -131,7 +122,7 @@ def packed_rows(
     except tf.errors.OpError as error:
         if source.error is not None:
             raise source.error from error
-        raise InputError(f"{task.corpus.name} can't be read: {_first_line(error)}.") from error
+        raise InputError(f"{task.corpus.name} can't be read: {first_line(error)}.") from error
 
 
 def cut_rows(tokens: np.ndarray, segment_ids: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,47 +174,10 @@ def seqio_vocabulary(vocabulary: str) -> seqio.Vocabulary:
 
 def _tfds_source(corpus: TfdsCorpus, splits: tuple[str, ...]) -> tuple[seqio.TfdsDataSource, str, str | None]:
     """The source, the key of its text, and a sentence about its splits if the user should know of something."""
+    opened = open_builder(corpus, {"text_key": corpus.text_key}, splits)
     data_dir = corpus.data_dir and os.path.expanduser(corpus.data_dir)
-    try:
-        builder = tfds.builder(corpus.builder, data_dir=data_dir, try_gcs=data_dir is None)
-        if not builder.is_prepared() and data_dir is None:
-            builder.download_and_prepare()
-        if not builder.is_prepared():
-            raise InputError(f"{data_dir} holds no data of {corpus.builder}; give the data_dir that TFDS wrote it to.")
-        known, features = builder.info.splits, builder.info.features
-        if corpus.text_key not in features:
-            raise InputError(
-                f"{corpus.builder} has no feature {corpus.text_key!r}; "
-                f"set text_key to one of {', '.join(sorted(features))}."
-            )
-        chosen, note = _tfds_splits(corpus, known)
-        chosen = {split: chosen[split] for split in splits}
-        for spec in chosen.values():
-            known[spec]  # raises if there is no such split
-    except InputError:
-        raise
-    except Exception as error:  # TFDS raises dozens of types: not found, no network, checksums, Apache Beam missing ...
-        raise InputError(f"TFDS can't provide {corpus.builder}: {_first_line(error)}.") from error
     # Reading only: otherwise seqio asks for Google's copy too, and TFDS refuses that next to a data_dir.
-    if data_dir is None and str(builder.data_dir_root).startswith("gs://"):
-        data_dir = str(builder.data_dir_root)
-    source = seqio.TfdsDataSource(corpus.builder, tfds_data_dir=data_dir, splits=chosen, read_only=True)
-    return source, corpus.text_key, note
-
-
-def _tfds_splits(corpus: TfdsCorpus, known) -> tuple[dict[str, str], str | None]:
-    validation = corpus.validation_split
-    if validation is not None and (validation in known or not validation.isidentifier()):
-        return {"train": corpus.train_split, "validation": validation}, None
-    if not corpus.train_split.isidentifier():
-        raise InputError(
-            f"{corpus.builder} has no split {validation!r} and train_split {corpus.train_split!r} is a slice already; "
-            f"set validation_split to one of {', '.join(known)} or to another slice."
-        )
-    chosen = {"train": f"{corpus.train_split}[:99%]", "validation": f"{corpus.train_split}[99%:]"}
-    return chosen, f"{corpus.builder}: no split {validation!r}, so validation is {chosen['validation']}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}".rstrip(".")
+    if data_dir is None and str(opened.builder.data_dir_root).startswith("gs://"):
+        data_dir = str(opened.builder.data_dir_root)
+    source = seqio.TfdsDataSource(corpus.builder, tfds_data_dir=data_dir, splits=opened.splits, read_only=True)
+    return source, corpus.text_key, opened.note

@@ -25,7 +25,9 @@ from peer_jax import startup
 from peer_jax.data import cache
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.corpora import SPLITS, Corpus, TfdsCorpus
+from peer_jax.data.image_task import ImageTask
 from peer_jax.data.prepare_progress import PrepareProgress
+from peer_jax.data.task import Task
 from peer_jax.data.text_task import TextTask
 from peer_jax.errors import InputError
 from peer_jax.storage import local
@@ -33,7 +35,7 @@ from peer_jax.storage import local
 SHOWN = 3  # of what was left out
 
 
-def prepare(task: TextTask, *, progress: bool = True) -> Path:
+def prepare(task: Task, *, progress: bool = True) -> Path:
     """Writes the task's cache unless it is there, and returns its path. Safe for several processes at once.
 
     A damaged cache is written again, unless it is that of a `PreparedCorpus`, whose text isn't here.
@@ -51,7 +53,11 @@ def prepare(task: TextTask, *, progress: bool = True) -> Path:
                 if not task.is_prepared():  # else another process has just made it
                     if path.exists():
                         bar.note(f"{path} is damaged and is prepared again")
-                    _write(task, path, bar)
+                    if isinstance(task, ImageTask):
+                        with bar.spinner(f"reading the images of {task.corpus.name}"):
+                            task.write_cache(path, bar.note)
+                    else:
+                        _write(task, path, bar)
         except OSError as error:
             raise InputError(
                 f"the cache {path} can't be written ({error.strerror or error}); "
@@ -77,7 +83,7 @@ def _write(task: TextTask, path: Path, bar: PrepareProgress) -> None:
         for split in splits:  # the commonest mistakes are found before the seconds that TensorFlow takes to load
             if next(iter(task.corpus.documents(split)), None) is None:
                 raise _no_documents(task, split)
-    with cache.CacheWriter(path, task.seq_len, vocabulary.size) as writer:
+    with cache.CacheWriter(path, cache.TEXT, cache.text_fields(task.seq_len, vocabulary.size)) as writer:
         with bar.spinner("loading seqio and TensorFlow"):
             from peer_jax.data import seqio_task
 

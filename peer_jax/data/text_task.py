@@ -1,25 +1,24 @@
 """What a cache is made of: a corpus, a sequence length and a vocabulary. This module imports nothing heavy."""
 
-import contextlib
 import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.corpora import Corpus, TfdsCorpus
 from peer_jax.data.prepared import PreparedCorpus
+from peer_jax.data.task import Task
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.startup import cache_folder, shared_cache
-from peer_jax.storage import AnyPath, is_in_bucket
+from peer_jax.storage import AnyPath
 
 _LAYOUT = 1  # raise it when the same task would give other rows
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(Task):
     """A corpus as rows of `seq_len` tokens.
 
     Attributes:
@@ -49,10 +48,7 @@ class TextTask:
             raise InputError(f"seq_len is {self.seq_len!r}; give a whole number of at least 2.")
         if not isinstance(self.vocabulary, str):
             raise InputError(f"vocabulary is {self.vocabulary!r}; give 'bytes' or the path of a SentencePiece model.")
-        if self.cache_dir is not None:
-            if not os.fspath(self.cache_dir):
-                raise InputError("cache_dir is ''; give a folder, or None for the usual one.")
-            cache_folder(self.cache_dir)
+        self.check_cache_dir()
         if type(self.cut_at_limits) is not bool:
             raise InputError(f"cut_at_limits is {self.cut_at_limits!r}; give True or False.")
         for name, least in (("max_train_tokens", 0), ("max_validation_tokens", 1)):
@@ -79,60 +75,37 @@ class TextTask:
         parts = [_LAYOUT, self.corpus.fingerprint(), vocabulary.name, vocabulary.sha256, self.seq_len, limits]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def cache_path(self) -> Path:
-        """Where the cache of this task is on this machine, or will be. Raises what `fingerprint` raises."""
-        if isinstance(self.corpus, PreparedCorpus):
-            fingerprint = self.fingerprint()  # refuses a cache that is not this task's
-            if not is_in_bucket(self.corpus.path):
-                return Path(self.corpus.path)
-            return cache_folder(self.cache_dir) / f"{self.corpus.path.name}-copy-{fingerprint[:12]}"
-        return cache_folder(self.cache_dir) / self._name()
-
-    def shared_path(self) -> AnyPath | None:
-        """Where the cache of this task is in a bucket, or will be; None if no bucket is used."""
-        if isinstance(self.corpus, PreparedCorpus):
-            return self.corpus.path if is_in_bucket(self.corpus.path) else None
-        folder = shared_cache(self.cache_dir)
-        return None if folder is None else folder / self._name()
-
-    def _name(self) -> str:
+    def cache_name(self) -> str:
         name = vocabularies.load(self.vocabulary).name
         return f"{self.corpus.name}-{name}-{self.seq_len}-{self.fingerprint()[:12]}"
 
-    def prepared_rows(self) -> int | None:
-        """The number of training rows of the task's cache, here or in a bucket, from its manifest; None without one.
+    def given_cache(self) -> AnyPath | None:
+        return self.corpus.path if isinstance(self.corpus, PreparedCorpus) else None
 
-        Raises:
-            InputError: what `fingerprint` raises; or if another program or version has written the cache.
+    def model_sizes(self) -> dict[str, int]:
+        return {"vocab_size": vocabularies.vocabulary_size(self.vocabulary)}
+
+    def check_fits(self, other: Task, what: str) -> None:
+        if not isinstance(other, TextTask):
+            raise InputError(f"{self.corpus.name} is text, but {what} is not of text: give images")
+        if not vocabularies.same(self.vocabulary, other.vocabulary):
+            raise InputError(f"TextTask.vocabulary={self.vocabulary!r} is not that of {what}, {other.vocabulary!r}")
+
+    def train_tokens(self) -> int | None:
+        """An estimate that takes each byte for a token.
+
+        If the corpus doesn't know its size, as with TFDS, or tokens are not bytes, it is the limit of the task, or None
+        if there is no limit.
         """
-        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
+        limit = self.max_train_tokens
+        if self.vocabulary == vocabularies.BYTES and hasattr(self.corpus, "num_bytes"):
+            size = self.corpus.num_bytes()
+            return size if limit is None else min(size, limit)
+        return limit
 
-        for path in filter(None, (self.cache_path(), self.shared_path())):
-            with contextlib.suppress(cache.Damaged):
-                if (path / cache.MANIFEST).exists():
-                    return cache.read_manifest(path)["splits"]["train"]["rows"]
-        return None
+    def example(self, rows: int) -> dict[str, Any]:
+        import numpy as np  # imported here, so that naming a task stays cheap
 
-    def is_prepared(self) -> bool:
-        """Whether the task has a cache that is whole. One that is in a bucket alone is copied to this machine first.
-
-        Raises:
-            InputError: what `fingerprint` raises; or if another program or version has written the cache; or if it is
-                damaged and there is no text to prepare it again from.
-        """
-        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
-
-        path, shared = self.cache_path(), self.shared_path()
-        try:
-            if shared is not None:
-                return cache.bring(path, shared)
-            if not path.exists():
-                return False
-            cache.verify(path)
-        except cache.Damaged:
-            if isinstance(self.corpus, PreparedCorpus):
-                raise
-            if shared is not None:
-                cache.withdraw(shared)
-            return False
-        return True
+        size = vocabularies.vocabulary_size(self.vocabulary)
+        tokens = np.random.default_rng(0).integers(3, size, (rows, self.seq_len), np.int32)
+        return {"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)}

@@ -12,6 +12,7 @@ from peer_jax.errors import InputError
 from peer_jax.storage import as_os_errors, place, reason
 
 BYTES = "bytes"
+_WRITTEN = {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
 _SPECIAL = 3  # padding, EOS and unknown come before the 256 bytes
 
 
@@ -25,6 +26,10 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def piece(self, i: int) -> str:
+        """How the id itself is written, for people: a character where it stands for one, or else <its name>."""
+        ...
 
     def kept(self, ids: Sequence[int]) -> bytes:
         """The text that ids stand for, without EOS, unknown pieces and the beginning of a character that is cut."""
@@ -108,6 +113,12 @@ class ByteVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - _SPECIAL for i in ids if _SPECIAL <= i < self.size).decode(errors="ignore")
 
+    def piece(self, i: int) -> str:
+        if i < _SPECIAL:
+            return ("<padding or start>", "<end>", "<unknown>")[i]
+        byte = i - _SPECIAL
+        return chr(byte) if 0x20 <= byte < 0x7F else _WRITTEN.get(byte, f"<{byte:02x}>")
+
     def kept(self, ids: Sequence[int]) -> bytes:
         return self.decode(ids).encode()
 
@@ -146,6 +157,9 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         unknown = self._processor.unk_id()
         return self._processor.DecodeIds([i if i < self.size else unknown for i in ids])
+
+    def piece(self, i: int) -> str:
+        return self._processor.IdToPiece(i) if i < self.size else "<unknown>"
 
     def kept(self, ids: Sequence[int]) -> bytes:
         special = (self.eos_id, self._processor.unk_id())

@@ -7,8 +7,10 @@ import pkgutil
 from peer_jax.layers.dense import Dense
 from peer_jax.layers.interface import Aux, Benchmark, DeviceLoad, FeedForward, Routing
 from peer_jax.layers.moe import MoE
+from peer_jax.layers.mumoe import MuMoE
 from peer_jax.layers.peer import PEER
 from peer_jax.layers.pkm import PKM
+from peer_jax.layers.soft_moe import SoftMoE
 
 __all__ = [
     "PEER",
@@ -19,7 +21,9 @@ __all__ = [
     "DeviceLoad",
     "FeedForward",
     "MoE",
+    "MuMoE",
     "Routing",
+    "SoftMoE",
     "families",
 ]
 

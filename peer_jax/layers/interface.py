@@ -169,6 +169,26 @@ class FeedForward(nnx.Module):
         """The experts of each token, without side effects; only of a layer that routes."""
         raise InputError(f"{self.name} does not route tokens to experts, so it has no route")
 
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"] | None:
+        """The output of the layer if tokens get these experts with these weights, instead of those of ``route``.
+
+        Each token is computed on its own, so x may have any leading axes. Analyses change the routing by this method;
+        None, the default, means that they can't.
+        """
+        return None
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"] | None:
+        """What the router compares a token with to choose each of these experts; None if unknown."""
+        return None
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        """The parameters of these experts by name, with a row for each of an expert's neurons; empty if unknown."""
+        return {}
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        """The direction of each of these experts' output, if it is the same for all tokens; None if not or unknown."""
+        return None
+
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token in a sequence of ``seq_len`` tokens; a multiply-add counts 2.
 
@@ -187,6 +207,29 @@ class FeedForward(nnx.Module):
     def num_active_params(self) -> int:
         """The parameters that one token uses."""
         return self.num_params()
+
+    def tables(self) -> dict[str, Table]:
+        """Its tables by name: the attributes that are a ``Table``."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Table)}
+
+    def share_with(self, first: "FeedForward") -> None:
+        """Takes the tables of another layer in the place of its own: both then read, and train, the same rows.
+
+        Everything else, such as the sub-keys by which rows are found, stays its own.
+
+        Raises:
+            InputError: if the layer has no tables, or the other has none of the same names and shapes.
+        """
+        if not (own := self.tables()):
+            raise InputError(f"{self.name} has no tables for blocks to share: set Transformer.share_tables to False")
+        shared = first.tables()
+        for name, table in own.items():
+            if name not in shared or shared[name].shape != table.shape:
+                raise InputError(
+                    f"{self.name} can't share its table {name!r} of the shape {list(table.shape)} with a layer without "
+                    "such a table: make all sparse blocks alike, or set Transformer.share_tables to False"
+                )
+            setattr(self, name, shared[name])
 
     def rows_touched(self, tokens: int) -> int | None:
         """The most rows of each of its tables that ``tokens`` tokens retrieve.

@@ -21,7 +21,8 @@ class Linear(nnx.Linear):
     Args:
         d_in: width of the input.
         d_out: width of the output.
-        axes: logical names of the kernel's axes, see ``peer_jax.sharding``; None for a kernel that is not split.
+        axes: logical names of the kernel's axes, see ``peer_jax.sharding``; None for an axis, or a kernel, that is not
+            split.
         dtype: type of the computation and the output; the type of ``x`` if None.
         param_dtype: type of the kernel.
         kernel_init: initialiser of the kernel.
@@ -32,7 +33,7 @@ class Linear(nnx.Linear):
         self,
         d_in: int,
         d_out: int,
-        axes: tuple[str, str] | None,
+        axes: tuple[str | None, str | None] | None,
         *,
         dtype: Dtype | None,
         param_dtype: Dtype,

@@ -2,14 +2,13 @@
 
 Sources: expert choice, Zhou et al. 2022 (arXiv:2202.09368); token choice with balance loss, Fedus et al. 2021 (Switch,
 arXiv:2101.03961) and Lepikhin et al. 2020 (GShard, arXiv:2006.16668); router z-loss, Zoph et al. 2022 (ST-MoE,
-arXiv:2202.08906).
+arXiv:2202.08906); fine-grained experts and a shared one, Dai et al. 2024 (DeepSeekMoE, arXiv:2401.06066).
 
 b  batch     s  sequence     d  d_model     E  experts     C  capacity: tokens that an expert takes from a sequence
 f  d_ff      k  top-k        m  rows given to an expert
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +18,22 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.layers.checks import (
-    check_choice,
-    check_layer,
-    check_memory,
-    check_number,
-    check_positive,
-    check_sizes,
-    initial,
-    real_tokens,
-)
-from peer_jax.layers.interface import (
-    ACTIVATIONS,
-    GATED_ACTIVATIONS,
-    Aux,
-    Benchmark,
-    DeviceLoad,
-    FeedForward,
-    Routing,
-)
+from peer_jax.layers.checks import check_choice, check_layer, check_number, check_positive, check_sizes, initial
+from peer_jax.layers.dense import Dense
+from peer_jax.layers.experts import CoarseExperts, as_batch
+from peer_jax.layers.interface import GATED_ACTIVATIONS, Aux, Benchmark, DeviceLoad, Routing
 from peer_jax.layers.linear import Linear
+from peer_jax.layers.masked import mean_of_real
 from peer_jax.ops import sharded
 from peer_jax.ops.grouped import grouped_product
 from peer_jax.ops.kept import keep
 from peer_jax.ops.traffic import Collectives
-from peer_jax.sharding import EXPERT, automatic, constrain, on_each_device, split_of
+from peer_jax.sharding import EXPERT, automatic, on_each_device, split_of
 
 ROUTINGS = ("expert_choice", "token_choice")
 
 
-class MoE(FeedForward):
+class MoE(CoarseExperts):
     """Coarse mixture of experts; tokens compete within their sequence only.
 
     *Expert choice*: each expert takes the C = ceil(seq * capacity_factor / E) tokens that give it the highest
@@ -60,9 +45,13 @@ class MoE(FeedForward):
     order of the tokens and later tokens are dropped, which keeps the layer causal. With ``capacity_factor=None`` no
     token is dropped.
 
+    *Fine-grained* experts have a ``d_ff`` of 4 * d_model / G, and a token takes ``top_k=G`` of them, so that as many
+    parameters are active as in the dense layer; G is the granularity. A *shared expert* is added to every token's
+    output, without a weight. K shared experts are one of K times their width.
+
     The input may have any axes before that of the sequence.
 
-    The parameters are ``router`` and, stacked along a first axis of E, ``up``, ``down`` and, if gated, ``gate``.
+    The parameters are ``router``, ``shared``, a ``Dense``, and, stacked over E, ``up``, ``down`` and, gated, ``gate``.
 
     Args:
         d_model: width of input and output.
@@ -73,6 +62,7 @@ class MoE(FeedForward):
         capacity_factor: places per expert, relative to the places needed if all experts were equally popular; None for
             no limit.
         activation: as in ``Dense``.
+        shared_d_ff: hidden width of the shared expert; None for no such expert.
         balance_loss_weight: weight of the loss E * sum_e f_e p_e, for token choice.
         z_loss_weight: weight of the mean squared logsumexp of the router's logits, for token choice.
         router_noise: Gaussian noise of this standard deviation, divided by E, is added to the logits in training.
@@ -99,6 +89,7 @@ class MoE(FeedForward):
         top_k: int = 1,
         capacity_factor: float | None = 1.0,
         activation: str = "gelu",
+        shared_d_ff: int | None = None,
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.001,
         router_noise: float = 0.0,
@@ -109,10 +100,8 @@ class MoE(FeedForward):
         rngs: nnx.Rngs,
     ) -> None:
         check_sizes(d_model=d_model, num_experts=num_experts, top_k=top_k)
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_sizes(d_ff=d_ff)
+        check_sizes(**({} if shared_d_ff is None else {"shared_d_ff": shared_d_ff}))
         check_choice("routing", routing, ROUTINGS)
-        check_choice("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)
         check_number(balance_loss_weight=balance_loss_weight, z_loss_weight=z_loss_weight, router_noise=router_noise)
         check_layer(dtype, param_dtype, rngs, kernel_init=kernel_init, router_init=router_init)
         if router_noise < 0:
@@ -123,11 +112,8 @@ class MoE(FeedForward):
             check_positive(capacity_factor=capacity_factor)
         elif routing == "expert_choice":
             raise InputError("capacity_factor=None means no limit, which only routing='token_choice' can do")
-        num_params = num_experts * d_model * (1 + (3 if activation in GATED_ACTIVATIONS else 2) * d_ff)
-        check_memory(self.name, num_params, param_dtype, d_model=d_model, num_experts=num_experts, d_ff=d_ff)
 
-        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
-        self.routing, self.activation, self.dtype = routing, activation, dtype
+        self.routing, self.top_k, self.capacity_factor = routing, top_k, capacity_factor
         self.balance_loss_weight, self.z_loss_weight = balance_loss_weight, z_loss_weight
         self.variant = routing.replace("_", " ")
         self.is_causal = routing == "token_choice"
@@ -141,14 +127,32 @@ class MoE(FeedForward):
             kernel_init=router_init,
             rngs=rngs,
         )
-
-        def kernels(d_in: int, d_out: int, *axes: str) -> nnx.Param:
-            stacked = initial(kernel_init, rngs.params(), (num_experts, d_in, d_out), param_dtype)
-            return nnx.Param(stacked, axes=("experts", *axes))
-
-        self.up = kernels(d_model, d_ff, "embed", "hidden")
-        self.gate = kernels(d_model, d_ff, "embed", "hidden") if activation in GATED_ACTIVATIONS else None
-        self.down = kernels(d_ff, d_model, "hidden", "embed")
+        kernels_each = 3 if activation in GATED_ACTIVATIONS else 2
+        self._make_experts(
+            d_model,
+            num_experts,
+            d_ff,
+            activation,
+            d_model * (num_experts + kernels_each * (shared_d_ff or 0)),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        self.shared_d_ff = shared_d_ff
+        self.shared = (
+            None
+            if shared_d_ff is None
+            else Dense(
+                d_model,
+                shared_d_ff,
+                activation=activation,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=lambda key, shape, dtype: initial(kernel_init, key, (1, *shape), dtype)[0],
+                rngs=rngs,
+            )
+        )
         self.router_noise = router_noise
         self.deterministic = False
         self.noise_rngs = rngs.fork() if router_noise else None
@@ -163,7 +167,8 @@ class MoE(FeedForward):
             logits = logits + self.router_noise / self.num_experts * noise
         x = x.astype(self.dtype or x.dtype)
         split = split_of(x, x.ndim - 1)
-        return automatic(self._forward, split and (split, split_of(x, 0)))(x, logits, mask, self._kernels())
+        y, aux = automatic(self._forward, split and (split, split_of(x, 0)))(x, logits, mask, self._kernels())
+        return (y if self.shared is None else y + self.shared(x, mask)[0]), aux
 
     def _forward(
         self,
@@ -176,7 +181,7 @@ class MoE(FeedForward):
             names = ("dropped",) if self.routing == "expert_choice" else ("balance_loss", "router_z_loss", "dropped")
             return x, Aux(jnp.zeros(()), {name: jnp.zeros(()) for name in names})
         run = self._expert_choice if self.routing == "expert_choice" else self._token_choice
-        y, aux = run(*_as_batch(x.ndim - 2, x, logits, mask), kernels)
+        y, aux = run(*as_batch(x.ndim - 2, x, logits, mask), kernels)
         # A token with infinite or NaN logits can't be compared with others, whatever experts it got.
         comparable = jnp.all(jnp.isfinite(logits), axis=-1)
         return jnp.where(comparable[..., None], y.reshape(x.shape), jnp.nan), aux
@@ -189,19 +194,12 @@ class MoE(FeedForward):
         x, mask = self._sequences(x, mask)
 
         def run(logits: Float[Array, "*b s E"], mask: Bool[Array, "*b s"]) -> Routing:
-            batch = _as_batch(logits.ndim - 2, logits, mask)
+            batch = as_batch(logits.ndim - 2, logits, mask)
             expert_choice = self.routing == "expert_choice"
             routing = self._list_experts(*batch) if expert_choice else self._choose_experts(*batch)[0]
             return Routing(*(a.reshape(*mask.shape, *a.shape[2:]) for a in routing))
 
         return automatic(run, split_of(x, x.ndim - 1))(self._logits(x), mask)
-
-    def _sequences(
-        self, x: Float[Array, "*b s d"], mask: Bool[Array, "*b s"] | None
-    ) -> tuple[Float[Array, "*b s d"], Bool[Array, "*b s"]]:
-        """x and a mask, with zeros for padding."""
-        x, mask = real_tokens(self.name, x, mask, self.up.shape[1], in_sequences=True)
-        return x, jnp.ones(x.shape[:-1], bool) if mask is None else mask
 
     def _logits(self, x: Float[Array, "*b s d"]) -> Float[Array, "*b s E"]:
         return self.router(x.astype(jnp.float32))
@@ -212,29 +210,6 @@ class MoE(FeedForward):
             return seq_len
         choices = self.top_k if self.routing == "token_choice" else 1
         return min(seq_len, math.ceil(seq_len * choices * self.capacity_factor / self.num_experts))
-
-    def _kernels(self) -> list[Array]:
-        """Up, down and, if gated, gate: each [E, i, o], with widths i and o."""
-        return [kernel[...] for kernel in (self.up, self.down, self.gate) if kernel is not None]
-
-    def _mlp(
-        self, product: Callable[[Array, Array], Array], rows: Array, up: Array, down: Array, gate: Array | None = None
-    ) -> Array:
-        """Every expert's MLP on the rows that ``product`` gives it."""
-        hidden = product(rows, up)
-        if gate is None:
-            hidden = ACTIVATIONS[self.activation](hidden)
-        else:
-            hidden = GATED_ACTIVATIONS[self.activation](product(rows, gate)) * hidden
-        return product(hidden, down)
-
-    def _by_capacity(self, rows: Float[Array, "b E C d"], kernels: list[Array]) -> Float[Array, "b E C d"]:
-        """Applies every expert's MLP to its C rows of each sequence.
-
-        On a mesh an all-to-all brings the rows to the devices of their experts, and another one brings outputs back.
-        """
-        y = self._mlp(_capacity_product, constrain(rows, "group", "experts"), *kernels)
-        return constrain(constrain(y, "group", "experts"), "batch")
 
     # Expert choice.
 
@@ -269,7 +244,7 @@ class MoE(FeedForward):
         )
         used = jnp.where(weight > 0, 1.0, 0.0)
         taken = jax.vmap(lambda token, used: jnp.zeros(x.shape[1]).at[token].max(used))(token, used)
-        return y, Aux(jnp.zeros(()), {"dropped": _mean(1 - taken, mask)})
+        return y, Aux(jnp.zeros(()), {"dropped": mean_of_real(1 - taken, mask)})
 
     # Token choice.
 
@@ -312,7 +287,7 @@ class MoE(FeedForward):
         probability = jnp.sum(jax.nn.softmax(logits) * real[..., None], axis=1) / tokens[:, None]
         balance = jnp.mean(self.num_experts * jnp.sum(share * probability, axis=-1))
         z = jnp.mean(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * real, axis=1) / tokens)
-        dropped = _mean(jnp.mean(jnp.where(place < 0, 1.0, 0.0), axis=-1), mask)
+        dropped = mean_of_real(jnp.mean(jnp.where(place < 0, 1.0, 0.0), axis=-1), mask)
         metrics = {"balance_loss": balance, "router_z_loss": z, "dropped": dropped}
         return y, Aux(self.balance_loss_weight * balance + self.z_loss_weight * z, metrics)
 
@@ -364,14 +339,32 @@ class MoE(FeedForward):
         specs = PartitionSpec(EXPERT), sharded.TOKENS, sharded.TOKENS
         return on_each_device(of_device, specs, sharded.TOKENS)(kernels, x, experts)
 
-    def options(self) -> dict[str, object]:
-        _, d_model, d_ff = self.up.shape
-        return super().options() | ({} if d_ff == 4 * d_model else {"d_ff": d_ff})
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        """Runs every expert on every token, which costs E times as much as a dense layer, one expert after another."""
+        x = x.astype(self.dtype or x.dtype)
+
+        def add(y: Array, expert: tuple[Array, list[Array]]) -> tuple[Array, None]:
+            number, kernels = expert
+            weight = jnp.sum(routing.gates, axis=(-2, -1), where=routing.indices == number)
+            out = self._mlp(lambda rows, kernel: rows @ kernel.astype(rows.dtype), x, *kernels)
+            return y + weight[..., None].astype(x.dtype) * out, None
+
+        numbers = jnp.arange(self.num_experts, dtype=jnp.int32)
+        y = jax.lax.scan(add, jnp.zeros_like(x), (numbers, self._kernels()))[0]
+        return y if self.shared is None else y + self.shared(x)[0]
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
+        return self.router.kernel[...].T[experts]
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        rows = {"up": jnp.swapaxes(self.up[...][experts], 1, 2), "down": self.down[...][experts]}
+        return rows if self.gate is None else rows | {"gate": jnp.swapaxes(self.gate[...][experts], 1, 2)}
 
     def flops_per_token(self, seq_len: int) -> float:
         check_sizes(seq_len=seq_len)
         router = 2 * math.prod(self.router.kernel.shape)
-        return router + self._places_per_token(seq_len) * 2 * self._expert_params()
+        shared = 0 if self.shared is None else self.shared.flops_per_token(seq_len)
+        return router + self._places_per_token(seq_len) * 2 * self._expert_params() + shared
 
     def _places_per_token(self, seq_len: int) -> float:
         """Places of all experts that are computed, divided by the number of tokens."""
@@ -383,18 +376,14 @@ class MoE(FeedForward):
         experts_per_token = (
             self.top_k if self.routing == "token_choice" else min(self.capacity_factor, self.num_experts)
         )
-        return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params())
-
-    def _expert_params(self) -> int:
-        kernels = (self.up, self.gate, self.down)
-        return sum(math.prod(kernel.shape[1:]) for kernel in kernels if kernel is not None)
+        shared = 0 if self.shared is None else self.shared.num_params()
+        return math.prod(self.router.kernel.shape) + round(experts_per_token * self._expert_params()) + shared
 
     def exchanged(self, load: DeviceLoad) -> Collectives | None:
         """Tokens go to the experts and back once in each direction, and once more with remat; unknown if dropless."""
         if self.capacity_factor is None:
             return super().exchanged(load)
-        places = load.tokens * self._places_per_token(load.seq_len)
-        return Collectives(all_to_all=(6 if load.remat else 4) * load.size * places * self.up.shape[1])
+        return self._sent(load, load.tokens * self._places_per_token(load.seq_len))
 
 
 def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}"], Int[Array, "b i {k}"]]:
@@ -408,17 +397,3 @@ def _top_k(scores: Float[Array, "b i o"], k: int) -> tuple[Float[Array, "b i {k}
         return jnp.take_along_axis(scores, place, axis=-1), place
 
     return sharded.by_tokens(of_device, (), (scores,))
-
-
-def _as_batch(num_axes: int, *arrays: Array) -> list[Array]:
-    """The arrays with their first ``num_axes`` axes, which may be none, as one axis."""
-    return [a.reshape(math.prod(a.shape[:num_axes]), *a.shape[num_axes:]) for a in arrays]
-
-
-def _mean(values: Float[Array, "b s"], mask: Bool[Array, "b s"]) -> Float[Array, ""]:
-    """The mean over real tokens; zero if there are none."""
-    return jnp.sum(values, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
-
-
-def _capacity_product(rows: Float[Array, "b E C i"], kernels: Float[Array, "E i o"]) -> Float[Array, "b E C o"]:
-    return jnp.einsum("beci,eio->beco", rows, kernels.astype(rows.dtype))

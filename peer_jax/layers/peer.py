@@ -11,12 +11,14 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_function, initial_table, real_tokens
-from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Table
+from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Routing, Table
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import expert_mix, floor, traffic
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.traffic import FLOAT, Collectives
+
+EXPERT_ACTIVATIONS = ACTIVATIONS | {"identity": lambda s: s}
 
 
 class PEER(ProductKeyRetrieval):
@@ -32,8 +34,9 @@ class PEER(ProductKeyRetrieval):
         top_k: k, experts retrieved per head.
         d_key: width of a query; a sub-key is compared with one half of it.
         share_sub_keys: whether all heads share one set of sub-keys; each head has its own set otherwise.
-        query_norm: "batch", "layer" (over each head's query) or None.
-        activation: activation of an expert: "gelu", "relu" or "silu".
+        query_norm: "batch", "layer" (over each head's query), "qk" (over queries and sub-keys) or None.
+        activation: activation of an expert: "gelu", "relu", "silu", or "identity" for experts of rank one without an
+            activation, as the values of UltraMemV2 (arXiv:2508.18756, section 3.4) are.
         score_activation: "softmax" over the k scores of a head; "sigmoid" or "relu" are non-competing.
         implementation: implementation of the ops, see ``peer_jax.ops``; forward-mode derivatives (``jax.jvp``,
             ``jax.jacfwd``) need "reference".
@@ -69,7 +72,7 @@ class PEER(ProductKeyRetrieval):
         up_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
         rngs: nnx.Rngs,
     ) -> None:
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, EXPERT_ACTIVATIONS)
         check_function(down_init=down_init, up_init=up_init)
         super().__init__(
             d_model,
@@ -96,18 +99,20 @@ class PEER(ProductKeyRetrieval):
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        indices, gates = routing = self._route(x, mask, self.query_norm)
-        indices, down, up = retrieved(indices, self.down, self.up)
-        y = expert_mix(
+        routing = self._route(x, mask, self.query_norm)
+        return self.mix(x, routing), self._aux(routing, mask)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        indices, down, up = retrieved(routing.indices, self.down, self.up)
+        return expert_mix(
             x.astype(self.dtype or x.dtype),
             down,
             up,
             indices,
-            gates,
-            ACTIVATIONS[self.activation],
+            routing.gates,
+            EXPERT_ACTIVATIONS[self.activation],
             implementation=self.implementation,
         )
-        return y, self._aux(routing, mask)
 
     def rows_touched(self, tokens: int) -> int:
         return self._rows_touched(tokens)

@@ -1,16 +1,21 @@
-"""Product-key memory.
+"""Product-key memory, plain or with a gated output.
 
-Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242).
+Sources: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.05242); gated, Berges et al. 2024,
+"Memory Layers at Scale" (arXiv:2412.09764), section 3.1.4.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_function, initial_table, real_tokens
-from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Table
+from peer_jax.layers.checks import check_flag, check_function, initial_table, real_tokens
+from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Routing, Table
+from peer_jax.layers.linear import Linear
 from peer_jax.layers.retrieval import ProductKeyRetrieval
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import floor, traffic, value_bag
@@ -19,9 +24,12 @@ from peer_jax.ops.traffic import Collectives
 
 
 class PKM(ProductKeyRetrieval):
-    """y = sum over heads and top-k of g_i v_i, over values retrieved by product keys.
+    """m = sum over heads and top-k of g_i v_i, over values retrieved by product keys.
 
-    The parameters are ``query_proj``, ``query_norm``, ``sub_keys`` and ``values`` [N, d_model]. The arguments are
+    The output is m or, with ``gated=True`` as in Memory+, W_v (m * SiLU(W_g x)).
+
+    The parameters are ``query_proj``, ``query_norm``, ``sub_keys``, ``values`` [N, d_model] and, if gated,
+    ``gate_proj`` (W_g) and ``value_proj`` (W_v), which are initialised by ``projection_init``. The other arguments are
     those of ``PEER``; ``top_k`` is 32 by default, as in the PEER paper's baseline.
 
     Raises:
@@ -41,14 +49,17 @@ class PKM(ProductKeyRetrieval):
         share_sub_keys: bool = True,
         query_norm: str | None = "batch",
         score_activation: str = "softmax",
+        gated: bool = False,
         implementation: Placed[str | None] = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         query_init: Initializer = nnx.initializers.xavier_uniform(),
         value_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_out", "normal"),
+        projection_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
         rngs: nnx.Rngs,
     ) -> None:
-        check_function(value_init=value_init)
+        check_flag(gated=gated)
+        check_function(value_init=value_init, projection_init=projection_init)
         super().__init__(
             d_model,
             num_experts,
@@ -67,21 +78,35 @@ class PKM(ProductKeyRetrieval):
         self.values = Table(
             initial_table(value_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES
         )
+        self.gated = gated
+        linear = functools.partial(
+            Linear, d_model, d_model, dtype=dtype, param_dtype=param_dtype, kernel_init=projection_init, rngs=rngs
+        )
+        self.gate_proj = linear(("embed", "hidden")) if gated else None
+        self.value_proj = linear(("hidden", "embed")) if gated else None
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens d"], Aux]:
         x, mask = real_tokens(self.name, x, mask, self.d_model)
-        indices, gates = routing = self._route(x, mask, self.query_norm)
-        indices, values = retrieved(indices, self.values)
-        y = value_bag(values, indices, gates.astype(self.dtype or x.dtype), implementation=self.implementation)
-        return y, self._aux(routing, mask)
+        routing = self._route(x, mask, self.query_norm)
+        return self.mix(x, routing), self._aux(routing, mask)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"]:
+        indices, values = retrieved(routing.indices, self.values)
+        gates = routing.gates.astype(self.dtype or x.dtype)
+        y = value_bag(values, indices, gates, implementation=self.implementation)
+        return self.value_proj(y * jax.nn.silu(self.gate_proj(x))) if self.gated else y
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        return None if self.gated else super().expert_outputs(experts)
 
     def rows_touched(self, tokens: int) -> int:
         return self._rows_touched(tokens)
 
     def flops_per_token(self, seq_len: int) -> float:
-        return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model
+        projections = 2 * 2 * self.d_model**2 if self.gated else 0
+        return self._retrieval_flops() + 2 * self.num_heads * self.top_k * self.d_model + projections
 
     def exchanged(self, load: DeviceLoad) -> Collectives:
         return self._exchanged(traffic.value_bag_step, load, gate_size=load.size)
@@ -92,4 +117,8 @@ class PKM(ProductKeyRetrieval):
         least += floor.value_bag(*sizes, size=size, row_size=weight_size)
         if backward:
             least += floor.value_bag_backward(*sizes, size=size, row_size=weight_size)
+        for _ in (self.gate_proj, self.value_proj) if self.gated else ():
+            least += floor.linear_passes(
+                tokens, self.d_model, self.d_model, backward=backward, size=size, weight_size=weight_size
+            )
         return least

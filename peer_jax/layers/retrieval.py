@@ -19,14 +19,15 @@ from peer_jax.errors import InputError
 from peer_jax.fields import Placed
 from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
 from peer_jax.layers.growing import sub_keys_between, take_over
-from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing
+from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing, Table
 from peer_jax.layers.linear import Linear
+from peer_jax.layers.masked import batch_norm, mean_of_real
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.touched import compact_size
 from peer_jax.ops.traffic import FLOAT, Collectives
 
-QUERY_NORMS = ("batch", "layer", None)
+QUERY_NORMS = ("batch", "layer", "qk", None)
 SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
 
 
@@ -35,6 +36,10 @@ class ProductKeyRetrieval(FeedForward):
 
     Query batch-norm uses statistics over the real tokens of the batch in training, and running statistics in
     evaluation. Scores, norm and gates are float32.
+
+    With ``query_norm="qk"``, every half of a query and every sub-key is divided by its root mean square, the halves of
+    queries are multiplied by a learned scale, and scores are divided by sqrt(d_key). So scores have a variance of about
+    1 at first, and don't grow with the lengths of queries and sub-keys.
 
     Attributes:
         num_tables: number of tables of the subclass, each of which has a row of ``d_model`` per expert.
@@ -96,7 +101,7 @@ class ProductKeyRetrieval(FeedForward):
             kernel_init=query_init,
             rngs=rngs,
         )
-        self.query_norm: nnx.BatchNorm | nnx.LayerNorm | None
+        self.query_norm: nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | None
         if query_norm == "batch":
             self.needs_whole_batch = ("query batch-norm", "set query_norm to 'layer' or None")
             self.query_norm = nnx.BatchNorm(
@@ -111,6 +116,8 @@ class ProductKeyRetrieval(FeedForward):
             self.query_norm = nnx.LayerNorm(
                 d_key, use_fast_variance=False, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
             )
+        elif query_norm == "qk":
+            self.query_norm = nnx.RMSNorm(d_key // 2, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
         else:
             self.query_norm = None
         shape = (2, n, d_key // 2) if share_sub_keys else (num_heads, 2, n, d_key // 2)
@@ -125,15 +132,17 @@ class ProductKeyRetrieval(FeedForward):
         self,
         x: Float[Array, "*tokens d"],
         mask: Bool[Array, "*tokens"] | None,
-        norm: nnx.BatchNorm | nnx.LayerNorm | None,
+        norm: nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | None,
     ) -> Routing:
         queries = self.query_proj(x).astype(jnp.float32)
         if isinstance(norm, nnx.BatchNorm):
-            queries = _batch_norm(norm, queries, mask)
-        queries = queries.reshape(*x.shape[:-1], self.num_heads, self.d_key)
+            queries = batch_norm(norm, queries, mask)
+        queries, sub_keys = queries.reshape(*x.shape[:-1], self.num_heads, self.d_key), self.sub_keys[...]
         if isinstance(norm, nnx.LayerNorm):
             queries = norm(queries)
-        scores, indices = product_key_top_k(queries, self.sub_keys[...], self.top_k, implementation=self.implementation)
+        elif isinstance(norm, nnx.RMSNorm):
+            queries, sub_keys = _query_key_norm(norm, queries, sub_keys)
+        scores, indices = product_key_top_k(queries, sub_keys, self.top_k, implementation=self.implementation)
         return Routing(indices, SCORE_ACTIVATIONS[self.score_activation](scores))
 
     def _aux(self, routing: Routing, mask: Bool[Array, "*tokens"] | None) -> Aux:
@@ -141,12 +150,25 @@ class ProductKeyRetrieval(FeedForward):
         picks a single expert.
         """
         top = jnp.mean(jnp.max(routing.gates, axis=-1), axis=-1)
-        mask = jnp.ones(top.shape, bool) if mask is None else mask
-        mean = jnp.sum(top, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
-        return Aux(jnp.zeros(()), {"top_gate": mean})
+        return Aux(jnp.zeros(()), {"top_gate": mean_of_real(top, mask)})
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
+        """Both sub-keys of each expert, one after the other; of every head, if heads don't share them."""
+        keys = self.sub_keys[...]
+        n, heads = keys.shape[-2], keys.reshape(-1, *keys.shape[-3:])
+        pairs = jnp.concatenate([heads[:, 0, experts // n], heads[:, 1, experts % n]], axis=-1)
+        return jnp.moveaxis(pairs, 0, 1).reshape(experts.size, -1)
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        tables = nnx.to_flat_state(nnx.state(self, Table))
+        return {name: table.get_value()[experts][:, None] for (name,), table in tables}
+
+    def expert_outputs(self, experts: Int[Array, " m"]) -> Float[Array, "m d"] | None:
+        return getattr(self, self.outputs)[...][experts]
 
     def options(self) -> dict[str, object]:
-        return super().options() | ({"query_norm": "layer"} if isinstance(self.query_norm, nnx.LayerNorm) else {})
+        named = {nnx.LayerNorm: "layer", nnx.RMSNorm: "qk"}.get(type(self.query_norm))
+        return super().options() | ({} if named is None else {"query_norm": named})
 
     def _retrieval_flops(self) -> int:
         """FLOPs per token of the query projection and of the scores of both halves."""
@@ -173,8 +195,13 @@ class ProductKeyRetrieval(FeedForward):
         weight from the others and the place of the one that was last among the top k.
 
         Raises:
-            InputError: if this layer has no more experts than the other.
+            InputError: if this layer has no more experts than the other, or its sub-keys are normalised.
         """
+        if isinstance(self.query_norm, nnx.RMSNorm):
+            raise InputError(
+                f"num_experts can't grow from {smaller.num_experts} with query_norm='qk', which makes new sub-keys as "
+                "long as the old ones, so that they would displace them: leave num_experts as it was"
+            )
         if self.num_experts <= smaller.num_experts:
             raise InputError(
                 f"num_experts={self.num_experts} is not more than {smaller.num_experts}, from which to grow: raise it"
@@ -212,18 +239,15 @@ class ProductKeyRetrieval(FeedForward):
         return least
 
 
-def _batch_norm(
-    norm: nnx.BatchNorm, queries: Float[Array, "*tokens q"], mask: Bool[Array, "*tokens"] | None
-) -> Float[Array, "*tokens q"]:
-    """Batch-norm over the real tokens; a batch without real tokens leaves the running statistics as they are."""
-    if not queries.size:
-        return queries
-    if mask is None:
-        return norm(queries)
-    some = jnp.any(mask)
-    before = norm.mean[...], norm.var[...]
-    normed = norm(queries, mask=(mask | ~some)[..., None])
-    if not norm.use_running_average:
-        for statistic, old in zip((norm.mean, norm.var), before, strict=True):
-            statistic[...] = jnp.where(some, statistic[...], old)
-    return normed
+def _query_key_norm(
+    norm: nnx.RMSNorm, queries: Float[Array, "*tokens h q"], sub_keys: Float[Array, "*sets n c"]
+) -> tuple[Float[Array, "*tokens h q"], Float[Array, "*sets n c"]]:
+    """Both halves of each query, and each sub-key, with a root mean square of 1; queries scaled for the scores.
+
+    Halves are normalised on their own, because the norm of a whole key would not let scores be sums over its halves.
+    The learned scale is one of queries alone: a scale of sub-keys would only be multiplied by it.
+    """
+    halves = norm(queries.reshape(*queries.shape[:-1], 2, -1)).reshape(queries.shape)
+    sub_keys = sub_keys.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(sub_keys), axis=-1, keepdims=True)
+    return halves * queries.shape[-1] ** -0.5, sub_keys * jax.lax.rsqrt(mean_square + norm.epsilon)

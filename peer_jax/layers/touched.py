@@ -2,8 +2,8 @@
 
 During such a step a ``Table`` holds a ``TouchedTable``. The layer works on the compact table of the retrieved rows,
 [U, d]: its op gets places in that table instead of indices of the whole one. The gradient is taken with respect to
-``change``, which is zero and is added to the compact table, as ``nnx.Perturbation`` is. No gradient has the size of the
-whole table.
+a change, which is zero and is added to the compact table, as ``nnx.Perturbation`` is. No gradient has the size of the
+whole table. Layers that share a table each have a compact table and a change of their own.
 
 N  rows of the table     U  the most rows that a batch can touch     d  d_model
 """
@@ -29,13 +29,14 @@ class TouchedTable:
 
     Attributes:
         table: the whole table, which has no gradient.
-        change: zeros in the type of the table; what is added to the retrieved rows.
-        rows: the numbers of the retrieved rows, as ``peer_jax.ops.touched`` has them, once the layer has retrieved.
+        changes: for each layer that reads the table, in the order in which they run, zeros in the type of the table;
+            what is added to the rows that it retrieves.
+        rows: for each layer that has retrieved so far, the numbers of its rows as ``peer_jax.ops.touched`` has them.
     """
 
     table: Float[Array, "N d"]
-    change: Float[Array, "U d"]
-    rows: Int[Array, " U"] | None = None
+    changes: tuple[Float[Array, "_ d"], ...]
+    rows: tuple[Int[Array, " _"], ...] = ()
 
     def __getitem__(self, key: object) -> Array:
         raise InputError(
@@ -49,14 +50,15 @@ def retrieved(indices: Int[Array, "*tokens h k"], *tables: Table) -> tuple[Array
     values = [table.get_value() for table in tables]
     if not isinstance(values[0], TouchedTable):
         return indices, *values
-    if any(value.rows is not None for value in values):
+    changes = [value.changes[len(value.rows) :][:1] for value in values]
+    if not all(changes):
         raise InputError("a layer retrieves rows of one table twice in a step: set AdamW.table_updates='all'")
-    num_rows, most = values[0].table.shape[0], values[0].change.shape[0]
+    num_rows, most = values[0].table.shape[0], changes[0][0].shape[0]
     check_indices("retrieved", indices, num_rows)
     rows, slots = keep(touched_by_all(indices, num_rows, most))
     check_room("retrieved", jnp.all((slots < most) | (indices < 0) | (indices >= num_rows)))
     for table, value in zip(tables, values, strict=True):
-        table.set_value(dataclasses.replace(value, rows=rows))
+        table.set_value(dataclasses.replace(value, rows=(*value.rows, rows)))
     split = spec_of(*TABLE_AXES)
     take = on_each_device(take_rows, (split, spec_of("rows")), split)
-    return slots, *(take(value.table, rows) + value.change for value in values)
+    return slots, *(take(value.table, rows) + change for value, (change,) in zip(values, changes, strict=True))

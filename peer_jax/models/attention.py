@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions, packed sequences and a key-value cache.
+"""Self-attention, causal or not, with rotary positions, packed sequences and a key-value cache.
 
 b  batch     s  queries     S  keys     h  heads     c  width of a head     d  d_model, h * c
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_sizes
+from peer_jax.layers.checks import check_flag, check_sizes
 from peer_jax.layers.interface import by_position
 from peer_jax.layers.linear import Linear
 from peer_jax.models import splash
@@ -45,12 +45,13 @@ WIDEST_HEAD, OLDEST_GPU = 128, 8.0  # for cuDNN; 8.0 is Ampere
 
 
 class Attention(nnx.Module):
-    """Multi-head causal attention without biases.
+    """Multi-head attention without biases.
 
     Args:
         d_model: d.
         num_heads: h; each has a width of d / h, which must be even.
-        rope_theta: base of the rotary frequencies.
+        causal: whether a token attends to earlier tokens alone. If not, it attends to all, and there is no cache.
+        rope_theta: base of the rotary frequencies; None: queries and keys are not rotated.
         implementation: ``"xla"`` holds the scores of all heads, [b, h, s, S]; ``"cudnn"`` never holds them, and needs
             an NVIDIA GPU from Ampere on, bfloat16 or float16, and heads at most 128 wide; ``"splash"`` never holds
             them, and needs a TPU and sequences of a multiple of 128 tokens. None takes one of the latter two where it
@@ -67,7 +68,8 @@ class Attention(nnx.Module):
         d_model: int,
         num_heads: int,
         *,
-        rope_theta: float = 10_000.0,
+        causal: bool = True,
+        rope_theta: float | None = 10_000.0,
         implementation: Placed[str | None] = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -75,6 +77,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_sizes(d_model=d_model, num_heads=num_heads)
+        check_flag(causal=causal)
         if implementation not in (None, *IMPLEMENTATIONS):
             raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, nor None")
         if d_model % num_heads or (d_model // num_heads) % 2:
@@ -84,7 +87,8 @@ class Attention(nnx.Module):
             )
 
         linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
-        self.num_heads, self.rope_theta, self.implementation = num_heads, rope_theta, implementation
+        self.num_heads, self.causal = num_heads, causal
+        self.rope_theta, self.implementation = rope_theta, implementation
         self.query_key_value = linear(d_model, 3 * d_model, ("embed", "heads"))
         self.out = linear(d_model, d_model, ("heads", "embed"))
 
@@ -95,7 +99,7 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "b s"] | None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "b s d"], KVCache | None]:
-        """Attends to the token itself and to the earlier ones with the same segment id, or all earlier ones if None.
+        """Attends to the tokens with the same segment id, or to all if None; with ``causal``, not to later ones.
 
         With a cache, x continues the cached tokens, which must be of the same segment, and the cache is returned with
         x in it.
@@ -118,10 +122,13 @@ class Attention(nnx.Module):
         """The weighted values of all heads, and the cache with keys and values in it."""
         b, s, width = query_key_value.shape
         qkv = query_key_value.reshape(b, s, 3, self.num_heads, width // (3 * self.num_heads))
-        query = rotate(qkv[:, :, 0], positions, self.rope_theta)
-        key, value = rotate(qkv[:, :, 1], positions, self.rope_theta), qkv[:, :, 2]
+        query, key, value = (qkv[:, :, part] for part in range(3))
+        if self.rope_theta is not None:
+            query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
         first = 0
         if cache is not None:
+            if not self.causal:
+                raise InputError("a cache needs causal attention: pass all tokens at once, or set causal=True")
             first = cache.length
             start = (0, first, 0, 0)
             key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
@@ -130,10 +137,11 @@ class Attention(nnx.Module):
             key, value = key.astype(query.dtype), value.astype(query.dtype)
         chosen = "xla" if cache is not None else self._choose(query, is_split)
         if chosen == "splash":
-            y = splash.attend(query, key, value, segment_ids)
+            y = splash.attend(query, key, value, segment_ids, causal=self.causal)
         else:
-            mask = jnp.broadcast_to(_mask(first, s, key.shape[1], segment_ids), (b, s, key.shape[1]))
-            y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=chosen)
+            mask = self._mask(first, s, key.shape[1], segment_ids)
+            mask = None if mask is None else jnp.broadcast_to(mask, (b, s, key.shape[1]))[:, None]
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
         return y.reshape(b, s, width // 3), cache
 
     def _choose(self, query: Float[Array, "b s h c"], is_split: bool) -> str:
@@ -151,16 +159,20 @@ class Attention(nnx.Module):
             )
         return self.implementation or next((name for name, reason in reasons.items() if reason is None), "xla")
 
+    def _mask(
+        self, first: Int[Array, ""] | int, s: int, S: int, segment_ids: Int[Array, "b s"] | None
+    ) -> Bool[Array, "#b s S"] | None:
+        """Which keys each of s queries attends to, the first of which is at position ``first`` of S; None: all."""
+        same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+        if not self.causal:
+            return same
+        causal = (jnp.arange(S)[None] <= first + jnp.arange(s)[:, None])[None]
+        return causal if same is None else causal & same
+
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token: projections, and scores and weighted values of all ``seq_len`` keys."""
         d = self.out.in_features
         return 2 * 4 * d * d + 4 * seq_len * d
-
-
-def _mask(first: Int[Array, ""] | int, s: int, S: int, segment_ids: Int[Array, "b s"] | None) -> Bool[Array, "#b s S"]:
-    """Which keys each of s queries attends to, the first of which is at position ``first`` of S."""
-    causal = (jnp.arange(S)[None] <= first + jnp.arange(s)[:, None])[None]
-    return causal if segment_ids is None else causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 def why_not_cudnn(query: Float[Array, "b s h c"] | jax.ShapeDtypeStruct) -> str | None:

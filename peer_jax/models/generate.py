@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax import memory
 from peer_jax.errors import InputError
+from peer_jax.models.model import Model
 from peer_jax.models.transformer import Transformer
 
 
@@ -80,10 +81,15 @@ def generate(
     return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
 
 
-def lower(model: Transformer, size: int, prefill: int) -> jax.stages.Lowered:
+def lower(model: Model, size: int, prefill: int) -> jax.stages.Lowered:
     """The program by which ``generate`` continues one prompt of ``prefill`` tokens to ``size``, of a model without
     values; with a cache, if the model can have one.
+
+    Raises:
+        InputError: if the model is of no text.
     """
+    if not isinstance(model, Transformer):
+        raise InputError(f"a {type(model).__name__} generates no text: leave the program of generation out")
     arguments = np.zeros((1, size), np.int32), np.array([prefill]), jax.eval_shape(lambda: jax.random.key(0))
     how = np.float32(0), np.float32(1)
     if model.mixes_tokens:

@@ -34,26 +34,28 @@ def attend(
     value: Float[Array, "b s h c"],
     segment_ids: Int[Array, "b s"] | None,
     *,
+    causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "b s h c"]:
-    """Causal attention within segments, each device with its own rows; ``interpret`` simulates the kernels on CPU."""
+    """Attention within segments, each device with its own rows; ``interpret`` simulates the kernels on CPU."""
     arguments = (query, key, value) if segment_ids is None else (query, key, value, segment_ids)
     rows = PartitionSpec(AXES)
-    own = functools.partial(_attend, interpret=interpret)
+    own = functools.partial(_attend, causal=causal, interpret=interpret)
     return on_each_device(own, (rows,) * len(arguments), rows)(*arguments)
 
 
-def _attend(query, key, value, segment_ids=None, *, interpret):
+def _attend(query, key, value, segment_ids=None, *, causal, interpret):
     # Imported here, because Pallas takes a second to import and other devices need none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     s, h, c = query.shape[1:]
     block = math.gcd(s, BLOCK)
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    mask = (splash.CausalMask if causal else splash.FullMask)((s, s))
     # The sequence is the minor axis, as in the products that queries, keys and values come from: with heads that are
     # narrower than the lanes as the minor axis, the arrays would be padded, and copied to that layout.
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((s, s))] * h),
+        splash.MultiHeadMask([mask] * h),
         block_sizes=splash.BlockSizes(
             **{f"block_{name}": block for name in sizes},
             **{f"{name}_layout": splash.QKVLayout.SEQ_MINOR for name in "qkv"},

@@ -20,14 +20,12 @@ from jax.sharding import AbstractMesh
 from peer_jax.errors import InputError
 from peer_jax.layers import DeviceLoad
 from peer_jax.layers.interface import Table
-from peer_jax.ops.traffic import INDEX, Collectives
+from peer_jax.ops.traffic import Collectives
 from peer_jax.sharding import AXES, DATA, EXPERT, FSDP, Placement, mesh_axes, part_bytes, use
 from peer_jax.training import room
 from peer_jax.training.flops import TRAINING_TO_FORWARD
 from peer_jax.training.run import Run
 from peer_jax.training.step import TrainState
-
-BATCH_ARRAYS = 3  # inputs, targets and segment ids
 
 # Causes of exchanges.
 TOKENS, TABLE_GRADIENTS = "tokens to the experts and back", "table gradients over copies"
@@ -195,7 +193,8 @@ def plan(run: Run, mesh: Mapping[str, int] | None = None, devices: int | None = 
     model = trainer.abstract_model
     tokens //= placement.mesh.size
     parameters, optimizer, others = (part_bytes(tree) for tree in (state.params, state.optimizer, state.others))
-    batch = BATCH_ARRAYS * INDEX * tokens * run.accumulation
+    row_bytes = sum(array.nbytes for array in run.task.example(1).values())
+    batch = row_bytes * (tokens // seq_len) * run.accumulation
     activations = room.activation_bytes(model, tokens, seq_len, on_cpu=False)
     memory = MemoryPlan(parameters, optimizer, others + batch, max(gradients, activations))
     flops = (TRAINING_TO_FORWARD + model.remat) * model.flops_per_token(seq_len) * tokens * run.accumulation

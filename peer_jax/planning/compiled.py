@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -150,8 +149,11 @@ def _memory(held: Any) -> Memory:
 
 
 def _batch(run: Run, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    row = jax.ShapeDtypeStruct((rows, run.task.seq_len), jnp.int32, sharding=_sharding("batch"))
-    return dict.fromkeys(("inputs", "targets", "segment_ids"), row)
+    sharding = _sharding("batch")
+    return {
+        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in run.task.example(1).items()
+    }
 
 
 def _sharding(*axes: str) -> Sharding:

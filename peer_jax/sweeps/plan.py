@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from peer_jax import memory
-from peer_jax.data.pipeline import TextTask
-from peer_jax.data.vocabulary import BYTES
+from peer_jax.data.pipeline import Task, TextTask
 from peer_jax.errors import InputError
 from peer_jax.fields import RunConfig
 from peer_jax.gin_syntax import Binding
@@ -57,7 +56,7 @@ class Planned:
     step_flops: float
     step_bytes: int
     program: str
-    task: TextTask
+    task: Task
     corpus_tokens: int | None
     is_prepared: bool
 
@@ -84,7 +83,7 @@ def plan(points: Sequence[Point], load: Load) -> list[Planned]:
     """
     planned: dict[tuple[str, str, str], Planned] = {}
     trainers: dict[frozenset, Trainer] = {}
-    corpora: dict[TextTask, tuple[int | None, bool]] = {}
+    corpora: dict[Task, tuple[int | None, bool]] = {}
     for point in points:
         try:
             run = _build(point, load, trainers, corpora)
@@ -101,7 +100,7 @@ def _build(
     point: Point,
     load: Load,
     trainers: dict[frozenset, Trainer],
-    corpora: dict[TextTask, tuple[int | None, bool]],
+    corpora: dict[Task, tuple[int | None, bool]],
 ) -> Planned:
     run = load(point.files, point.bindings, point.imports)
     if run.grown_from is not None:
@@ -125,7 +124,7 @@ def _build(
     return Planned(
         point=dataclasses.replace(point, settings=used),
         config=run.config,
-        is_causal=model.is_causal,
+        is_causal=model.is_causal is not False,
         params_total=model.num_params(),
         params_active=model.num_active_params(),
         flops_per_token=model.flops_per_token(seq_len),
@@ -151,19 +150,14 @@ def _program(run: Run, state: object) -> str:
     return hashlib.sha256(f"{shapes} {sorted(fields.items())}".encode()).hexdigest()[:12]
 
 
-def _corpus_tokens(task: TextTask) -> tuple[int | None, bool]:
+def _corpus_tokens(task: Task) -> tuple[int | None, bool]:
     """The number of training tokens of a task, padding included, and whether the task is prepared.
 
-    Before a task is prepared, the number is an estimate that takes each byte for a token. If the corpus doesn't know
-    its size, as with TFDS, or tokens are not bytes, it is the limit of the task, or None if there is no limit.
+    Before a task is prepared, the number is an estimate; None if nothing is known.
     """
     if (rows := task.prepared_rows()) is not None:
         return rows * task.seq_len, True
-    limit = task.max_train_tokens
-    if task.vocabulary == BYTES and hasattr(task.corpus, "num_bytes"):
-        size = task.corpus.num_bytes()
-        return size if limit is None else min(size, limit), False
-    return limit, False
+    return task.train_tokens(), False
 
 
 def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
@@ -188,11 +182,13 @@ def check(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
     if repeating := [run for run in planned if (run.epochs or 0) > 1]:
         most = max(repeating, key=lambda run: run.epochs)
         notes.append(
-            f"{len(repeating)} of {len(planned)} runs read text more than once; {most.point.name} reads it "
-            f"{most.epochs:.1f} times. Up to 4 times, repeated text is nearly as good as new text (arXiv:2305.16264)."
+            f"{len(repeating)} of {len(planned)} runs read {most.task.corpus.name} more than once; {most.point.name} "
+            f"reads it {most.epochs:.1f} times."
         )
+        if isinstance(most.task, TextTask):
+            notes[-1] += " Up to 4 times, repeated text is nearly as good as new text (arXiv:2305.16264)."
     if any(run.corpus_tokens is None for run in planned):
-        notes.append("How much text the corpus has isn't known before `peer-jax prepare`: epochs are left blank.")
+        notes.append("How large the corpus is isn't known before `peer-jax prepare`: epochs are left blank.")
     elif not all(run.is_prepared for run in planned):
         notes.append("The corpus is not prepared yet: its size, and so the epochs, are estimates.")
     return notes

@@ -4,10 +4,8 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from peer_jax import memory
-from peer_jax.data.pipeline import vocabulary_size
 from peer_jax.errors import InputError
 from peer_jax.ops import checked as with_checks
 from peer_jax.sharding import part_bytes, split_batch, use
@@ -20,7 +18,7 @@ SLOWEST_CPU = 2e10  # FLOPs per second; a core does 14 to 36e9
 
 
 def seconds_per_step(run: Run) -> float:
-    """Median seconds of the run's training step on random tokens, placed as ``train`` places it, without compilation.
+    """Median seconds of the run's training step on random inputs, placed as ``train`` places it, without compilation.
 
     Raises:
         InputError: if the run's state doesn't fit the device's memory, or a step would take too long to try.
@@ -34,8 +32,7 @@ def _measure(run: Run) -> float:
     trainer = run.trainer()
     rows, seq_len = run.batch_size, run.task.seq_len
     _check_size(trainer.abstract_state(), training_flops(trainer.abstract_model, rows * seq_len, seq_len))
-    tokens = np.random.default_rng(0).integers(3, vocabulary_size(run.task.vocabulary), (rows, seq_len), np.int32)
-    batch = split_batch({"inputs": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)})
+    batch = split_batch(run.task.example(rows))
     rates = run.optimizer.rates(trainer.labels, 0, 10)
     step = with_checks(trainer.step) if run.checked else trainer.compiled_step()
     state, metrics = step(trainer.init(0), batch, rates)

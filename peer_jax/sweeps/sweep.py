@@ -13,7 +13,7 @@ from peer_jax.layers.checks import check_positive
 from peer_jax.training.flops import short
 
 Bindings = Mapping[str, Any]
-WIDTH = "Transformer.d_model"
+WIDTHS = ("Transformer.d_model", "ViT.d_model")
 
 # Bindings that are a run's place in the sweep, and the axis that sets them.
 PLACES = {"Run.training_flops": "budgets", "Run.steps": "budgets", "Run.seed": "seeds"}
@@ -36,7 +36,7 @@ class Sweep:
             file in ``layers``, unless ``method_files`` names another.
         method_files: the file of a method, by its label: a name in ``layers``, or the path of a gin file, relative to
             the folder of the sweep's own file. So several methods can share a file and differ in their bindings.
-        sizes: labels with bindings, ``Transformer.d_model`` among them.
+        sizes: labels with bindings, ``Transformer.d_model`` or ``ViT.d_model`` among them.
         budgets: training FLOPs, with bindings such as a batch size, or alone.
         sizes_at: the sizes of a budget that does not have all of them: a larger budget needs larger models.
         seeds: seeds of parameters and data order.
@@ -248,9 +248,11 @@ def _refuse_axes(sweep: Sweep, extra: Sequence[Binding]) -> None:
 def _scaled_rates(sweep: Sweep, size: str, bindings: Bindings) -> Iterator[tuple[str, Any]]:
     """The rates that change with width, at this width."""
     for name, exponent in sweep.rate_exponents.items():
-        width = bindings.get(WIDTH)
+        width = next((bindings[binding] for binding in WIDTHS if binding in bindings), None)
         if not isinstance(width, int) or width < 1:
-            raise InputError(f"Sweep.rate_exponents needs a width, {WIDTH}, in Sweep.sizes, but {size!r} binds {width}")
+            raise InputError(
+                f"Sweep.rate_exponents needs a width, {' or '.join(WIDTHS)}, in Sweep.sizes, but {size!r} binds {width}"
+            )
         if name in bindings:
             yield name, _scaled(name, bindings[name], (width / sweep.rates_at) ** exponent)
 

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from peer_jax.data.pipeline import PackedText, TextTask, ensure_prepared, open_cache
+from peer_jax.data.pipeline import Rows, Task, ensure_prepared, open_cache
 from peer_jax.errors import InputError
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.training.checkpoint import METRIC
 from peer_jax.training.evaluate import evaluate
 from peer_jax.training.metrics import MetricsLog
@@ -27,19 +27,19 @@ class Evaluator(Protocol):
     metric: str
     every: int | None
 
-    def __call__(self, model: Transformer, *, ended: bool) -> dict[str, Any]:
+    def __call__(self, model: Model, *, ended: bool) -> dict[str, Any]:
         """What the result says of the model, ``loss`` included; at the end of training in more detail."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The evaluator for the validation split of a text.
+    """The evaluator for the validation split of a task.
 
     Args:
         name, metric, every: see ``Evaluator``.
         source: the split.
-        fingerprint: of the text.
+        fingerprint: of the task's corpus.
         batch_size: rows per batch.
         progress: show a bar.
     """
@@ -47,18 +47,18 @@ class Validation:
     name: str
     metric: str
     every: int | None
-    source: PackedText
+    source: Rows
     fingerprint: str
     batch_size: int
     progress: bool = False
 
-    def __call__(self, model: Transformer, *, ended: bool) -> dict[str, Any]:
+    def __call__(self, model: Model, *, ended: bool) -> dict[str, Any]:
         measured = evaluate(model, self.source, batch_size=self.batch_size, routing=ended, progress=self.progress)
         return measured | {"fingerprint": self.fingerprint}
 
 
 def of_run(run: Run, *, progress: bool) -> list[Evaluator]:
-    """An evaluator for the run's own text, which is evaluated during training, and one for each of ``eval_tasks``.
+    """An evaluator for the run's own task, which is evaluated during training, and one for each of ``eval_tasks``.
 
     Raises:
         InputError: if two of the texts have the same name, or if one can't be prepared.
@@ -70,7 +70,7 @@ def of_run(run: Run, *, progress: bool) -> list[Evaluator]:
     return [own, *others]
 
 
-def check_names(tasks: Sequence[TextTask]) -> None:
+def check_names(tasks: Sequence[Task]) -> None:
     """An InputError if two of the tasks to evaluate have texts of the same name."""
     names = [task.corpus.name for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -78,7 +78,7 @@ def check_names(tasks: Sequence[TextTask]) -> None:
 
 
 def of_task(
-    task: TextTask, metric: str, every: int | None, *, batch_size: int, prepare_progress: bool, progress: bool
+    task: Task, metric: str, every: int | None, *, batch_size: int, prepare_progress: bool, progress: bool
 ) -> Validation:
     """The evaluator for the validation split of a task, which is prepared first if need be."""
     return Validation(
@@ -114,11 +114,11 @@ class Evaluations:
         """Whether anything is to be evaluated within training, after ``step``."""
         return bool(self._due(step))
 
-    def after(self, step: int, model: Callable[[], Transformer]) -> dict[str, float]:
+    def after(self, step: int, model: Callable[[], Model]) -> dict[str, float]:
         """Evaluates what is due after ``step``; the losses by the names that they have in the log."""
         return self._evaluate(step, self._due(step), model)
 
-    def finish(self, model: Callable[[], Transformer]) -> dict[str, dict[str, Any]]:
+    def finish(self, model: Callable[[], Model]) -> dict[str, dict[str, Any]]:
         """Evaluates the trained model by all evaluators that have not done so; what each has measured, by its name."""
         due = [evaluator for evaluator in self._evaluators if evaluator.name not in self.at_end]
         self._evaluate(self._steps, due, model)
@@ -134,9 +134,7 @@ class Evaluations:
             and (step, evaluator.metric) not in self._logged
         ]
 
-    def _evaluate(
-        self, step: int, evaluators: Sequence[Evaluator], model: Callable[[], Transformer]
-    ) -> dict[str, float]:
+    def _evaluate(self, step: int, evaluators: Sequence[Evaluator], model: Callable[[], Model]) -> dict[str, float]:
         losses = {}
         for evaluator in evaluators:
             measured = evaluator(model(), ended=step == self._steps)
@@ -145,5 +143,6 @@ class Evaluations:
                 self.at_end[evaluator.name] = measured
             if (step, evaluator.metric) not in self._logged:
                 self._logged.add((step, evaluator.metric))
-                self._log.write(step, {evaluator.metric: measured["loss"]})
+                scores = {name: measured[name] for name in ("loss", "accuracy") if name in measured}
+                self._log.write(step, {evaluator.metric.replace("loss", name, 1): scores[name] for name in scores})
         return losses

@@ -1,25 +1,25 @@
 """Training FLOPs: 3 x forward FLOPs x tokens, the same for every method.
 
 A backward pass costs twice the forward pass. Every position of a batch counts as a token, padding included, because it
-is computed. ``Transformer.flops_by_part`` says what counts in a forward pass.
+is computed; of images, every patch. ``Model.flops_by_part`` says what counts in a forward pass.
 """
 
 import math
 import re
 
 from peer_jax.errors import InputError
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 
 TRAINING_TO_FORWARD = 3
 MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
 
 
-def training_flops(model: Transformer, tokens: int, seq_len: int) -> float:
+def training_flops(model: Model, tokens: int, seq_len: int) -> float:
     """FLOPs of training on ``tokens`` tokens in rows of ``seq_len`` tokens."""
     return TRAINING_TO_FORWARD * model.flops_per_token(seq_len) * tokens
 
 
-def steps_for(budget: float, model: Transformer, batch_size: int, seq_len: int) -> int:
+def steps_for(budget: float, model: Model, batch_size: int, seq_len: int) -> int:
     """The number of steps of ``batch_size`` rows whose training FLOPs are nearest to the budget, within half a step.
 
     Raises:

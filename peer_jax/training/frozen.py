@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import TABLE_AXES, FeedForward, Table
-from peer_jax.models import Transformer
+from peer_jax.layers.interface import TABLE_AXES, FeedForward
+from peer_jax.models.model import Model, Path
 from peer_jax.sharding import EXPERT, on_each_device, parts_of, spec_of
-from peer_jax.training.touched import Path, RowGradients
+from peer_jax.training.touched import RowGradients
 
 Mask = Bool[np.ndarray, " N"]
 
@@ -35,12 +35,10 @@ class FrozenExperts:
         InputError: if the model has no tables, or they had no such number of experts.
     """
 
-    def __init__(self, model: Transformer, experts: int | Mask | None) -> None:
+    def __init__(self, model: Model, experts: int | Mask | None) -> None:
         self._frozen: dict[Path, Callable[[Array], Array]] = {}
-        for index, block in enumerate([] if experts is None else model.blocks):
-            for path, parameter in nnx.to_flat_state(nnx.state(block.ffw, nnx.Param)):
-                if isinstance(parameter, Table):
-                    self._frozen["blocks", index, "ffw", *path] = _are_frozen(block.ffw, experts)
+        if experts is not None:
+            self._frozen = {path: _are_frozen(layers[0], experts) for path, (_, layers) in model.tables().items()}
         if experts is not None and not self._frozen:
             raise InputError(f"frozen_experts={experts}: the model has no tables of experts, so leave it out")
 

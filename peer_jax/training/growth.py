@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError
 from peer_jax.layers.growing import placed
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.processes import together
 from peer_jax.training.flops import training_flops
 from peer_jax.training.restore import restore
@@ -71,10 +70,7 @@ def _check(run: Run, source: Run, trainer: Trainer, smaller: Trainer) -> None:
                 f"{run.grown_from} has {name} = {before.get(name, 'unset')}, now it is {now.get(name, 'unset')}: a run "
                 "that grows keeps its model but for num_experts"
             )
-    if not vocabularies.same(source.task.vocabulary, run.task.vocabulary):
-        raise InputError(
-            f"TextTask.vocabulary={run.task.vocabulary!r} is not that of {run.grown_from}, {source.task.vocabulary!r}"
-        )
+    run.task.check_fits(source.task, str(run.grown_from))
     if before == now:
         raise InputError(f"{run.grown_from} has as many experts: raise num_experts, or leave Run.grown_from out")
     larger = functools.partial(_larger, trainer, smaller)
@@ -97,7 +93,7 @@ def _order(run: Run) -> tuple[int, int]:
     return run.batch_size, run.seed
 
 
-def _spent(run: Run, source: Run, model: Transformer, step: int, before: Grown) -> Grown:
+def _spent(run: Run, source: Run, model: Model, step: int, before: Grown) -> Grown:
     """What the source had spent at ``step``, by the models that it had until then."""
     tokens = (step - before.steps) * source.batch_size * source.task.seq_len
     return Grown(
@@ -120,7 +116,7 @@ def _grown(trainer: Trainer, smaller: Trainer, state: TrainState, seed: int) -> 
     return jax.jit(functools.partial(_grow, trainer, smaller), out_shardings=shardings)(state, jax.random.key(seed))
 
 
-def _larger(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> tuple[Transformer, Transformer]:
+def _larger(trainer: Trainer, smaller: Trainer, state: TrainState, key: Array) -> tuple[Model, Model]:
     """The model of a state, and a larger one, whose larger layers have taken over those of the first."""
     before, model = nnx.merge(smaller.graph, state.params, state.others), trainer.build(rngs=nnx.Rngs(key))
     for block, old in zip(model.blocks, before.blocks, strict=True):
@@ -150,7 +146,7 @@ def _kept(old: nnx.State, made: nnx.State) -> nnx.State:
     return nnx.map_state(lambda path, new: flat[path] if flat[path].shape == new.shape else new, made)
 
 
-def _placed(model: Transformer, before: Transformer, fresh: nnx.State, old: nnx.State) -> nnx.State:
+def _placed(model: Model, before: Model, fresh: nnx.State, old: nnx.State) -> nnx.State:
     """Arrays of the optimiser that belong to parameters, rearranged as these are."""
     flat = dict(nnx.to_flat_state(old))
 

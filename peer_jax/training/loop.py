@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from peer_jax.data.pipeline import Batch, ensure_prepared, open_cache, train_batches
+from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache, train_batches
 from peer_jax.errors import InputError, Interrupted, TryAgain
 from peer_jax.lease import STALE
 from peer_jax.ops import checked as with_checks
@@ -67,16 +66,16 @@ def _train(
         sizes = {"batch_size": run.batch_size, "accumulation": run.accumulation, "seq_len": run.task.seq_len}
         room.check_step(trainer.abstract_model, trainer.abstract_state(), **sizes)
 
-    # Data. The first process prepares the texts, and the others find them if they share a cache.
+    # Data. The first process prepares them, and the others find them if they share a cache.
     with together():
         for task in (run.task, *run.eval_tasks) if leads() else ():
             ensure_prepared(task, progress=progress)
     with together():
         cache = ensure_prepared(run.task, progress=progress)
         corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
-        text = open_cache(cache, "train")
+        source = open_cache(cache, "train")
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = train_batches(text, batch_size=run.batch_size, seed=run.seed, **hosts)
+        batches = train_batches(source, batch_size=run.batch_size, seed=run.seed, **hosts)
         to_evaluate = evaluators.of_run(run, progress=progress)
 
     with contextlib.ExitStack() as stack:
@@ -106,7 +105,8 @@ def _train(
         if grows:  # from now on, the run needs no other directory
             checkpoints.save(start, state, position)
         clock = Clock(**position.get("clock", {}))
-        ownership.keep_vocabulary(directory, run.task.vocabulary)
+        if isinstance(run.task, TextTask):
+            ownership.keep_vocabulary(directory, run.task.vocabulary)
 
         # Steps.
         step_function = _step_function(run, trainer, state) if start < steps else None
@@ -160,7 +160,7 @@ def _train(
                 "training_flops": grown.training_flops + since * step_flops,
                 "tokens_per_second": time["steps"] * step_tokens / time["step_seconds"] if time["steps"] else None,
                 "wall_seconds": time["wall_seconds"],
-                "epochs": batches.get_state()["next_index"] * run.batch_size / len(text),
+                "epochs": batches.get_state()["next_index"] * run.batch_size / len(source),
                 "corpus": corpus,
                 "config": {} if run.config is None else dict(run.config.identity),
                 "evaluations": measured,
@@ -172,8 +172,7 @@ def _step_function(run: Run, trainer: Trainer, state: TrainState) -> Callable[..
     """The trainer's step, compiled in all processes, which would otherwise miss one another in a first collective."""
     if run.checked:
         return with_checks(trainer.step)
-    rows = np.zeros((run.batch_size // jax.process_count(), run.task.seq_len), np.int32)
-    batch = split_batch(dict.fromkeys(Batch.__annotations__, rows))
+    batch = split_batch(run.task.example(run.batch_size // jax.process_count()))
     step = trainer.compiled_step().lower(state, batch, run.optimizer.rates(trainer.labels, 0, 1)).compile()
     wait_for_all()
     return step

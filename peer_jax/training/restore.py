@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from peer_jax.data import vocabulary as vocabularies
-from peer_jax.data.pipeline import START_ID
+from peer_jax.data.pipeline import START_ID, TextTask
 from peer_jax.errors import InputError
-from peer_jax.models import Transformer, generate
+from peer_jax.models import Model, generate
 from peer_jax.run_directory import RunDirectory
 from peer_jax.sharding import current, use
 from peer_jax.training import evaluators, room
@@ -22,7 +22,7 @@ from peer_jax.training.step import Trainer, TrainState
 logger = logging.getLogger(__name__)
 
 
-def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last") -> tuple[int, Transformer]:
+def restore_model(run: Run, workdir: str | os.PathLike, checkpoint: str = "last") -> tuple[int, Model]:
     """The step and model, in evaluation mode, of a checkpoint: "last", "best" or a step.
 
     Raises:
@@ -70,17 +70,17 @@ def evaluate_run(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> tuple[int, dict[str, Any]]:
-    """Evaluates the model in ``workdir`` on the validation text of each run's task.
+    """Evaluates the model in ``workdir`` on the validation split of each run's task.
 
     Args:
-        runs: the first makes the model; each names a text by its task.
+        runs: the first makes the model; each names a text, or images, by its task.
         workdir: the run directory.
         checkpoint: "last", "best" or a step.
         batch_size: rows per batch; None: as each run has it.
         progress: show progress bars.
 
     Returns:
-        The checkpoint's step, and for each text, by its corpus's name, what ``evaluate`` returns and the text's
+        The checkpoint's step, and for each task, by its corpus's name, what ``evaluate`` returns and the corpus's
         fingerprint. Evaluations of the last checkpoint are added to ``result.json``, if the run has one and they are of
         the model that it trained.
     """
@@ -96,12 +96,7 @@ def _evaluate_run(
     step, model = restore_model(runs[0], workdir, checkpoint)
     if batch_size is not None and current() is not None:
         current().check_rows("batch_size", batch_size)
-    for run in runs:
-        if not vocabularies.same(run.task.vocabulary, runs[0].task.vocabulary):
-            raise InputError(
-                f"TextTask.vocabulary={run.task.vocabulary!r} is not that of the model, {runs[0].task.vocabulary!r}"
-            )
-    evaluators.check_names([run.task for run in runs])
+    check_tasks(runs)
     measured = {}
     for run in runs:
         room.check_evaluation(model, batch_size=batch_size or run.eval_batch_size(), seq_len=run.task.seq_len)
@@ -109,6 +104,13 @@ def _evaluate_run(
         evaluator = evaluators.of_task(run.task, METRIC, None, **how)
         measured[evaluator.name] = evaluator(model, ended=True)
     return step, measured
+
+
+def check_tasks(runs: Sequence[Run]) -> None:
+    """An InputError unless all tasks fit the first run's model, and have names of their own."""
+    for run in runs:
+        run.task.check_fits(runs[0].task, "the model")
+    evaluators.check_names([run.task for run in runs])
 
 
 def continue_text(
@@ -125,8 +127,10 @@ def continue_text(
     """What the model writes after ``prompt``, until it ends the document or has made ``max_new_tokens``.
 
     Raises:
-        InputError: if there is no such checkpoint, or the prompt is no text.
+        InputError: if there is no such checkpoint, the run is not of text, or the prompt is no text.
     """
+    if not isinstance(run.task, TextTask):
+        raise InputError(f"the run is of {run.task.corpus.name}, not of text, which alone can be generated")
     try:
         prompt.encode()
     except UnicodeEncodeError:

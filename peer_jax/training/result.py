@@ -11,7 +11,7 @@ import jax
 
 from peer_jax.errors import InputError
 from peer_jax.fields import RunConfig
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.processes import leads
 from peer_jax.run_directory import RESULT, SCHEMA, RunDirectory
 from peer_jax.training.run import Grown
@@ -21,7 +21,7 @@ PACKAGES = ("peer-jax", "jax", "flax", "optax", "numpy")
 logger = logging.getLogger(__name__)
 
 
-def describe_model(model: Transformer, seq_len: int, grown: Grown) -> dict[str, Any]:
+def describe_model(model: Model, seq_len: int, grown: Grown) -> dict[str, Any]:
     """The part of a result that follows from the model: its method, sizes, parameters and forward FLOPs per token.
 
     A run that has grown is a method of its own, and ``grown`` says what it had spent by then.

@@ -8,8 +8,7 @@ How much more it is, the compiler decides (``peer_jax.planning.compiled``).
 import jax.numpy as jnp
 
 from peer_jax import memory
-from peer_jax.models import Transformer
-from peer_jax.ops.cross_entropy import tokens_at_once
+from peer_jax.models import Model
 from peer_jax.sharding import current, part_bytes, target
 from peer_jax.startup import accelerators
 from peer_jax.training.step import TrainState
@@ -17,7 +16,7 @@ from peer_jax.training.step import TrainState
 FLOAT = 4  # bytes
 
 
-def step_bytes(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> int:
+def step_bytes(model: Model, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> int:
     """The least memory that a step takes on each device of the placement in use; on all, if none is in use.
 
     Args:
@@ -28,14 +27,15 @@ def step_bytes(model: Transformer, state: TrainState, *, batch_size: int, accumu
     return part_bytes(state) + activation_bytes(model, tokens, seq_len, on_cpu=_on_cpu())
 
 
-def activation_bytes(model: Transformer, tokens: int, seq_len: int, *, on_cpu: bool) -> int:
+def activation_bytes(model: Model, tokens: int, seq_len: int, *, on_cpu: bool) -> int:
     """The least memory that a step takes on a device beside its state, for ``tokens`` tokens of this device."""
     kept = 1 if model.remat else len(model.blocks)
     streams = tokens * model.d_model * jnp.dtype(model.dtype).itemsize * len(model.blocks)
-    return kept * _probabilities(model, tokens, seq_len, on_cpu) + streams + _logits(model, tokens)
+    logits = FLOAT * model.logits_at_once(tokens, seq_len)
+    return kept * _probabilities(model, tokens, seq_len, on_cpu) + streams + logits
 
 
-def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
+def check_step(model: Model, state: TrainState, *, batch_size: int, accumulation: int, seq_len: int) -> None:
     """An InputError if no device can hold a step; the arguments are those of ``step_bytes``."""
     memory.check(
         step_bytes(model, state, batch_size=batch_size, accumulation=accumulation, seq_len=seq_len),
@@ -45,11 +45,11 @@ def check_step(model: Transformer, state: TrainState, *, batch_size: int, accumu
     )
 
 
-def check_evaluation(model: Transformer, *, batch_size: int, seq_len: int) -> None:
+def check_evaluation(model: Model, *, batch_size: int, seq_len: int) -> None:
     """An InputError if no device can hold a batch of an evaluation."""
     tokens = batch_size * seq_len // _devices()
     memory.check(
-        _probabilities(model, tokens, seq_len, _on_cpu()) + _logits(model, tokens),
+        _probabilities(model, tokens, seq_len, _on_cpu()) + FLOAT * model.logits_at_once(tokens, seq_len),
         f"an evaluation of batches of {batch_size} rows of {seq_len} tokens",
         "give fewer rows",
         "batch_size",
@@ -65,12 +65,7 @@ def _on_cpu() -> bool:
     return target().platform == "cpu" and not accelerators()
 
 
-def _probabilities(model: Transformer, tokens: int, seq_len: int, on_cpu: bool) -> int:
+def _probabilities(model: Model, tokens: int, seq_len: int, on_cpu: bool) -> int:
     """Bytes of attention's probabilities in a block, where they are held."""
     held = on_cpu or model.blocks[0].attention.implementation == "xla"
     return tokens * model.num_heads * seq_len * jnp.dtype(model.dtype).itemsize if held else 0
-
-
-def _logits(model: Transformer, tokens: int) -> int:
-    """Bytes of the logits of a chunk of tokens."""
-    return FLOAT * tokens_at_once(tokens, model.vocab_size) * model.vocab_size

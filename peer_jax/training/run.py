@@ -6,11 +6,11 @@ from typing import Annotated, NamedTuple
 
 from flax import nnx
 
-from peer_jax.data.pipeline import TextTask, vocabulary_size
+from peer_jax.data.pipeline import Task
 from peer_jax.errors import InputError
 from peer_jax.fields import Bookkeeping, Gives, Placed, RunConfig
 from peer_jax.layers.checks import check_positive
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.sharding import Sharding, current
 from peer_jax.training.flops import MOST_STEPS, steps_for, training_flops
 from peer_jax.training.optimizer import Optimizer
@@ -40,9 +40,11 @@ class Run:
     """What to train, on what, for how long. One of ``steps`` and ``training_flops`` sets the length.
 
     Args:
-        model: makes the transformer, ``model(vocab_size, rngs=)``.
+        model: makes the model: ``Transformer`` of a text's ``vocab_size``, or ``ViT`` of ``image_shape``,
+            ``patch_size`` and ``num_classes`` of images, which it is given by these names, and ``rngs``.
         optimizer: ``AdamW``, or any other ``Optimizer``.
-        task: the text to train on; its validation split is evaluated every ``evaluate_every`` steps and at the end.
+        task: what to train on, a ``TextTask`` or an ``ImageTask``; its validation split is evaluated every
+            ``evaluate_every`` steps and at the end.
         eval_tasks: further tasks, whose validation splits are evaluated when training has ended.
         batch_size: rows per step.
         steps: updates.
@@ -63,10 +65,19 @@ class Run:
         config: the config that the run was loaded from; None for a run that was made by hand or changed since.
     """
 
-    model: Annotated[Callable[..., Transformer], Gives(vocab_size="TextTask.vocabulary", rngs="Run.seed")]
+    model: Annotated[
+        Callable[..., Model],
+        Gives(
+            vocab_size="TextTask.vocabulary",
+            image_shape="ImageTask.image_size",
+            patch_size="ImageTask.patch_size",
+            num_classes="ImageTask.corpus",
+            rngs="Run.seed",
+        ),
+    ]
     optimizer: Optimizer
-    task: TextTask
-    eval_tasks: Bookkeeping[Sequence[TextTask]] = ()
+    task: Task
+    eval_tasks: Bookkeeping[Sequence[Task]] = ()
     batch_size: int
     steps: int | None = None
     training_flops: float | None = None
@@ -93,10 +104,7 @@ class Run:
         if self.steps is not None and self.training_flops is not None:
             raise InputError(f"steps={self.steps} and training_flops={self.training_flops}: give only one of them")
         for task in self.eval_tasks:
-            if task.vocabulary != self.task.vocabulary:
-                raise InputError(
-                    f"eval_tasks has vocabulary {task.vocabulary!r}, but the model's is {self.task.vocabulary!r}"
-                )
+            task.check_fits(self.task, "the model")
         if self.grown_from is None and self.grown_at != "last":
             raise InputError(f"grown_at={self.grown_at!r} is a step of the run to grow from: give grown_from, too")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
@@ -106,10 +114,10 @@ class Run:
 
     def trainer(self) -> Trainer:
         """The functions of this run."""
-        vocab_size = vocabulary_size(self.task.vocabulary)
+        sizes = self.task.model_sizes()
 
         def build(*, rngs: nnx.Rngs) -> nnx.Module:
-            return self.model(vocab_size, rngs=rngs)
+            return self.model(**sizes, rngs=rngs)
 
         return Trainer(build, self.optimizer, accumulation=self.accumulation, frozen_experts=self.frozen_experts)
 
@@ -118,7 +126,7 @@ class Run:
         rows = max(self.batch_size, -(-EVALUATION_TOKENS // self.task.seq_len))
         return rows if current() is None else current().round_up(rows)
 
-    def num_steps(self, model: Transformer, grown: Grown = Grown()) -> int:  # noqa: B008, it never changes
+    def num_steps(self, model: Model, grown: Grown = Grown()) -> int:  # noqa: B008, it never changes
         """How many updates the run makes: ``steps``, or what ``training_flops`` pays for.
 
         Args:

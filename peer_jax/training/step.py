@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from peer_jax.data.pipeline import Batch
 from peer_jax.errors import InputError
-from peer_jax.models import Transformer
+from peer_jax.models import Model
 from peer_jax.ops.tpu import COMPILER_OPTIONS
 from peer_jax.sharding import constrain, current, target
 from peer_jax.training.frozen import FrozenExperts, Mask
@@ -21,7 +21,6 @@ from peer_jax.training.touched import (
     TouchedTables,
     count_touched,
     retrieved_rows,
-    row_gradients,
     sum_of_gradients,
     with_changes,
 )
@@ -66,8 +65,9 @@ class Trainer:
     ) -> None:
         self.build, self.optimizer, self.accumulation = build, optimizer, accumulation
         abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-        if not isinstance(abstract, Transformer):
-            raise InputError(f"the model is a {type(abstract).__name__}, but only a Transformer can be trained")
+        if not isinstance(abstract, Model):
+            found = type(abstract).__name__
+            raise InputError(f"the model is a {found}, but only a Transformer or a ViT can be trained")
         layers = (block.ffw for block in abstract.blocks)
         needing = next((layer for layer in layers if layer.needs_whole_batch is not None), None)
         if accumulation > 1 and needing is not None:
@@ -118,7 +118,7 @@ class Trainer:
             compiler_options=COMPILER_OPTIONS if target().platform == "tpu" else None,
         )
 
-    def model(self, state: TrainState) -> Transformer:
+    def model(self, state: TrainState) -> Model:
         """The model of a state, in evaluation mode."""
         model = nnx.merge(self.graph, state.params, state.others)
         model.eval()
@@ -145,12 +145,12 @@ class Trainer:
 
     def _gradient(self, params: nnx.State, others: nnx.State, batch: Batch, *, total: Array):
         """The gradient of a micro-batch's share of the batch's loss, the metrics and the new ``others``."""
-        tokens = batch["inputs"].size
+        tokens = self.abstract_model.num_tokens(batch["inputs"])
         whole, tables = self.touched.split(params, tokens)
         trained = whole, self.touched.changes(tables, tokens)
         loss = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
         (_, (metrics, others, rows)), (grads, of_changes) = loss(trained, tables, others, batch)
-        return nnx.merge_state(grads, row_gradients(rows, of_changes)), metrics, others
+        return nnx.merge_state(grads, self.touched.gradients(tables, rows, of_changes, tokens)), metrics, others
 
     def _loss(
         self, trained: tuple[nnx.State, nnx.State], tables: nnx.State, others: nnx.State, batch: Batch, *, total: Array
@@ -161,7 +161,7 @@ class Trainer:
             trained: the parameters that are trained whole, and the changes of the tables that are not.
             tables: these tables.
             others, batch: the rest of the model's state, and the micro-batch.
-            total: real tokens of the batch.
+            total: targets of the batch that count.
         """
         whole, changes = trained
         model = nnx.merge(self.graph, whole, with_changes(tables, changes), others, copy=True)
@@ -184,6 +184,7 @@ class Trainer:
             new, metrics, others = gradient(state.params, others, micro_batch)
             return (jax.tree.map(sum_of_gradients, state.params, grads, new), others), metrics
 
-        zeros = self.touched.zero_gradients(state.params, batch["inputs"].size // self.accumulation)
+        tokens = self.abstract_model.num_tokens(batch["inputs"])
+        zeros = self.touched.zero_gradients(state.params, tokens // self.accumulation)
         (grads, others), metrics = jax.lax.scan(add, (zeros, state.others), split)
         return grads, jax.tree.map(jnp.sum, metrics), others

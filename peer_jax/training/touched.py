@@ -3,6 +3,7 @@
 E  parts of a table by rows, see ``peer_jax.ops.touched``     U  the most rows of a part that a batch can touch
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,14 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peer_jax.errors import InputError
-from peer_jax.layers.interface import TABLE_AXES, Table
+from peer_jax.layers.interface import TABLE_AXES, FeedForward, Table
 from peer_jax.layers.touched import TouchedTable
-from peer_jax.models import Transformer
+from peer_jax.models.model import Model, Path
 from peer_jax.ops.checks import check_room
 from peer_jax.ops.touched import compact_size, touched_rows
 from peer_jax.sharding import current, on_each_device, parts_of, spec_of
-
-Path = tuple[str | int, ...]
 
 
 class RowGradients(NamedTuple):
@@ -47,26 +46,27 @@ class TouchedTables:
     """
 
     def __init__(
-        self, model: Transformer, wanted: Callable[[int, int], bool] | None, share: float, accumulation: int
+        self, model: Model, wanted: Callable[[int, int], bool] | None, share: float, accumulation: int
     ) -> None:
         self._wanted, self._share, self._accumulation = wanted, share, accumulation
-        self._most: dict[Path, Callable[[int], int]] = {}
-        for index, block in enumerate([] if wanted is None else model.blocks):
-            if block.ffw.rows_touched(1) is not None:
-                for path, parameter in nnx.to_flat_state(nnx.state(block.ffw, nnx.Param)):
-                    if isinstance(parameter, Table):
-                        if parameter.get_metadata("axes", ()) != TABLE_AXES:
-                            raise InputError(
-                                f"{block.ffw.name} defines rows_touched, but its table {path[-1]!r} has no "
-                                f"axes={TABLE_AXES}: give them to Table, or set AdamW.table_updates='all'"
-                            )
-                        self._most["blocks", index, "ffw", *path] = block.ffw.rows_touched
+        self._readers: dict[Path, list[FeedForward]] = {}
+        for path, (table, layers) in ({} if wanted is None else model.tables()).items():
+            if all(layer.rows_touched(1) is not None for layer in layers):
+                if table.get_metadata("axes", ()) != TABLE_AXES:
+                    raise InputError(
+                        f"{layers[0].name} defines rows_touched, but its table {path[-1]!r} has no axes={TABLE_AXES}: "
+                        "give them to Table, or set AdamW.table_updates='all'"
+                    )
+                self._readers[path] = layers
 
     def split(self, params: nnx.State, tokens: int) -> tuple[nnx.State, nnx.State]:
         """The parameters that are trained whole with so many tokens, and the tables that are not."""
 
         def is_whole(path: Path, parameter: nnx.Variable) -> bool:
-            return path not in self._most or not self._wanted(self._room(path, parameter, tokens), parameter.shape[0])
+            if path not in self._readers:
+                return True
+            room = self._room(path, parameter, self._accumulation * tokens, self._share)
+            return not self._wanted(room, parameter.shape[0])
 
         return nnx.split_state(params, is_whole, ...)
 
@@ -75,35 +75,56 @@ class TouchedTables:
         """The share of the rows that a micro-batch could touch for which there is room."""
         return min(1.0, self._share * self._accumulation)
 
-    def _room(self, path: Path, table: Table, tokens: int) -> int:
-        """The rows of a batch's gradient of the table."""
-        most = self._most[path](self._accumulation * tokens)
-        return compact_size(table.shape[0], most, parts_of("rows"), self._share)
+    def _room(self, path: Path, table: Table, tokens: int, share: float) -> int:
+        """The rows of the table's gradient by so many tokens, in all layers that read it."""
+        most = sum(layer.rows_touched(tokens) for layer in self._readers[path])
+        return compact_size(table.shape[0], most, parts_of("rows"), share)
 
     def changes(self, tables: nnx.State, tokens: int) -> nnx.State:
-        """The zeros of the compact tables of a micro-batch, those of all devices."""
+        """The zeros of the compact tables of a micro-batch, those of all devices, for each layer that reads a table."""
 
         def of(path: Path, table: Table) -> Table:
-            size = compact_size(table.shape[0], self._most[path](tokens), parts_of("rows"), self.micro_share)
-            return table.replace(jnp.zeros((size, table.shape[1]), table.dtype))
+            most = [layer.rows_touched(tokens) for layer in self._readers[path]]
+            sizes = [compact_size(table.shape[0], rows, parts_of("rows"), self.micro_share) for rows in most]
+            return table.replace(tuple(jnp.zeros((size, table.shape[1]), table.dtype) for size in sizes))
 
         return nnx.map_state(of, tables)
+
+    def gradients(self, tables: nnx.State, rows: nnx.State, of_changes: nnx.State, tokens: int) -> nnx.State:
+        """The gradients of tables by a micro-batch, from those of their changes and the rows that were changed.
+
+        The rows of layers that share a table are merged, and the gradients of a row that several have retrieved add up
+        in float32.
+        """
+        whole = dict(nnx.to_flat_state(tables))
+
+        def of(path: Path, variable: nnx.Variable) -> nnx.Variable:
+            first, *more = variable.get_value()
+            if more:
+                table = whole[path]
+                total = _no_rows(table, self._room(path, table, tokens, self.micro_share))
+                add = functools.partial(sum_of_gradients, table.get_value())
+                first = functools.reduce(add, (first, *more), total)
+            return variable.replace(first)
+
+        def pairs(rows: tuple[Array, ...], values: tuple[Array, ...]) -> list[RowGradients]:
+            return [RowGradients(*pair) for pair in zip(rows, values, strict=True)]
+
+        return nnx.map_state(of, _zipped(pairs, rows, of_changes))
 
     def zero_gradients(self, params: nnx.State, tokens: int) -> nnx.State:
         """Gradients of a batch that are zero, in float32."""
         whole, tables = self.split(params, tokens)
 
         def by_rows(path: Path, table: Table) -> Table:
-            parts, size = parts_of("rows"), self._room(path, table, tokens)
-            padding = table.shape[0] // parts + jnp.arange(size // parts, dtype=jnp.int32)
-            return table.replace(RowGradients(jnp.tile(padding, parts), jnp.zeros((size, table.shape[1]), jnp.float32)))
+            return table.replace(_no_rows(table, self._room(path, table, self._accumulation * tokens, self._share)))
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), whole)
         return nnx.merge_state(zeros, nnx.map_state(by_rows, tables))
 
 
 def retrieved_rows(params: nnx.State) -> nnx.State:
-    """The numbers of the rows that a model has retrieved from each ``TouchedTable``, in its parameters after a call."""
+    """The numbers of the rows that layers have retrieved from each ``TouchedTable``, in the parameters after a call."""
     tables = nnx.split_state(params, lambda _, parameter: isinstance(parameter.get_value(), TouchedTable), ...)[0]
     return nnx.map_state(lambda _, table: table.replace(table.get_value().rows), tables)
 
@@ -124,11 +145,6 @@ def with_changes(tables: nnx.State, changes: nnx.State) -> nnx.State:
     return _zipped(TouchedTable, tables, changes)
 
 
-def row_gradients(rows: nnx.State, of_changes: nnx.State) -> nnx.State:
-    """The gradients of tables, from those of their changes and the rows that were changed."""
-    return _zipped(RowGradients, rows, of_changes)
-
-
 def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array | RowGradients) -> Array | RowGradients:
     """The sum of two gradients of a parameter in the type of ``total``; NaN without room for the rows of both."""
     if not isinstance(total, RowGradients):
@@ -146,6 +162,13 @@ def sum_of_gradients(parameter: Array, total: Array | RowGradients, more: Array 
 
     split = RowGradients(spec_of("rows"), spec_of(*TABLE_AXES))
     return on_each_device(on_device, (split, split), split)(total, more)
+
+
+def _no_rows(table: Table, size: int) -> RowGradients:
+    """A gradient of a table without rows, in float32, and with room for ``size``."""
+    parts = parts_of("rows")
+    padding = table.shape[0] // parts + jnp.arange(size // parts, dtype=jnp.int32)
+    return RowGradients(jnp.tile(padding, parts), jnp.zeros((size, table.shape[1]), jnp.float32))
 
 
 def _zipped(join: Callable, first: nnx.State, second: nnx.State) -> nnx.State:

@@ -1,0 +1,123 @@
+"""How evenly experts are used, which of them are retrieved together, and how much heads overlap.
+
+T  tokens     h  heads     k  top-k     N  experts
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from peer_jax.analysis.experts.trace import Trace
+from peer_jax.training.evaluate import usage as usage_of
+
+# Pairs of experts of the same token that are counted at most; a sample of tokens keeps them so few.
+MOST_PAIRS = 2**22
+MOST_SHOWN = 20
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """Usage and unevenness as evaluations define them, dead experts, and how many experts the use amounts to.
+
+    ``effective`` is exp of the entropy of the weight mass per expert: as many evenly used experts would be as uneven.
+    ``half`` is the number of the most used experts that have half of the mass.
+    """
+    mass = trace.masses()
+    found: dict[str, Any] = {"block": trace.block, "experts": trace.num_experts, "tokens": len(trace.gates)}
+    if not mass.sum():
+        return found | {"usage": 0.0, "unevenness": None, "dead": trace.num_experts, "effective": 0.0, "half": 0}
+    found |= usage_of(mass)
+    cumulative = np.cumsum(np.sort(mass)[::-1]) / mass.sum()
+    return found | {
+        "dead": int(np.count_nonzero(mass == 0)),
+        "effective": float(trace.num_experts * np.exp(-found["unevenness"])),
+        "half": int(np.searchsorted(cumulative, 0.5) + 1),
+    }
+
+
+def curve(trace: Trace, points: int = 200) -> tuple[Int[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+    """Ranks of experts by their use, from 1, and the mass of the expert at that rank relative to an even share."""
+    mass = np.sort(trace.masses())[::-1]
+    ranks = np.unique(np.geomspace(1, trace.num_experts, points).round().astype(np.int64))
+    return ranks, mass[ranks - 1] / max(mass.mean(), np.finfo(float).tiny)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Pairs of experts that a token uses both of.
+
+    Attributes:
+        tokens: tokens that were counted.
+        pairs: different pairs that were found.
+        first, second, counts: the pairs that most tokens use.
+        lift: how many times as often a pair was found as if its experts were chosen independently.
+        excess: mean of the logarithm of the lift over all pairs found, weighted by their counts, in nats.
+    """
+
+    tokens: int
+    pairs: int
+    first: Int[np.ndarray, " p"]
+    second: Int[np.ndarray, " p"]
+    counts: Int[np.ndarray, " p"]
+    lift: Float[np.ndarray, " p"]
+    excess: float
+
+
+def together(trace: Trace, *, seed: int, most: int = MOST_SHOWN) -> Together:
+    """Counts, over a sample of the tokens, the pairs of experts that are used by the same token."""
+    tokens, experts, _ = trace.pairs()
+    unique = np.unique(tokens.astype(np.int64) * trace.num_experts + experts)  # an expert counts once for a token
+    tokens, experts = unique // trace.num_experts, unique % trace.num_experts
+    sizes = np.bincount(tokens, minlength=len(trace.gates))
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(sizes > 0))
+    drawn = np.sort(drawn[: max(1, np.searchsorted(np.cumsum(sizes[drawn] * (sizes[drawn] - 1) // 2), MOST_PAIRS))])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    keys, used = [], []
+    for size in np.unique(sizes[drawn]):  # tokens that use the same number of experts are counted at once
+        own = starts[drawn[sizes[drawn] == size]]
+        of_token = experts[own[:, None] + np.arange(size)]
+        a, b = np.triu_indices(size, 1)
+        used.append(of_token.ravel())
+        keys.append((of_token[:, a] * trace.num_experts + of_token[:, b]).ravel())
+    if not keys or not sum(map(len, keys)):
+        none = np.zeros(0, np.int64)
+        return Together(len(drawn), 0, none, none, none, np.zeros(0), 0.0)
+    pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
+    first, second = pairs // trace.num_experts, pairs % trace.num_experts
+    of_expert = np.bincount(np.concatenate(used), minlength=trace.num_experts).astype(np.float64)
+    lift = counts * len(drawn) / (of_expert[first] * of_expert[second])
+    top = np.lexsort((pairs, -counts))[:most]
+    excess = float(np.sum(counts * np.log(lift)) / counts.sum())
+    return Together(len(drawn), len(pairs), first[top], second[top], counts[top], lift[top], excess)
+
+
+def overlap(trace: Trace, *, most: int = 2048, seed: int) -> dict[str, Any]:
+    """How many experts two heads retrieve for the same token, over a sample of the tokens.
+
+    ``heads`` [h, h] is the share of a head's experts that the other head retrieves too. ``chance`` [h, h] is the share
+    that would be expected if both heads kept how often they retrieve each expert, but chose for different tokens.
+    ``distinct`` is the number of different experts per token and ``used`` the number of uses, as means over tokens.
+    """
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(trace.gates))[:most])
+    indices, used = trace.indices[drawn], trace.gates[drawn] > 0
+    h = indices.shape[1]
+    shared, chance = np.ones((h, h)), np.ones((h, h))
+    often = [np.bincount(indices[:, a][used[:, a]], minlength=trace.num_experts) for a in range(h)]
+    for a in range(h):
+        for b in range(h):
+            if a == b:
+                continue
+            same = (indices[:, a, :, None] == indices[:, b, None, :]) & used[:, b, None, :]
+            own = max(1, np.count_nonzero(used[:, a]))
+            shared[a, b] = np.count_nonzero(same.any(-1) & used[:, a]) / own
+            chance[a, b] = (often[a] @ often[b].astype(np.float64)) / own / max(1, len(drawn))
+    token = np.arange(len(indices), dtype=np.int64)[:, None, None]
+    distinct = np.unique((token * trace.num_experts + indices)[used])
+    return {
+        "tokens": len(drawn),
+        "heads": shared,
+        "chance": chance,
+        "used": np.count_nonzero(used) / max(1, len(drawn)),
+        "distinct": len(distinct) / max(1, len(drawn)),
+    }
