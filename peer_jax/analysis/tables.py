@@ -294,9 +294,10 @@ def query_norm(rows: Sequence[Row]) -> Table:
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         names = [name for name in row.settings if name.rpartition(".")[2] in QUERY_NORM]
-        if len(names) == 1 and row.usage is not None and row.unevenness is not None:
+        measured = None not in (row.perplexity, row.usage, row.unevenness)  # images have no perplexity
+        if len(names) == 1 and measured:
             others = tuple((name, str(value)) for name, value in sorted(row.settings.items()) if name not in names)
-            place = budget(row.budget), named(row.method, row.is_causal), row.size, row.num_experts, others
+            place = budget(row.budget), named(row.series, row.is_causal), row.size, row.num_experts, others
             groups[place][row.settings[names[0]]].append(row)
     cells = []
     for (*place, experts, _), by_norm in groups.items():
@@ -306,7 +307,7 @@ def query_norm(rows: Sequence[Row]) -> Table:
                 for of in ("perplexity", "unevenness", "usage")
             ]
             cells.append([*place, str(experts), *(f"{without} / {with_norm}" for without, with_norm in means)])
-    columns = ("budget", "method", "size", "experts", "perplexity", "unevenness", "usage")
+    columns = ("budget", "series", "size", "experts", "perplexity", "unevenness", "usage")
     return Table("Query batch-norm: without / with", columns, cells)
 
 

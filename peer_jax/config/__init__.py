@@ -103,13 +103,15 @@ def load_kept(
                 argument="data",
             )
     try:
-        source = Source.read([_parse_kept(place(kept)), *files], bindings, imports, before=BEFORE)
+        parsed = _parse_kept(place(kept))
+        own = [name for name in CORPORA if name in _names(parsed.bindings)]
+        for file, found in corpora.items():
+            if own and not set(own) & set(found):
+                raise InputError(f"{file} binds {found[0]}, but the run has {own[0]}", argument="data")
+        source = Source.read([parsed, *files], bindings, imports, before=BEFORE)
         run = _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
-    for file, found in corpora.items():
-        if not any(run.config.uses(name) for name in found):
-            raise InputError(f"{file} binds {found[0]}, but the run has {type(run.task).__name__}", argument="data")
     return run
 
 
@@ -192,6 +194,11 @@ def _run(source: Source) -> Run:
     resolver.refuse_unknown_scopes(source)
     run = root.build()
     object.__setattr__(run, "config", Config.of(root, resolver, source.imports))
+    layers = [name for name in _names(source.bindings) if name.endswith(".sparse_ffw")]
+    if layers and not any(run.config.uses(name) for name in layers):
+        raise InputError(
+            f"{layers[-1]} is set, but the model is another one, whose layer it doesn't change: set that of Run.model"
+        )
     return run
 
 

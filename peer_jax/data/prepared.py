@@ -81,6 +81,8 @@ class PreparedCorpus:
                 "or of a copy of all that is in it."
             )
         manifest = cache.read_manifest(self.path)
+        if manifest["kind"] != cache.TEXT:
+            raise InputError(f"{self.path} holds images, not text; give the path of a prepared cache of text.")
         try:
             manifest["fingerprint"], manifest["corpus_fingerprint"], manifest["task"]["corpus"]
             manifest["vocabulary"]["name"], manifest["vocabulary"]["sha256"]

@@ -98,6 +98,12 @@ def images(
         InputError: if TFDS can't provide them.
     """
     opened = open_builder(corpus, {"image_key": image_key, "label_key": label_key}, (split,))
+    types = [getattr(opened.builder.info.features[key], "np_dtype", None) for key in (image_key, label_key)]
+    if types[0] != np.uint8 or not np.issubdtype(types[1], np.integer):
+        raise InputError(
+            f"{corpus.builder} has {image_key!r} and {label_key!r} of the types {types[0]} and {types[1]}, but images "
+            "must be uint8 and labels integers; set image_key and label_key to others."
+        )
 
     def fit(example):
         image = example[image_key]

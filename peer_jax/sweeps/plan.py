@@ -110,7 +110,7 @@ def _build(
         )
     # Building abstract models takes most of the time of planning, so runs that differ in nothing else share a trainer.
     same = frozenset(field for field in run.config.identity.items() if field[0] not in NOT_OF_TRAINER)
-    same |= {("Run.accumulation", str(run.accumulation))}
+    same |= {("Run.accumulation", str(run.accumulation)), *map(str, run.task.model_sizes().items())}
     if same not in trainers:
         trainers[same] = run.trainer()
     trainer = trainers[same]

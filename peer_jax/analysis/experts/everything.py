@@ -94,6 +94,8 @@ def look_into(
     Raises:
         InputError: as ``look``; or if there is no such checkpoint, or the texts don't fit the model.
     """
+    if not isinstance(runs[0].task, TextTask):
+        raise InputError(f"the run is of {runs[0].task.corpus.name}, not of text, which alone can be analysed")
     check_tasks(runs)
     with use(None):
         step, model = restore_model(runs[0], workdir, checkpoint)
