@@ -26,6 +26,7 @@ from peer_jax.ops.entmax import entmax15
 FORMS = ("CP", "TR")
 GATE_NORMS = ("layer", "batch", None)
 NORM_EPSILON = 1e-5
+MOST_LISTED = 1024  # experts whose gates ``route`` lists for each token
 
 
 class Factors(nnx.Module):
@@ -184,8 +185,19 @@ class MuMoE(FeedForward):
         used = math.prod(jnp.mean(jnp.where(gate > 0, 1.0, 0.0), axis=-1) for gate in gates)
         return self.second(hidden, gates), Aux(jnp.zeros(()), {"experts_used": mean_of_real(used, mask)})
 
+    @property
+    def routes(self) -> bool:
+        """Whether ``route`` lists the gates of a token's experts, which takes N numbers per token."""
+        return self.num_experts <= MOST_LISTED
+
     def route(self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None) -> Routing:
-        """All experts and their gates, many of which are zero: h = 1 and k = N. Running statistics stay as they are."""
+        """All experts and their gates, many of which are zero: h = 1 and k = N. Running statistics stay as they are.
+
+        Raises:
+            InputError: if there are more than ``MOST_LISTED`` experts.
+        """
+        if not self.routes:
+            raise InputError(f"num_experts={self.num_experts} is more than {MOST_LISTED}, whose gates can be listed")
         x, mask = real_tokens(self.name, x, mask, self.gate.in_features)
         first, *second = self._gates(x, mask, nnx.clone(self.gate_norms))
         gates = first[..., None] * second[0][..., None, :] if second else first

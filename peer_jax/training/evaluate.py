@@ -87,7 +87,8 @@ def _zeros(a: jax.ShapeDtypeStruct) -> Array:
 def _evaluate_batch(graph: nnx.GraphDef, state: nnx.State, batch: Batch, masses: dict[int, Array]):
     """The model's scores, the number of targets that count, and the masses with those of this batch added.
 
-    The masses are vectors of N sums; nothing here has the size [tokens, N].
+    The masses are vectors of N sums. Nothing here has the size [tokens, N], unless a layer routes each token to all
+    experts.
     """
     model = nnx.merge(graph, state, copy=True)
     scores = model.scores(batch["inputs"], batch["targets"], batch["segment_ids"])
