@@ -123,6 +123,8 @@ class Specialisation:
     @property
     def sentence(self) -> str:
         """The finding in one sentence."""
+        if not self.labels:
+            return f"No token uses an expert, so experts tell nothing about its {self.kind}."
         if self.labels < 2:
             return f"All of the text has one {self.kind}, so experts can't specialise by it."
         numbers = (
@@ -153,7 +155,7 @@ def specialisation(
     Args:
         trace: the routing of a block.
         labels: a label for each token; tokens whose label is unknown are left out.
-        documents: the document of each token.
+        documents: the document of each token: all pieces of a file, if it is known, and not each by itself.
         seed: of the permutations.
         permutations: how often labels are shuffled.
     """
