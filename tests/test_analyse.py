@@ -420,7 +420,7 @@ def test_a_browser_shows_the_page_and_searches_it(analysed, tmp_path, width):
 
 def test_a_block_whose_experts_nobody_uses_has_a_page(analysed, tmp_path):
     folder, _ = analysed
-    run = configs.load_kept(kept_config(folder / "run"))
+    run = configs.load_kept(kept_config(str(folder / "run")))
     _, built = restore_model(run, folder / "run", "last")
     layer = built.blocks[1].ffw
     layer.score_activation, layer.sub_keys[...] = "relu", jnp.zeros_like(layer.sub_keys[...])

@@ -310,8 +310,10 @@ def test_neurons_of_coarse_experts_are_matched(rng):
 def test_neurons_are_sampled(monkeypatch):
     monkeypatch.setattr(similarity, "MATCHED_NEURONS", 3)
     monkeypatch.setattr(similarity, "COMPONENTS", 20)
-    sizes = []
-    monkeypatch.setattr(similarity, "match_neurons", lambda _, __, a, b: sizes.append((a.shape, b.shape)))
+    sizes, match = [], similarity.match_neurons
+    monkeypatch.setattr(
+        similarity, "match_neurons", lambda *of: (sizes.append((of[2].shape, of[3].shape)), match(*of))[1]
+    )
     layer = coarse()
     for kernel in (layer.up, layer.down, layer.gate):  # all neurons of an expert are alike
         kernel[...] = jnp.ones_like(kernel[...]) * jnp.arange(4.0)[:, None, None] ** 2
@@ -337,7 +339,7 @@ def test_outputs_of_single_experts_are_without_the_shared_expert(rng):
 def test_outputs_of_all_heads_are_compared():
     """Outputs of the first head's eight experts are alike, and opposite to those of the second head's."""
     layer = PKM(4, 16, num_heads=2, top_k=8, d_key=4, rngs=nnx.Rngs(0))
-    layer.values[...] = jnp.repeat(jnp.asarray([1.0, -1.0]), 8)[:, None] * jnp.ones(4)
+    layer.values[...] = jnp.asarray(np.repeat([1.0, -1.0], 8)[:, None] * np.ones(4), jnp.float32)
     indices = np.tile(np.arange(16, dtype=np.int32).reshape(1, 2, 8), (16, 1, 1))
     trace = Trace(0, 16, indices, np.ones(indices.shape, np.float32), np.arange(16), np.ones((16, 4), np.float32))
     # Two of 16 experts are alike in 7 of 15 cases.
