@@ -4,11 +4,14 @@ import itertools
 import math
 import tracemalloc
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from peer_jax.analysis.experts import domains, information, similarity, statements, usage
+from peer_jax.analysis.experts import ablations, domains, information, similarity, statements, usage
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Trace
+from peer_jax.layers import PKM, MoE
 
 
 def traced(indices, gates=None, num_experts=None):
@@ -107,6 +110,24 @@ def test_experts_for_topics_are_not_taken_for_experts_of_domains(rng):
     assert (over_documents.shuffled, over_documents.units) == ("documents", 100)
 
 
+def test_experts_for_topics_of_files_are_not_taken_for_experts_of_folders(rng):
+    """Each file has experts of its own in all of its six pieces, and files are in folders at random."""
+    pieces = np.arange(4800) // 20
+    folders = rng.integers(2, size=40)
+    names = [f"{folders[file]}/{file}.py" for file in np.arange(240) // 6]
+    labels, documents = domains.by_folder(names, pieces), domains.documents([0] * 240, names, pieces)
+    trace = traced(planted(rng, documents, 400, 0.9))
+    over_pieces = information.specialisation(trace, labels, pieces, seed=0)
+    assert over_pieces.verdict == "yes"  # misled
+    over_files = information.specialisation(trace, labels, documents, seed=0)
+    assert (over_files.verdict, over_files.units) == ("no", 40)
+
+
+def test_pieces_are_of_the_documents_of_their_text_and_name():
+    found = domains.documents([0, 0, 1, 0, 1, 0], ["a", "b", "a", "a", None, None], np.array([0, 1, 2, 2, 3, 4, 5]))
+    assert found.tolist() == [0, 1, 2, 2, 0, 3, 4]
+
+
 def test_what_cannot_be_known_is_unknown(rng):
     trace = traced(rng.integers(5, size=(100, 1, 2)))
     one = information.specialisation(trace, labelled(np.zeros(100, int)), np.arange(100), seed=0)
@@ -170,7 +191,27 @@ def test_together_counts_what_loops_count(rng):
 
 def test_experts_alone_are_not_together():
     found = usage.together(traced(np.arange(5)[:, None, None]), seed=0)
-    assert (found.pairs, found.excess) == (0, 0.0)
+    assert (found.pairs, found.mean_lift) == (0, None)
+
+
+@pytest.mark.parametrize("n", [64, 2**20])
+def test_experts_chosen_independently_are_together_as_often_as_by_chance(rng, n):
+    indices = rng.integers(n, size=(400, 4, 4))
+    found = usage.together(traced(indices, num_experts=n), seed=0)
+    assert found.mean_lift == pytest.approx(1, abs=0.02)
+    if n > 64:
+        assert math.exp(found.excess) > 100  # without the comparison with chance
+        assert np.isnan(found.lift).all()
+    groups = rng.integers(8, size=(400, 1, 1)) * 8 + rng.integers(8, size=(400, 4, 4))
+    assert usage.together(traced(groups, num_experts=n), seed=0).mean_lift > 2
+
+
+def test_no_more_pairs_are_counted_than_allowed(rng, monkeypatch):
+    monkeypatch.setattr(usage, "MOST_PAIRS", 20)
+    monkeypatch.setattr(usage, "MOST_SLOTS", 4)
+    found = usage.together(random_trace(rng), seed=0, most=1000)
+    assert (found.slots, found.tokens >= 3) == (4, True)
+    assert 0 < found.counts.sum() <= 20
 
 
 def test_overlap_counts_what_loops_count(rng):
@@ -240,6 +281,85 @@ def test_neurons_that_were_shuffled_are_matched(rng):
     assert found.before < 0.5
     assert similarity.match_neurons(0, 1, neurons, neurons).tau == pytest.approx(1)
     assert similarity.match_neurons(0, 1, neurons, neurons[::-1]).tau == pytest.approx(-1)
+
+
+def coarse(**how):
+    how = {"num_experts": 4, "d_ff": 6, "routing": "token_choice", "top_k": 2, "activation": "geglu"} | how
+    return MoE(4, **how, rngs=nnx.Rngs(0))
+
+
+def every_expert(n):
+    """Every expert is used once, at tokens whose vectors are kept."""
+    indices = np.arange(n, dtype=np.int32)[:, None, None]
+    return Trace(0, n, indices, np.ones(indices.shape, np.float32), np.arange(n), np.ones((n, 4), np.float32))
+
+
+def test_neurons_of_coarse_experts_are_matched(rng):
+    layer, order = coarse(), rng.permutation(6)
+    layer.up[...] = layer.up[...].at[1].set(layer.up[...][0][:, order])
+    layer.gate[...] = layer.gate[...].at[1].set(layer.gate[...][0][:, order])
+    layer.down[...] = layer.down[...].at[1].set(layer.down[...][0][order])
+    found = similarity.static(layer, every_expert(4), seed=0)
+    assert len(found.matchings) == 6
+    by_pair = {(m.first, m.second): m.after for m in found.matchings}
+    assert by_pair.pop((0, 1)) == pytest.approx(1)
+    assert max(by_pair.values()) < 0.9
+    assert found.similar["up, mean neuron"][0, 1] == pytest.approx(1)
+
+
+def test_neurons_are_sampled(monkeypatch):
+    monkeypatch.setattr(similarity, "MATCHED_NEURONS", 3)
+    monkeypatch.setattr(similarity, "COMPONENTS", 20)
+    sizes, match = [], similarity.match_neurons
+    monkeypatch.setattr(
+        similarity, "match_neurons", lambda *of: (sizes.append((of[2].shape, of[3].shape)), match(*of))[1]
+    )
+    layer = coarse()
+    for kernel in (layer.up, layer.down, layer.gate):  # all neurons of an expert are alike
+        kernel[...] = jnp.ones_like(kernel[...]) * jnp.arange(4.0)[:, None, None] ** 2
+    points, experts = similarity.static(layer, every_expert(4), seed=0).components
+    assert sizes == [((3, 12), (3, 12))] * 6
+    assert points.shape == (20, 2)
+    distances = np.abs(points[:, None, 0] - points[None, :, 0])
+    expected = np.abs(experts[:, None] ** 2 - experts[None] ** 2) * math.sqrt(12)
+    np.testing.assert_allclose(distances, expected, atol=1e-5)
+
+
+def test_outputs_of_single_experts_are_without_the_shared_expert(rng):
+    layer = coarse(shared_d_ff=5)
+    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    each = similarity.outputs(layer, np.asarray(x), np.tile(np.arange(4), (3, 1)))
+    indices, gates = layer.route(x)
+    weights = np.zeros((3, 4))
+    np.put_along_axis(weights, np.asarray(indices).reshape(3, -1), np.asarray(gates).reshape(3, -1), axis=1)
+    expected = layer(x)[0] - layer.shared(x)[0]
+    np.testing.assert_allclose(np.einsum("tr,trd->td", weights, each), expected, atol=1e-5)
+
+
+def test_outputs_of_all_heads_are_compared():
+    """Outputs of the first head's eight experts are alike, and opposite to those of the second head's."""
+    layer = PKM(4, 16, num_heads=2, top_k=8, d_key=4, rngs=nnx.Rngs(0))
+    layer.values[...] = jnp.asarray(np.repeat([1.0, -1.0], 8)[:, None] * np.ones(4), jnp.float32)
+    indices = np.tile(np.arange(16, dtype=np.int32).reshape(1, 2, 8), (16, 1, 1))
+    trace = Trace(0, 16, indices, np.ones(indices.shape, np.float32), np.arange(16), np.ones((16, 4), np.float32))
+    # Two of 16 experts are alike in 7 of 15 cases.
+    assert similarity.dynamic(layer, trace, seed=0).chosen == pytest.approx(-1 / 15, abs=0.1)
+
+
+# Changes of a layer
+
+
+@pytest.mark.parametrize("used", [[0, 1], [1, 4, 5]])
+def test_every_used_expert_is_replaced_by_another_used_one(used):
+    indices = np.repeat(used, 4)[:, None, None]
+    indices[0] = used[-1]
+    found = ablations.changes(traced(indices), labelled(np.arange(len(indices)) % 2), can_mix=True, seed=0)
+    moved = np.asarray(found["experts permuted"][0].instead)[used]
+    assert sorted(moved) == used
+    assert (moved != used).all()
+    assert set(np.asarray(found["one expert for all"][0].instead).tolist()) == {used[-1]}
+    # With one expert per head, there is nothing to shuffle and none but the strongest.
+    assert not {"weights shuffled", "strongest alone"} & set(found)
 
 
 def dynamic(block, others, larger=0.5, rank=0.0):

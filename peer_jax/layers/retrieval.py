@@ -153,8 +153,10 @@ class ProductKeyRetrieval(FeedForward):
         return Aux(jnp.zeros(()), {"top_gate": mean_of_real(top, mask)})
 
     def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
-        """Both sub-keys of each expert, one after the other; of every head, if heads don't share them."""
+        """Both sub-keys of each expert, normalised if scores take them so; of every head, if heads don't share them."""
         keys = self.sub_keys[...]
+        if isinstance(self.query_norm, nnx.RMSNorm):
+            keys = _over_rms(self.query_norm, keys)
         n, heads = keys.shape[-2], keys.reshape(-1, *keys.shape[-3:])
         pairs = jnp.concatenate([heads[:, 0, experts // n], heads[:, 1, experts % n]], axis=-1)
         return jnp.moveaxis(pairs, 0, 1).reshape(experts.size, -1)
@@ -248,6 +250,11 @@ def _query_key_norm(
     The learned scale is one of queries alone: a scale of sub-keys would only be multiplied by it.
     """
     halves = norm(queries.reshape(*queries.shape[:-1], 2, -1)).reshape(queries.shape)
+    return halves * queries.shape[-1] ** -0.5, _over_rms(norm, sub_keys)
+
+
+def _over_rms(norm: nnx.RMSNorm, sub_keys: Float[Array, "*sets n c"]) -> Float[Array, "*sets n c"]:
+    """Each sub-key divided by its root mean square."""
     sub_keys = sub_keys.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(sub_keys), axis=-1, keepdims=True)
-    return halves * queries.shape[-1] ** -0.5, sub_keys * jax.lax.rsqrt(mean_square + norm.epsilon)
+    return sub_keys * jax.lax.rsqrt(mean_square + norm.epsilon)

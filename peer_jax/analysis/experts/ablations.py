@@ -18,11 +18,12 @@ SHARE = 0.01  # of the used experts, that are knocked out together
 EXPLAINED = {
     "zeroed": "the layer puts out nothing",
     "weights shuffled": "each head gives its weights to its experts in random order",
-    "experts permuted": "each expert is replaced by a random other one, for all tokens alike",
     "strongest alone": "each head uses only the expert with the largest weight, which gets the weight of all",
-    "most used knocked out": "the most used 1% of the used experts put out nothing",
-    "most specialised knocked out": "the most specialised 1% of the used experts put out nothing",
-    "random knocked out": "a random 1% of the used experts put out nothing",
+    "experts permuted": "each used expert is replaced by another used one, for all tokens alike",
+    "one expert for all": "every expert is replaced by the most used one: only weights still depend on the token",
+    "most used knocked out": "the most used 1% of the used experts, but at least one, put out nothing",
+    "most specialised knocked out": "the most specialised 1% of the used experts, but at least one, put out nothing",
+    "random knocked out": "a random 1% of the used experts, but at least one, put out nothing",
 }
 
 
@@ -52,7 +53,7 @@ class Ablation:
 def changes(
     trace: Trace, labels: Labels, *, can_mix: bool, seed: int
 ) -> dict[str, tuple[Change, Int[np.ndarray, " n"] | None]]:
-    """The changes of a layer by name, and the experts that each knocks out.
+    """The changes of a layer by name, and the experts that each knocks out. What can't change anything is left out.
 
     Args:
         trace: the routing of the layer.
@@ -65,14 +66,18 @@ def changes(
     if not can_mix:
         return found
     rng = np.random.default_rng(seed)
-    moved = rng.permutation(n).astype(np.int32)
-    found["weights shuffled"] = unchanged(n, shuffled=True), None
-    found["experts permuted"] = unchanged(n, instead=jnp.asarray(moved)), None
-    found["strongest alone"] = unchanged(n, alone=True), None
     used = np.flatnonzero(trace.counts())
-    size = max(1, round(SHARE * len(used)))
     if len(used) < 2:
         return found
+    if ((trace.gates > 0).sum(axis=-1) > 1).any():
+        found["weights shuffled"] = unchanged(n, shuffled=True), None
+        found["strongest alone"] = unchanged(n, alone=True), None
+    moved, order = np.arange(n, dtype=np.int32), rng.permutation(used)
+    moved[order] = np.roll(order, 1)
+    found["experts permuted"] = unchanged(n, instead=jnp.asarray(moved)), None
+    same = jnp.full(n, np.argmax(trace.masses()), jnp.int32)
+    found["one expert for all"] = unchanged(n, instead=same), None
+    size = max(1, round(SHARE * len(used)))
     special, _ = specialists(trace, labels)
     sets = {
         "most used knocked out": np.argsort(-trace.masses(), kind="stable")[:size],

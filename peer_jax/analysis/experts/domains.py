@@ -51,29 +51,46 @@ def _key(piece: Int[np.ndarray, " n"]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(piece, np.int32).tobytes()).digest()[:16]
 
 
-def by_folder(names: Sequence[str | None], documents: Int[np.ndarray, " T"]) -> Labels:
+def documents(
+    texts: Sequence[int], names: Sequence[str | None], pieces: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, " T"]:
+    """The number of each token's document. Pieces of the same text and name are one document.
+
+    Args:
+        texts: the number of the text that each piece is of.
+        names: the name of the document that each piece is of; a piece without a name counts as a document.
+        pieces: the number of each token's piece.
+    """
+    keys = [
+        (text, place if name is None else name) for place, (text, name) in enumerate(zip(texts, names, strict=True))
+    ]
+    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    return np.array([number[key] for key in keys])[pieces]
+
+
+def by_folder(names: Sequence[str | None], pieces: Int[np.ndarray, " T"]) -> Labels:
     """A label for the folder of each token's document: the first part of its path, which names a package.
 
     Args:
-        names: of each document.
-        documents: the number of each token's document.
+        names: the name of each piece's document.
+        pieces: the number of each token's piece.
     """
     folders = [None if name is None else _folder(name) for name in names]
-    sizes = Counter(folders[document] for document in documents if folders[document] is not None)
+    sizes = Counter(folders[piece] for piece in pieces if folders[piece] is not None)
     large = [folder for folder, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MOST_FOLDERS]]
     if len(sizes) > MOST_FOLDERS:
         folders = [folder if folder is None or folder in large else OTHER for folder in folders]
-    return _labels("folder", folders, documents)
+    return _labels("folder", folders, pieces)
 
 
-def by_suffix(names: Sequence[str | None], documents: Int[np.ndarray, " T"]) -> Labels:
+def by_suffix(names: Sequence[str | None], pieces: Int[np.ndarray, " T"]) -> Labels:
     """A label for the kind of file of each token's document, by the end of its name."""
-    return _labels("kind of file", [None if name is None else _suffix(name) for name in names], documents)
+    return _labels("kind of file", [None if name is None else _suffix(name) for name in names], pieces)
 
 
-def by_task(tasks: Sequence[str], documents: Int[np.ndarray, " T"]) -> Labels:
+def by_task(tasks: Sequence[str], pieces: Int[np.ndarray, " T"]) -> Labels:
     """A label for the task of each token's document."""
-    return _labels("task", tasks, documents)
+    return _labels("task", tasks, pieces)
 
 
 def _folder(name: str) -> str:
@@ -86,10 +103,10 @@ def _suffix(name: str) -> str:
     return path.suffix or "(no suffix)"
 
 
-def _labels(kind: str, of_document: Sequence[str | None], documents: Int[np.ndarray, " T"]) -> Labels:
-    names = sorted({label for label in of_document if label is not None})
+def _labels(kind: str, of_piece: Sequence[str | None], pieces: Int[np.ndarray, " T"]) -> Labels:
+    names = sorted({label for label in of_piece if label is not None})
     number = {name: place for place, name in enumerate(names)} | {None: UNKNOWN}
-    return Labels(kind, tuple(names), np.array([number[label] for label in of_document])[documents], by_document=True)
+    return Labels(kind, tuple(names), np.array([number[label] for label in of_piece])[pieces], by_document=True)
 
 
 def by_token(tokens: Int[np.ndarray, " T"], shown: Sequence[str], kind: str) -> Labels:

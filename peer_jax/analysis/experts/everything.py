@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peer_jax.analysis.experts import ablations, domains, information, pages, passes, similarity, statements, usage
-from peer_jax.analysis.experts.trace import Labels, Text, Trace
+from peer_jax.analysis.experts.trace import Text, Trace
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache
 from peer_jax.errors import InputError
@@ -135,7 +135,7 @@ def look(
     sources = [open_cache(ensure_prepared(task, progress=progress), "validation") for task in tasks]
     run = passes.Passes(model, passes.draw(sources, tokens, seed), batch_size, progress)
     text, traces = passes.collect(run, seed=seed)
-    text = dataclasses.replace(text, domains=_domains(tasks, run.rows, text))
+    text = _named(tasks, run.rows, text)
     vocabulary = vocabularies.load(tasks[0].vocabulary)
     shown = [vocabulary.piece(i) for i in range(model.vocab_size)]
     labels = [
@@ -168,17 +168,18 @@ def look(
     return Look([task.corpus.name for task in tasks], text, by.kind, model.is_causal, blocks, checked)
 
 
-def _domains(tasks: Sequence[TextTask], rows: passes.Rows, text: Text) -> tuple[Labels, ...]:
-    """The labels of where the tokens come from, of all kinds that are known."""
-    of_document = passes.text_of_documents(rows, text.documents)
-    pieces, names = passes.pieces(text), [None] * len(of_document)
+def _named(tasks: Sequence[TextTask], rows: passes.Rows, text: Text) -> Text:
+    """The text with its documents, and with labels of where the tokens come from, as far as they are known."""
+    of_piece = passes.text_of_pieces(rows, text.pieces)
+    pieces, names = passes.pieces(text), [None] * len(of_piece)
     for number, task in enumerate(tasks):
-        own = [place for place, of in enumerate(of_document) if of == number]
+        own = [place for place, of in enumerate(of_piece) if of == number]
         for place, name in zip(own, domains.name_documents(task, [pieces[place] for place in own]), strict=True):
             names[place] = name
     found = (
-        domains.by_task([tasks[number].corpus.name for number in of_document], text.documents),
-        domains.by_folder(names, text.documents),
-        domains.by_suffix(names, text.documents),
+        domains.by_task([tasks[number].corpus.name for number in of_piece], text.pieces),
+        domains.by_folder(names, text.pieces),
+        domains.by_suffix(names, text.pieces),
     )
-    return tuple(labels for labels in found if labels.names)
+    documents = domains.documents(of_piece.tolist(), names, text.pieces)
+    return dataclasses.replace(text, documents=documents, domains=tuple(kind for kind in found if kind.names))

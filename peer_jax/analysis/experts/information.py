@@ -58,16 +58,21 @@ class Joint:
     weights: Float[np.ndarray, " J"]
 
 
+def _sums(of: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"], size: int = 0) -> Float[np.ndarray, " numbers"]:
+    """The sum of the weights of each number. NumPy's own sums are integers if there are no weights."""
+    return np.bincount(of, weights, minlength=size).astype(np.float64)
+
+
 def joint(uses: Uses, labels: Int[np.ndarray, " T"], num_labels: int) -> Joint:
     """The joint distribution of experts and labels, without an array of [tokens, experts]."""
     keys = uses.places.astype(np.int64) * num_labels + labels[uses.tokens]
     if len(uses.experts) * num_labels <= WHOLE:
-        whole = np.bincount(keys, uses.weights, minlength=len(uses.experts) * num_labels)
+        whole = _sums(keys, uses.weights, len(uses.experts) * num_labels)
         found = np.flatnonzero(whole)
         weights = whole[found]
     else:
         found, inverse = np.unique(keys, return_inverse=True)
-        weights = np.bincount(inverse, uses.weights)
+        weights = _sums(inverse, uses.weights)
     return Joint(found // num_labels, found % num_labels, weights)
 
 
@@ -75,8 +80,8 @@ def mutual_information(of: Joint) -> float:
     """Mutual information of expert and label in nats."""
     return float(
         _sum_p_log_p(of.weights)
-        - _sum_p_log_p(np.bincount(of.places, of.weights))
-        - _sum_p_log_p(np.bincount(of.labels, of.weights))
+        - _sum_p_log_p(_sums(of.places, of.weights))
+        - _sum_p_log_p(_sums(of.labels, of.weights))
     )
 
 
@@ -123,6 +128,8 @@ class Specialisation:
     @property
     def sentence(self) -> str:
         """The finding in one sentence."""
+        if not self.labels:
+            return f"No token uses an expert, so experts tell nothing about its {self.kind}."
         if self.labels < 2:
             return f"All of the text has one {self.kind}, so experts can't specialise by it."
         numbers = (
@@ -153,7 +160,7 @@ def specialisation(
     Args:
         trace: the routing of a block.
         labels: a label for each token; tokens whose label is unknown are left out.
-        documents: the document of each token.
+        documents: the document of each token: all pieces of a file, if it is known, and not each by itself.
         seed: of the permutations.
         permutations: how often labels are shuffled.
     """
@@ -174,7 +181,7 @@ def specialisation(
         moved = label_of.copy()
         moved[units] = label_of[rng.permutation(units)]
         shuffled.append(mutual_information(joint(uses, moved[unit], num_labels)))
-    by_label = np.bincount(measured.labels, measured.weights, minlength=num_labels)
+    by_label = _sums(measured.labels, measured.weights, num_labels)
     return Specialisation(
         trace.block,
         labels.kind,
@@ -197,10 +204,10 @@ def specialists(trace: Trace, labels: Labels, *, least: int = 20) -> tuple[np.nd
     known = labels.of != UNKNOWN
     uses = Uses.of(trace, known)
     of = joint(uses, np.where(known, labels.of, 0), len(labels.names))
-    mass = np.bincount(of.places, of.weights)
-    prior = np.bincount(of.labels, of.weights)
+    mass = _sums(of.places, of.weights)
+    prior = _sums(of.labels, of.weights)
     given = of.weights / mass[of.places]
-    divergence = np.bincount(of.places, given * np.log(given / prior[of.labels]))
+    divergence = _sums(of.places, given * np.log(given / prior[of.labels]))
     met, uses_of = np.bincount(of.places), np.bincount(uses.places)
     divergence -= (met - 1) / (2 * uses_of)
     able = np.flatnonzero(uses_of >= least)

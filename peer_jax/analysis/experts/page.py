@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from peer_jax.analysis.experts import ablations, figures
 from peer_jax.analysis.experts.everything import BlockLook, Look
 from peer_jax.analysis.reading import count, joined
@@ -68,9 +70,11 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
 
 def _summary(found: Look) -> str:
     layers = sorted({of.layer for of in found.blocks})
+    text = found.text
+    pieces, documents = (len(np.unique(of)) for of in (text.pieces, text.documents))
     return (
-        f"{count(len(found.text.inputs), 'token')} in {found.text.documents[-1] + 1} documents, or parts of documents, "
-        f"of {joined(found.texts)}; loss {found.text.losses.mean():.4f} nats per token. "
+        f"{count(len(text.inputs), 'token')} in {count(pieces, 'piece')} of {count(documents, 'document')} of "
+        f"{joined(found.texts)}; loss {text.losses.mean():.4f} nats per token. "
         f"{count(len(found.blocks), 'block')} with {joined(layers)}."
     )
 
@@ -159,7 +163,7 @@ def _usage(of: BlockLook) -> list[str]:
     return [
         *(str(of.trace.block), of.layer, str(used["experts"]), f"{used['usage']:.3%}", str(used["dead"])),
         *(_number(used["unevenness"]), f"{used['effective']:.0f}", str(used["half"])),
-        *(_number(math.exp(of.together.excess)), f"{of.overlap['distinct']:.1f} of {of.overlap['used']:.1f}"),
+        *(_number(of.together.mean_lift), f"{of.overlap['distinct']:.1f} of {of.overlap['used']:.1f}"),
     ]
 
 
@@ -217,8 +221,9 @@ def values(found: Look) -> dict[str, Any]:
 
 def _values(of: BlockLook) -> dict[str, Any]:
     together = dataclasses.asdict(of.together) | {
-        name: getattr(of.together, name).tolist() for name in ("first", "second", "counts", "lift")
+        name: getattr(of.together, name).tolist() for name in ("first", "second", "counts")
     }
+    together |= {"lift": [_finite(lift) for lift in of.together.lift.tolist()], "mean_lift": of.together.mean_lift}
     overlap = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in of.overlap.items()}
     dynamic = None
     if of.dynamic is not None:

@@ -143,7 +143,7 @@ def contexts(
     found = []
     for place in [*first, *rest][:CONTEXTS]:
         token = int(at[order[place]])
-        begin, end = np.searchsorted(text.documents, text.documents[token] + np.array([0, 1]))
+        begin, end = np.searchsorted(text.pieces, text.pieces[token] + np.array([0, 1]))
         lower, upper = max(begin, token - BEFORE), min(end, token + 1 + AFTER)
         found.append(
             {

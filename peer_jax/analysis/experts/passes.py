@@ -178,7 +178,7 @@ class Passes(NamedTuple):
 
 
 def collect(passes: Passes, *, seed: int, sampled: int = SAMPLED) -> tuple[Text, list[Trace]]:
-    """The tokens of the rows, without domains, and the routing of each block that routes.
+    """The tokens of the rows and the routing of each block that routes. The text has no names of documents or domains.
 
     It takes 8 bytes of memory for each use of an expert: T * h * k for each block.
     """
@@ -207,28 +207,28 @@ def collect(passes: Passes, *, seed: int, sampled: int = SAMPLED) -> tuple[Text,
         )
         for block, (indices, gates) in routings.items()
     ]
-    documents, positions = _documents(passes.rows.batch["segment_ids"])
+    pieces, positions = _pieces(passes.rows.batch["segment_ids"])
     inputs, targets = passes.rows.batch["inputs"][real], passes.rows.batch["targets"][real]
-    return Text(inputs, targets, positions, documents, np.concatenate(losses).astype(np.float64)), traces
+    return Text(inputs, targets, positions, pieces, pieces, np.concatenate(losses).astype(np.float64)), traces
 
 
-def _documents(
+def _pieces(
     segment_ids: Int[np.ndarray, "rows s"],
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
-    """The number of each token's document, and the token's place in it."""
+    """The number of each token's piece, and the token's place in it."""
     begins = np.ones(segment_ids.shape, bool)
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     begins = begins[segment_ids > 0]
-    documents = np.cumsum(begins) - 1
-    return documents, np.arange(len(begins)) - np.flatnonzero(begins)[documents]
+    pieces = np.cumsum(begins) - 1
+    return pieces, np.arange(len(begins)) - np.flatnonzero(begins)[pieces]
 
 
 def pieces(text: Text) -> list[Int[np.ndarray, " _"]]:
-    """The tokens of each document, or piece of one."""
-    return np.split(text.targets, np.flatnonzero(np.diff(text.documents)) + 1)
+    """The tokens of each piece."""
+    return np.split(text.targets, np.flatnonzero(np.diff(text.pieces)) + 1)
 
 
-def text_of_documents(rows: Rows, documents: Int[np.ndarray, " T"]) -> Int[np.ndarray, " documents"]:
-    """The number of the text that each document is of."""
+def text_of_pieces(rows: Rows, pieces: Int[np.ndarray, " T"]) -> Int[np.ndarray, " pieces"]:
+    """The number of the text that each piece is of."""
     of_token = np.broadcast_to(rows.texts[:, None], rows.real.shape)[rows.real]
-    return of_token[np.flatnonzero(np.diff(documents, prepend=-1))]
+    return of_token[np.flatnonzero(np.diff(pieces, prepend=-1))]

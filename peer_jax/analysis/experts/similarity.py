@@ -22,6 +22,8 @@ from peer_jax.layers import FeedForward, Routing
 
 SAMPLE = 256  # experts whose parameters are compared
 MATCHED = 6  # experts whose neurons are matched, all with one another
+MATCHED_NEURONS = 1024  # of an expert at most, the first ones, that are matched
+COMPONENTS = 2000  # neurons at most, of which principal components are taken
 SHUFFLES = 200
 OUTPUT_TOKENS, OUTPUT_EXPERTS = 64, 8  # of which outputs are compared
 NORM_EXPERTS = 128  # per token at most, of which output norms are taken
@@ -104,7 +106,7 @@ class Static:
         similar: cosines of flattened matrices by name, and of their means over neurons as "<name>, mean neuron".
         keys: cosines of router rows; None if unknown.
         regressions: of router rows on each of ``similar``.
-        matchings: of neurons, for experts with several neurons.
+        matchings: of at most the first ``MATCHED_NEURONS`` neurons, for experts with several neurons.
         components: the first two principal components of the neurons, [points, 2], and the expert of each point.
     """
 
@@ -121,6 +123,8 @@ def static(layer: FeedForward, trace: Trace, *, seed: int, size: int = SAMPLE) -
     """Compares the parameters of at most ``size`` random experts, of those that the text has used."""
     rng = np.random.default_rng(seed)
     experts = np.sort(rng.permutation(np.flatnonzero(trace.counts()))[:size])
+    if not len(experts):
+        return Static(trace.block, experts, {}, None, {}, [], None)
     numbers = jnp.asarray(experts, jnp.int32)
     matrices = {name: _plain(rows) for name, rows in layer.expert_matrices(numbers).items()}
     similar = {}
@@ -134,27 +138,29 @@ def static(layer: FeedForward, trace: Trace, *, seed: int, size: int = SAMPLE) -
     for name in {} if keys is None else similar:
         if (one := regress(similar[name], keys, seed=seed)) is not None:
             regressions[name] = one
-    neurons = np.concatenate(list(matrices.values()), axis=-1) if matrices else None
+    if not matrices:
+        return Static(trace.block, experts, similar, keys, regressions, [], None)
+    neurons = np.concatenate([rows[:MATCHED, :MATCHED_NEURONS] for rows in matrices.values()], axis=-1)
     matchings = []
-    if neurons is not None and neurons.shape[1] > 1:
-        pairs = zip(*np.triu_indices(min(MATCHED, len(experts)), 1), strict=True)
+    if neurons.shape[1] > 1:
+        pairs = zip(*np.triu_indices(len(neurons), 1), strict=True)
         matchings = [match_neurons(int(experts[a]), int(experts[b]), neurons[a], neurons[b]) for a, b in pairs]
-    return Static(trace.block, experts, similar, keys, regressions, matchings, _principal(neurons, experts, rng))
+    return Static(trace.block, experts, similar, keys, regressions, matchings, _principal(matrices, experts, rng))
 
 
-def _principal(neurons: np.ndarray | None, experts: np.ndarray, rng: np.random.Generator, most: int = 2000):
-    """The first two principal components of at most ``most`` neurons."""
-    if neurons is None or not neurons.size:
-        return None
-    flat = neurons.reshape(-1, neurons.shape[-1]).astype(np.float64)
-    chosen = np.sort(rng.permutation(len(flat))[:most])
-    centred = flat[chosen] - flat[chosen].mean(axis=0)
+def _principal(matrices: dict[str, Float[np.ndarray, "m f _"]], experts: np.ndarray, rng: np.random.Generator):
+    """The first two principal components of at most ``COMPONENTS`` random neurons."""
+    m, f = next(iter(matrices.values())).shape[:2]
+    chosen = np.sort(rng.permutation(m * f)[:COMPONENTS])
+    neurons = np.concatenate([rows[chosen // f, chosen % f] for rows in matrices.values()], axis=-1)
+    centred = neurons.astype(np.float64)
+    centred -= centred.mean(axis=0)
     if min(centred.shape) < 2:
         return None
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     # A direction has no sign of its own: its largest part is made positive.
     signs = np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(axis=1)])
-    return centred @ (directions[:2] * signs[:, None]).T, experts[chosen // neurons.shape[1]]
+    return centred @ (directions[:2] * signs[:, None]).T, experts[chosen // f]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +195,10 @@ class Dynamic:
 
 
 def outputs(layer: FeedForward, x: Float[np.ndarray, "S d"], experts: Int[np.ndarray, "S r"]) -> np.ndarray | None:
-    """What each of these experts puts out for each token if its weight is 1, [S, r, d]; None if the layer can't say."""
+    """What each of these experts adds to the output of each token if its weight is 1, [S, r, d].
+
+    None if the layer can't say. What the layer puts out without any of them, as a shared expert does, is left out.
+    """
     found = _outputs(*nnx.split(layer), jnp.asarray(x), jnp.asarray(experts, jnp.int32))
     return None if found is None else _plain(found)
 
@@ -200,7 +209,12 @@ def _outputs(
 ) -> Float[Array, "S r d"] | None:
     tiled = jnp.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
     indices = experts[..., None, None]
-    return nnx.merge(graph, state).mix(tiled, Routing(indices, jnp.ones(indices.shape)))
+    layer = nnx.merge(graph, state)
+    each = layer.mix(tiled, Routing(indices, jnp.ones(indices.shape)))
+    if each is None:
+        return None
+    nothing = Routing(jnp.zeros((len(x), 1, 1), jnp.int32), jnp.zeros((len(x), 1, 1)))
+    return each - layer.mix(x, nothing)[:, None]
 
 
 def dynamic(layer: FeedForward, trace: Trace, *, seed: int) -> Dynamic | None:
@@ -229,8 +243,8 @@ def dynamic(layer: FeedForward, trace: Trace, *, seed: int) -> Dynamic | None:
     return Dynamic(
         trace.block,
         s,
-        _mean_cosine(own[few], flat[few], is_used[few]),
-        _mean_cosine(of_others[few], others[few], np.ones_like(is_used[few])),
+        _mean_cosine(own[few], flat[few], is_used[few], rng),
+        _mean_cosine(of_others[few], others[few], np.ones_like(is_used[few]), rng),
         float(per_token.mean()) if len(per_token) else None,
         _error(per_token),
         float(correlations.mean()) if len(correlations) else None,
@@ -274,13 +288,18 @@ def _rank_counts(weights: np.ndarray, norms: np.ndarray) -> Int[np.ndarray, "k k
     return np.bincount((by_weight * k + by_norm).ravel(), minlength=k * k).reshape(k, k)
 
 
-def _mean_cosine(of: Float[np.ndarray, "S r d"], experts: Int[np.ndarray, "S r"], counted: np.ndarray) -> float | None:
-    """The mean cosine of the outputs of different experts for the same token; None if no token has two of them."""
+def _mean_cosine(
+    of: Float[np.ndarray, "S r d"], experts: Int[np.ndarray, "S r"], counted: np.ndarray, rng: np.random.Generator
+) -> float | None:
+    """The mean cosine of the outputs of different experts for the same token; None if no token has two of them.
+
+    Takes at most ``OUTPUT_EXPERTS`` random experts of a token.
+    """
     found = []
     for one, numbers, kept in zip(of, experts, counted, strict=True):
         first = np.unique(np.where(kept, numbers, -1), return_index=True)
         places = first[1][first[0] >= 0]
-        found.append(off_diagonal(cosines(one[np.sort(places)[:OUTPUT_EXPERTS]])))
+        found.append(off_diagonal(cosines(one[rng.permutation(places)[:OUTPUT_EXPERTS]])))
     found = np.concatenate(found)
     return float(found.mean()) if len(found) else None
 

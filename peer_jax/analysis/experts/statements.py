@@ -10,6 +10,7 @@ from peer_jax.analysis.experts.similarity import Dynamic, Static
 
 SIGNIFICANT = 0.05
 ERRORS = 4  # standard errors that a difference must have
+NO_OUTPUTS = "no layer can compute the outputs of single experts, or none was used"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ def neurons_are_experts(statics: Sequence[Static]) -> Statement:
     claim = "1. Neurons act like fine-grained experts: experts whose router rows are similar have similar neurons"
     found = [(of.block, name, one) for of in statics for name, one in of.regressions.items()]
     if not found:
-        return Statement(claim, "unknown", "no layer tells its experts' matrices and router rows, or they do not vary")
+        return Statement(
+            claim, "unknown", "no layer tells the matrices and router rows of used experts, or they do not vary"
+        )
     holds = [one.correlation > 0 and one.chance < SIGNIFICANT for _, _, one in found]
     told = "; ".join(
         f"block {block}, {name}: r = {one.correlation:+.3f}, R² = {one.r_squared:.3f}, p = {one.chance:.3f}"
@@ -61,7 +64,7 @@ def norms_follow_the_router(dynamics: Sequence[Dynamic]) -> Statement:
             words += f", rank correlation of weight and norm {of.rank_correlation:+.3f} ± {of.rank_error:.3f}"
         told.append(words)
     if not holds:
-        return Statement(claim, "unknown", "no layer can compute the outputs of single experts")
+        return Statement(claim, "unknown", NO_OUTPUTS)
     return Statement(claim, _all_or_none(holds), "; ".join(told))
 
 
@@ -73,7 +76,7 @@ def diversity(dynamics: Sequence[Dynamic], num_blocks: int) -> list[Statement]:
     )
     found = [(of.block, of.others) for of in dynamics if of.others is not None]
     if not found:
-        return [Statement(claim, "unknown", "no layer can compute the outputs of single experts") for claim in claims]
+        return [Statement(claim, "unknown", NO_OUTPUTS) for claim in claims]
     told = ", ".join(f"{cosine:+.4f} in block {block}" for block, cosine in found)
     told = f"mean cosine of two experts' outputs: {told}"
     inner = [(block, cosine) for block, cosine in found if block != num_blocks - 1]

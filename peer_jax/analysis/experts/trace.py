@@ -35,8 +35,9 @@ class Text:
     Attributes:
         inputs: the token that the model reads.
         targets: the token that it is to predict.
-        positions: the place of a token in its document, or in its piece of a document that is longer than a row.
-        documents: the number of each token's document, or piece of a document; ascending.
+        positions: the place of a token in its piece.
+        pieces: the number of each token's piece, a document or the part of one that is in a row; ascending.
+        documents: the number of each token's document; where its name isn't known, each piece counts as one.
         losses: the negative log-likelihood of each target, in nats.
         domains: labels of where the tokens come from.
     """
@@ -44,6 +45,7 @@ class Text:
     inputs: Int[np.ndarray, " T"]
     targets: Int[np.ndarray, " T"]
     positions: Int[np.ndarray, " T"]
+    pieces: Int[np.ndarray, " T"]
     documents: Int[np.ndarray, " T"]
     losses: Float[np.ndarray, " T"]
     domains: tuple[Labels, ...] = ()

@@ -7,13 +7,15 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from peer_jax.analysis.experts.trace import Trace
 from peer_jax.training.evaluate import usage as usage_of
 
 # Pairs of experts of the same token that are counted at most; a sample of tokens keeps them so few.
 MOST_PAIRS = 2**22
+MOST_SLOTS = 256  # places of a token's experts that are counted at most, a sample of h * k
+FEWEST_EXPECTED = 5  # occurrences by chance below which the lift of a single pair says nothing
 MOST_SHOWN = 20
 
 
@@ -47,49 +49,75 @@ def curve(trace: Trace, points: int = 200) -> tuple[Int[np.ndarray, " p"], Float
 class Together:
     """Pairs of experts that a token uses both of.
 
+    The lift of a pair is how many times as often it was found as if its experts were chosen independently.
+
     Attributes:
         tokens: tokens that were counted.
+        slots: how many of the h * k places of a token's experts were counted.
         pairs: different pairs that were found.
         first, second, counts: the pairs that most tokens use.
-        lift: how many times as often a pair was found as if its experts were chosen independently.
+        lift: of these pairs; NaN for a pair that chance would give fewer than ``FEWEST_EXPECTED`` times.
         excess: mean of the logarithm of the lift over all pairs found, weighted by their counts, in nats.
+        chance: the same after each place's experts are shuffled over tokens. It is far above 0 if experts are many,
+            because only pairs that occur have a lift.
     """
 
     tokens: int
+    slots: int
     pairs: int
     first: Int[np.ndarray, " p"]
     second: Int[np.ndarray, " p"]
     counts: Int[np.ndarray, " p"]
     lift: Float[np.ndarray, " p"]
     excess: float
+    chance: float
+
+    @property
+    def mean_lift(self) -> float | None:
+        """The geometric mean of the lift over all pairs found, relative to that of chance; None if there are none."""
+        return float(np.exp(self.excess - self.chance)) if self.pairs else None
 
 
 def together(trace: Trace, *, seed: int, most: int = MOST_SHOWN) -> Together:
     """Counts, over a sample of the tokens, the pairs of experts that are used by the same token."""
-    tokens, experts, _ = trace.pairs()
-    unique = np.unique(tokens.astype(np.int64) * trace.num_experts + experts)  # an expert counts once for a token
-    tokens, experts = unique // trace.num_experts, unique % trace.num_experts
-    sizes = np.bincount(tokens, minlength=len(trace.gates))
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(sizes > 0))
-    drawn = np.sort(drawn[: max(1, np.searchsorted(np.cumsum(sizes[drawn] * (sizes[drawn] - 1) // 2), MOST_PAIRS))])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    keys, used = [], []
-    for size in np.unique(sizes[drawn]):  # tokens that use the same number of experts are counted at once
-        own = starts[drawn[sizes[drawn] == size]]
-        of_token = experts[own[:, None] + np.arange(size)]
-        a, b = np.triu_indices(size, 1)
-        used.append(of_token.ravel())
-        keys.append((of_token[:, a] * trace.num_experts + of_token[:, b]).ravel())
-    if not keys or not sum(map(len, keys)):
-        none = np.zeros(0, np.int64)
-        return Together(len(drawn), 0, none, none, none, np.zeros(0), 0.0)
-    pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
-    first, second = pairs // trace.num_experts, pairs % trace.num_experts
-    of_expert = np.bincount(np.concatenate(used), minlength=trace.num_experts).astype(np.float64)
-    lift = counts * len(drawn) / (of_expert[first] * of_expert[second])
+    rng = np.random.default_rng(seed)
+    slots = np.sort(rng.permutation(trace.gates[0].size)[:MOST_SLOTS])
+    used = trace.gates.reshape(len(trace.gates), -1)[:, slots] > 0
+    sizes = np.count_nonzero(used, axis=1)
+    drawn = rng.permutation(np.flatnonzero(sizes))
+    drawn = np.sort(drawn[: np.searchsorted(np.cumsum(sizes[drawn] * (sizes[drawn] - 1) // 2), MOST_PAIRS, "right")])
+    indices = trace.indices.reshape(len(trace.indices), -1)[drawn[:, None], slots]
+    used = used[drawn]
+    pairs, counts, expected = _pairs(indices, used, trace.num_experts)
+    order = rng.permuted(np.broadcast_to(np.arange(len(drawn))[:, None], indices.shape), axis=0)
+    shuffled = _pairs(*(np.take_along_axis(array, order, axis=0) for array in (indices, used)), trace.num_experts)
     top = np.lexsort((pairs, -counts))[:most]
-    excess = float(np.sum(counts * np.log(lift)) / counts.sum())
-    return Together(len(drawn), len(pairs), first[top], second[top], counts[top], lift[top], excess)
+    lift = np.where(expected >= FEWEST_EXPECTED, counts / expected, np.nan)[top]
+    shown = pairs[top] // trace.num_experts, pairs[top] % trace.num_experts, counts[top], lift
+    return Together(len(drawn), len(slots), len(pairs), *shown, _excess(counts, expected), _excess(*shuffled[1:]))
+
+
+def _pairs(
+    indices: Int[np.ndarray, "t s"], used: Bool[np.ndarray, "t s"], num_experts: int
+) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+    """The pairs that occur, as first * N + second, the tokens that use them, and how many would by chance."""
+    token = np.arange(len(indices), dtype=np.int64)[:, None]
+    unique = np.unique((token * num_experts + indices)[used])  # an expert counts once for a token
+    tokens, experts = unique // num_experts, unique % num_experts
+    sizes = np.bincount(tokens, minlength=len(indices))
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    keys = [np.zeros(0, np.int64)]
+    for size in np.unique(sizes):  # tokens that use the same number of experts are counted at once
+        of_token = experts[starts[np.flatnonzero(sizes == size)][:, None] + np.arange(size)]
+        a, b = np.triu_indices(size, 1)
+        keys.append((of_token[:, a] * num_experts + of_token[:, b]).ravel())
+    pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
+    often = np.bincount(experts, minlength=num_experts).astype(np.float64)
+    return pairs, counts, often[pairs // num_experts] * often[pairs % num_experts] / max(1, len(indices))
+
+
+def _excess(counts: Int[np.ndarray, " p"], expected: Float[np.ndarray, " p"]) -> float:
+    return float(np.sum(counts * np.log(counts / expected)) / max(1, counts.sum()))
 
 
 def overlap(trace: Trace, *, most: int = 2048, seed: int) -> dict[str, Any]:
