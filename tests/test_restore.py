@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 from small_runs import SEQ_LEN, load, train
 
+from peer_jax.data import cache
 from peer_jax.data import vocabulary as vocabularies
-from peer_jax.data.cache import CacheWriter
 from peer_jax.errors import InputError
 from peer_jax.training.restore import continue_text
 
@@ -53,7 +53,7 @@ def trained(tiny, vocabulary, tmp_path_factory):
     segment_ids = np.tile(np.repeat(np.arange(1, per_row + 1, dtype=np.int32), len(document)), (16, 1))
     assert tokens.shape == segment_ids.shape == (16, SEQ_LEN)
     counts = {"documents": 16 * per_row, "bytes": 16 * per_row * len(DOCUMENT.encode()), "words": 16 * per_row}
-    with CacheWriter(folder / "cache", SEQ_LEN, loaded.size) as writer:
+    with cache.CacheWriter(folder / "cache", cache.TEXT, cache.text_fields(SEQ_LEN, loaded.size)) as writer:
         splits = {split: writer.write_split(split, [(tokens, segment_ids)]) for split in ("train", "validation")}
         manifest = {
             "task": {"corpus": "snowmen"},

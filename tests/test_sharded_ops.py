@@ -165,9 +165,9 @@ def touched(mesh, form):
 
     @jax.jit
     def bag(indices, gates):
-        table = Table(TouchedTable(values, jnp.zeros((N, D))))  # room for all rows
+        table = Table(TouchedTable(values, (jnp.zeros((N, D)),)))  # room for all rows
         slots, compact = retrieved(indices, table)
-        return table.get_value().rows, ops.value_bag(compact, slots, gates)
+        return table.get_value().rows[0], ops.value_bag(compact, slots, gates)
 
     parts = mesh[2] if form == "rows" else 1
     size = N // parts
