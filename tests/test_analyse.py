@@ -336,6 +336,7 @@ def command(folder, out):
     return ("analyse", *given)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_files(analysed):
     folder, printed = analysed
     assert f"The page is {folder / 'out' / 'analysis.html'}" in printed
@@ -363,6 +364,7 @@ def test_the_command_writes_a_page_and_files(analysed):
         assert words in page.text, words
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(analysed, run_cli):
     folder, printed = analysed
     status, again, errors = run_cli(*command(folder, "again"))
@@ -398,6 +400,7 @@ SEARCH = """<script>addEventListener("load", async () => {
 });</script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 500], ids=["desktop", "phone"])
 def test_a_browser_shows_the_page_and_searches_it(analysed, tmp_path, width):
     if BROWSER is None:
@@ -418,6 +421,7 @@ def test_a_browser_shows_the_page_and_searches_it(analysed, tmp_path, width):
     assert re.fullmatch(r"None of the \d+ most frequent tokens of the text contains this\.", told["nothing"])
 
 
+@pytest.mark.slow
 def test_a_block_whose_experts_nobody_uses_has_a_page(analysed, tmp_path):
     folder, _ = analysed
     run = configs.load_kept(kept_config(str(folder / "run")))
@@ -432,6 +436,7 @@ def test_a_block_whose_experts_nobody_uses_has_a_page(analysed, tmp_path):
     assert [one.name for one in found.blocks[0].ablations] == ["zeroed"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_analysed_is_refused(analysed, tmp_path, run_cli):
     folder, _ = analysed
     data = ("--data", folder / "more.gin")

@@ -264,6 +264,7 @@ def earlier(tmp_path, monkeypatch):
     return RunDirectory("run")
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_an_earlier_version_resumes(earlier):
     """Its losses are those that the earlier version had undisturbed, but for rounding: the tests compile otherwise."""
     run = config.load_kept(earlier.config, bindings=["Run.log_every=1"])
@@ -282,6 +283,7 @@ def test_a_run_directory_of_an_earlier_version_resumes(earlier):
         assert result[name] == wanted[name]
 
 
+@pytest.mark.slow
 def test_the_command_that_began_a_run_in_an_earlier_version_goes_on_with_it(earlier, run_cli):
     """The config that the user has lacks what didn't exist, as that of the run does."""
     shutil.copy(earlier.config, "mine.gin")

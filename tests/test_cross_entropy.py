@@ -152,6 +152,7 @@ def test_no_program_holds_all_logits(tied, monkeypatch):
         assert program.memory_analysis().temp_size_in_bytes < 4 * every // 4
 
 
+@pytest.mark.slow
 def test_chunks_change_a_step_by_rounding_only(monkeypatch):
     """Also with a tied embedding, remat, and accumulation, within whose loop the chunks are another one."""
     batch = batch_of(4, 6, 13)

@@ -105,6 +105,7 @@ def test_every_document_can_be_rebuilt(corpus, prepared):
         assert documents(pieces) == [[*(byte + 3 for byte in text.encode()), 1] for text in texts]
 
 
+@pytest.mark.slow
 def test_training_rows_are_full_and_validation_documents_whole(corpus, prepared, folder):
     _, fill = segments(prepared, "train")
     assert fill > 0.98  # seqio ends a row after every seq_len pieces, full or not
@@ -191,6 +192,7 @@ def test_sentencepiece_documents_can_be_rebuilt(corpus, sentencepiece_model, fol
     assert re.fullmatch("[0-9a-f]{64}", manifest["vocabulary"]["sha256"])
 
 
+@pytest.mark.slow
 def test_limits_hold_inside_documents(folder, capfd):
     texts = [f"document {i:04}" for i in range(100)]  # 13 bytes and EOS
     given = Given("limits", ["é" * 50_000, *texts], texts)
@@ -298,6 +300,7 @@ def tfds_data(prepared, tmp_path_factory):  # `prepared` has imported TensorFlow
     return root, texts
 
 
+@pytest.mark.slow
 def test_tfds_builder(tfds_data, folder):
     root, texts = tfds_data
     corpus = corpora.tfds_corpus("tiny_text:1.0.0", data_dir=root)

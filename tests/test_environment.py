@@ -44,6 +44,7 @@ def outcomes():
     return {setting: (process.communicate(timeout=200), process.returncode) for setting, process in started.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", BAD)
 def test_an_environment_is_refused(outcomes, setting):
     (printed, errors), status = outcomes[setting]
@@ -69,6 +70,7 @@ jax.jit(lambda x: x * 3 + 1)(1.0)
 """
 
 
+@pytest.mark.slow
 def test_half_of_a_program_that_a_kill_leaves_is_removed(tmp_path):
     """The kernel kills the process as it writes the 101st byte of a file."""
     own = {name: value for name, value in environment().items() if not name.startswith("JAX_COMPILATION_CACHE")}

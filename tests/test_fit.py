@@ -167,6 +167,7 @@ def test_objective_and_gradient(delta):
     assert np.all(np.abs(gradient) > 1e-2 * min(delta, 1))
 
 
+@pytest.mark.slow
 def test_surface_s_intervals_are_as_wide_as_fits_to_new_rows_scatter():
     """The bootstrap is compared with the scatter over 40 sets of rows with .3 per cent of noise.
 

@@ -164,6 +164,7 @@ def test_what_cannot_be_compared_says_why(dense, reason, saving_reason):
     assert saving_reason in found.saving_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gap", "overlap"), [(0.001, True), (0.5, False)])
 def test_overlapping_intervals_show_no_order(gap, overlap):
     rows = parabola(minimum=2.0, at=1e5, seeds=(0, 1), noise=0.01)

@@ -94,6 +94,7 @@ def test_schedule_ends_with_the_last_step(tiny, tmp_path):
     assert rates[12] == pytest.approx(0.0025)
 
 
+@pytest.mark.slow
 def test_eval_tasks_join_the_result(tiny, tmp_path):
     other = write_text(tmp_path / "other.jsonl", seed=1)
     run = load(tiny, "Run.steps=2")
@@ -197,6 +198,7 @@ def test_accumulation_under_query_batch_norm_is_refused(tiny):
         load(tiny, "Run.steps=5", "Run.accumulation=2", layer="peer").trainer()
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_whole_batches(tiny, tmp_path):
     train(tiny, tmp_path / "whole", "Run.steps=5")
     train(tiny, tmp_path / "parts", "Run.steps=5", "Run.accumulation=2")
@@ -235,6 +237,7 @@ def test_sigterm_saves_within_the_step_and_resumes_to_the_same(tiny, tmp_path, m
     assert_same(leaves(tmp_path / "stopped", run), leaves(tmp_path / "never", run))
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_last_checkpoint_is_written_stops_before_the_result(tiny, tmp_path, monkeypatch):
     never = train(tiny, tmp_path / "never", "Run.steps=6")
     wait, signals = Checkpoints.wait, [signal.SIGTERM]
@@ -270,6 +273,7 @@ def test_sigterm_where_validation_is_due_loses_no_validation(tiny, tmp_path, mon
     assert {at for at, kind in losses(tmp_path) if kind == "validation_loss"} == {5, 8}
 
 
+@pytest.mark.slow
 def test_a_validation_that_a_crash_has_lost_is_made_up_for(tiny, tmp_path):
     """After a crash of the machine a checkpoint may be on the disk, and a line that was logged before it may not."""
     bindings = ["Run.steps=12", "Run.checkpoint_every=5", "Run.evaluate_every=5"]
@@ -285,6 +289,7 @@ def test_a_validation_that_a_crash_has_lost_is_made_up_for(tiny, tmp_path):
     assert [line["step"] for line in lines(tmp_path) if "validation_loss" in line] == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path, monkeypatch):
     corpus = write_text(tmp_path / "corpus.jsonl")
     bindings = ["Run.steps=8", "Run.checkpoint_every=2", f"local_files.path={str(corpus)!r}"]
@@ -299,6 +304,7 @@ def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path, monkeypatch):
     assert train(tiny, tmp_path / "run", *bindings)["steps"] == 8
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_taken_for_one_on_another_text(tiny, tmp_path):
     corpus = write_text(tmp_path / "corpus.jsonl")
     bindings = ["Run.steps=2", f"local_files.path={str(corpus)!r}"]
@@ -309,6 +315,7 @@ def test_a_finished_run_is_not_taken_for_one_on_another_text(tiny, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_placement_and_bookkeeping(tiny, tmp_path, monkeypatch):
     """The same text elsewhere, another log, other intervals: config.gin stays as it was, and so do the numbers."""
     bindings = ["Run.steps=12", "Run.evaluate_every=5", "Run.checkpoint_every=4"]
@@ -414,6 +421,7 @@ def test_second_process_is_kept_out(tiny, tmp_path):
 # What training imports, and what it leaves
 
 
+@pytest.mark.slow
 def test_training_never_imports_tensorflow(tiny, tmp_path):
     program = """
 import sys

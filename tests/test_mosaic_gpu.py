@@ -79,6 +79,7 @@ def gradients_of_bag(interpret, values, indices, gates, dy):
     return y, pullback(dy)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_expert_mix(rng, simulated, name, monkeypatch):

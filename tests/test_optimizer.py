@@ -461,6 +461,7 @@ def test_any_optimizer_trains_is_killed_and_goes_on_to_the_same(tiny, tmp_path, 
         assert min(line["grad_norm"], line["update_norm"], line["param_norm"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trains")
 def test_a_first_step_of_sgd_is_the_gradient(tiny):
     """Against a gradient that JAX takes of the loss, outside of the trainer."""
@@ -527,6 +528,7 @@ def test_norms_that_an_optimizer_does_not_return_are_named(tiny, tmp_path):
         loop.train(run, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trains")
 def test_parameters_that_another_optimizer_makes_infinite_are_not_saved(tiny, tmp_path):
     bindings = ("Run.steps=20", "Run.checkpoint_every=1")

@@ -521,6 +521,7 @@ def test_all_figures_of_a_report_draw_a_method_alike(everything):
             assert keys[label] == looks[name].colour
 
 
+@pytest.mark.slow
 def test_many_series_are_too_many_for_a_figure(tmp_path):
     axes = {"PEER.top_k": (1, 2, 3, 4, 5, 6, 7, 8)}
     write_ablation(tmp_path / "k", axes, seeds=(0,), widths=(16, 32, 64))
@@ -553,6 +554,7 @@ def of_class(root, name, label, loss, *, seed=0, d=32, **said):
     write_run(root / f"{label}-d{d}-seed{seed}", name, d, 3e11, settings={}, label=label, loss=loss, seed=seed, **said)
 
 
+@pytest.mark.slow
 def test_the_label_of_the_sweep_is_the_method_and_the_class_a_column(tmp_path):
     runs = tmp_path / "runs"
     for d in (16, 32, 64):
@@ -573,6 +575,7 @@ def test_the_label_of_the_sweep_is_the_method_and_the_class_a_column(tmp_path):
     assert not {"config", "found", "directory", "baseline"} & rows["peer", "d32"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [None, "swiglu"])
 def test_the_page_names_the_baseline(tmp_path, baseline):
     """The baseline is the method that the sweep names, else the layer that says so, whatever they are called."""

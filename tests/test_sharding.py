@@ -261,6 +261,7 @@ def report():
     return measured("test_sharding", "measure")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tables", ["rows", "columns"])
 def test_a_state_is_made_where_it_belongs_and_equals_one_device_s(report, tables):
     assert report[tables]["as planned"]

@@ -340,6 +340,7 @@ def test_workers_divide_the_cores(monkeypatch):
 # The sweeps that are shipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweep_is_built(path):
     """Every run of its first seed, abstractly, and it passes the checks that it would meet before it starts."""

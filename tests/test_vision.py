@@ -86,6 +86,7 @@ def test_dense_reads_digits(load, tmp_path):
     assert [line["validation_accuracy"] for line in logged] == [own["accuracy"]]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_to_the_same(load, folder, tmp_path):
     """A process is killed after its first checkpoint; another one ends with the bits of a run that never was."""
     bindings = [*SHORT, "Run.steps=60", "Run.checkpoint_every=10"]
