@@ -393,7 +393,7 @@ def test_tfds_images(tfds_pictures, folder):
     [
         ({"image_key": "image"}, "has no feature 'image'; set image_key to one of kind, picture"),
         ({"label_key": "label"}, "has no feature 'label'; set label_key to one of kind, picture"),
-        ({"image_key": "kind"}, "tiny_pictures_1.0.0 can't be read"),
+        ({"image_key": "kind"}, "tiny_pictures:1.0.0 has 'kind' and 'kind' of the types .*int64.* set image_key"),
         ({"num_classes": 3}, "has the label 3, but num_classes=3"),
         ({"channels": 1}, r"has an image of uint8 \[6, 6, 3\], but the task says uint8 \[6, 6, 1\]"),
     ],

@@ -297,7 +297,8 @@ def query_norm(rows: Sequence[Row]) -> Table:
         measured = None not in (row.perplexity, row.usage, row.unevenness)  # images have no perplexity
         if len(names) == 1 and measured:
             others = tuple((name, str(value)) for name, value in sorted(row.settings.items()) if name not in names)
-            place = budget(row.budget), named(row.series, row.is_causal), row.size, row.num_experts, others
+            method = f"{row.method}, on {row.text}" if row.text else row.method
+            place = budget(row.budget), named(method, row.is_causal), row.size, row.num_experts, others
             groups[place][row.settings[names[0]]].append(row)
     cells = []
     for (*place, experts, _), by_norm in groups.items():
@@ -307,7 +308,7 @@ def query_norm(rows: Sequence[Row]) -> Table:
                 for of in ("perplexity", "unevenness", "usage")
             ]
             cells.append([*place, str(experts), *(f"{without} / {with_norm}" for without, with_norm in means)])
-    columns = ("budget", "series", "size", "experts", "perplexity", "unevenness", "usage")
+    columns = ("budget", "method", "size", "experts", "perplexity", "unevenness", "usage")
     return Table("Query batch-norm: without / with", columns, cells)
 
 
