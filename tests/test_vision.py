@@ -165,6 +165,10 @@ def test_what_a_run_of_images_is_asked_for_in_vain(short_runs, tmp_path, run_cli
     refused(
         run_cli("train", *stack, "--set", "ViT.patch_size=2", "--workdir", tmp_path / "x"), "set ImageTask.patch_size"
     )
+    of_text = ["--set", "Transformer.sparse_ffw=@PEER", "--set", "PEER.num_experts=16", "--workdir", tmp_path / "x"]
+    refused(run_cli("train", *stack, *of_text), "Transformer.sparse_ffw ViT.sparse_ffw set that")
+    peer = run_cli("analyse", "--workdir", short_runs / "peer")
+    refused(peer, "the run is of digits, not of text, which alone can be analysed")
     refused(run_cli("sentencepiece", *stack, "--model", tmp_path / "model"), "digits is no text")
     status, printed, errors = run_cli("evaluate", "--workdir", run)
     assert status == 0, errors

@@ -195,10 +195,9 @@ def _run(source: Source) -> Run:
     run = root.build()
     object.__setattr__(run, "config", Config.of(root, resolver, source.imports))
     layers = [name for name in _names(source.bindings) if name.endswith(".sparse_ffw")]
-    if layers and not any(run.config.uses(name) for name in layers):
-        raise InputError(
-            f"{layers[-1]} is set, but the model is another one, whose layer it doesn't change: set that of Run.model"
-        )
+    taken = [name for name in run.config.fields if name.endswith(".sparse_ffw")]
+    if layers and taken and not any(run.config.uses(name) for name in layers):
+        raise InputError(f"{layers[-1]} is set, but the model of this run takes {taken[0]}: set that")
     return run
 
 
