@@ -2,7 +2,8 @@
 # Makes .venv if needed, checks lint and format, and runs the tests.
 #
 # Usage: bash scripts/test.sh [--all | ARGUMENT ...]
-#   --all: also the tests marked as slow: whole programs, killed processes, many devices; three to four times as long
+#   --all: also the tests marked as slow, such as those of whole programs, killed processes and many devices; it takes
+#     three to four times as long
 #   ARGUMENT: passed to pytest, which then runs without ruff and in one process, such as -k product_key -x
 # PEER_JAX_NEWEST=1 tests with the newest packages that requirements.txt allows, see environment.sh.
 set -euo pipefail

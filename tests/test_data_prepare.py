@@ -388,6 +388,14 @@ def test_tfds_images(tfds_pictures, folder):
     )
 
 
+def test_it_is_said_where_validation_images_come_from(tfds_pictures, folder, capsys):
+    """One percent of these few images is none, which TFDS refuses afterwards."""
+    task = ImageTask(pictures_of(tfds_pictures[0], validation_split="dev"), 2, image_size=6, cache_dir=folder)
+    with pytest.raises(InputError, match=r"tiny_pictures_1\.0\.0 can't be read"):
+        tasks.prepare(task)
+    assert "tiny_pictures:1.0.0: no split 'dev', so validation is train[99%:]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -109,10 +109,9 @@ def load_kept(
             if own and not set(own) & set(found):
                 raise InputError(f"{file} binds {found[0]}, but the run has {own[0]}", argument="data")
         source = Source.read([parsed, *files], bindings, imports, before=BEFORE)
-        run = _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
+        return _run(_of_kept(source, RunDirectory(place(kept).parent), bool(files)))
     except InputError as error:  # no flag has given what stands in that file
         raise InputError(str(error), argument="set" if error.argument == "set" else None) from error
-    return run
 
 
 def load_grown(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peer_jax.data.builder import TfdsBuilder
 from peer_jax.data.corpora import SPLITS
 from peer_jax.data.images import Images
 from peer_jax.data.task import Task
@@ -115,6 +116,11 @@ class ImageTask(Task):
         """
         from peer_jax.data import cache  # imports NumPy
 
+        if isinstance(self.corpus, TfdsBuilder):
+            from peer_jax.data import tfds_source  # imports TensorFlow
+
+            if (chosen := tfds_source.open_builder(self.corpus, {}, ()).note) is not None:
+                note(chosen)
         counts, held_out = {}, set()
         with cache.CacheWriter(path, cache.IMAGES, cache.image_fields(self.image_shape)) as writer:
             for split in reversed(SPLITS):  # validation first: training leaves out what validation holds

@@ -1,6 +1,5 @@
 """Checks of what a caller gives to a layer: each error is one sentence that names the value and what to do."""
 
-import functools
 import inspect
 import math
 import numbers
@@ -15,9 +14,6 @@ from jaxtyping import Array, Bool, Float
 
 from peer_jax import memory
 from peer_jax.errors import InputError
-from peer_jax.sharding import current, target
-
-MOST_AT_ONCE = 2**28  # elements of a table that its initialiser makes at once
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -106,31 +102,6 @@ def initial(
         what = type(array).__name__ if found is None else f"an array of the shape {list(found)}"
         raise InputError(f"the initialiser {initialiser!r} must make an array of the shape {list(shape)}, not {what}")
     return array
-
-
-def initial_table(
-    initialiser: Initializer, key: Array, shape: tuple[int, int], dtype: Dtype
-) -> Float[Array, "rows columns"]:
-    """What an initialiser makes for a table, whose rows have nothing to do with each other.
-
-    A table of more than ``MOST_AT_ONCE`` elements is made in blocks of rows, each from a key of its own: on CPUs, the
-    random numbers of a block take several times its memory. The initialiser then sees the shape of a block.
-
-    Raises:
-        InputError: as ``initial`` does.
-    """
-    num_rows, width = shape
-    least = max(1, -(-num_rows * width // MOST_AT_ONCE))
-    blocks = next(number for number in range(least, num_rows + 1) if num_rows % number == 0)
-    if blocks == 1:
-        return initial(initialiser, key, shape, dtype)
-
-    def block(key: Array) -> Float[Array, "rows columns"]:
-        return initial(initialiser, key, (num_rows // blocks, width), dtype)
-
-    one_after_another = current() is None and target().platform == "cpu"  # a mesh would have all blocks everywhere
-    make = functools.partial(jax.lax.map, block) if one_after_another else jax.vmap(block)
-    return make(jax.random.split(key, blocks)).reshape(shape)
 
 
 def is_tracing() -> bool:

@@ -10,9 +10,9 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_choice, check_function, initial_table, real_tokens
-from peer_jax.layers.interface import ACTIVATIONS, TABLE_AXES, Aux, DeviceLoad, Routing, Table
-from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.layers.checks import check_choice, check_function, real_tokens
+from peer_jax.layers.interface import ACTIVATIONS, Aux, DeviceLoad, Routing
+from peer_jax.layers.retrieval import ProductKeyRetrieval, initial_table
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import expert_mix, floor, traffic
 from peer_jax.ops.floor import Floor
@@ -90,10 +90,10 @@ class PEER(ProductKeyRetrieval):
             rngs=rngs,
         )
         self.activation = activation
-        self.down = Table(initial_table(down_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.down = initial_table(down_init, rngs.params(), (num_experts, d_model), param_dtype)
         # One table is made after the other, so that both need the memory for random numbers in turn.
         _, key = jax.lax.optimization_barrier((self.down[...], rngs.params()))
-        self.up = Table(initial_table(up_init, key, (num_experts, d_model), param_dtype), axes=TABLE_AXES)
+        self.up = initial_table(up_init, key, (num_experts, d_model), param_dtype)
 
     def __call__(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None = None

@@ -13,10 +13,10 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_flag, check_function, initial_table, real_tokens
-from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, Routing, Table
+from peer_jax.layers.checks import check_flag, check_function, real_tokens
+from peer_jax.layers.interface import Aux, DeviceLoad, Routing
 from peer_jax.layers.linear import Linear
-from peer_jax.layers.retrieval import ProductKeyRetrieval
+from peer_jax.layers.retrieval import ProductKeyRetrieval, initial_table
 from peer_jax.layers.touched import retrieved
 from peer_jax.ops import floor, traffic, value_bag
 from peer_jax.ops.floor import Floor
@@ -75,9 +75,7 @@ class PKM(ProductKeyRetrieval):
             query_init=query_init,
             rngs=rngs,
         )
-        self.values = Table(
-            initial_table(value_init, rngs.params(), (num_experts, d_model), param_dtype), axes=TABLE_AXES
-        )
+        self.values = initial_table(value_init, rngs.params(), (num_experts, d_model), param_dtype)
         self.gated = gated
         linear = functools.partial(
             Linear, d_model, d_model, dtype=dtype, param_dtype=param_dtype, kernel_init=projection_init, rngs=rngs

@@ -5,6 +5,7 @@ Source: Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv:1907.
 d  d_model     h  heads     k  top-k     n  sub-keys in a half, N = n * n
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -17,18 +18,29 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
-from peer_jax.layers.checks import check_choice, check_flag, check_layer, check_memory, check_sizes, real_tokens
+from peer_jax.layers.checks import (
+    check_choice,
+    check_flag,
+    check_layer,
+    check_memory,
+    check_sizes,
+    initial,
+    real_tokens,
+)
 from peer_jax.layers.growing import sub_keys_between, take_over
-from peer_jax.layers.interface import Aux, DeviceLoad, FeedForward, Routing, Table
+from peer_jax.layers.interface import TABLE_AXES, Aux, DeviceLoad, FeedForward, Routing, Table
 from peer_jax.layers.linear import Linear
 from peer_jax.layers.masked import batch_norm, mean_of_real
 from peer_jax.ops import check_implementation, floor, product_key_top_k, traffic
 from peer_jax.ops.floor import Floor
 from peer_jax.ops.touched import compact_size
 from peer_jax.ops.traffic import FLOAT, Collectives
+from peer_jax.sharding import current, target
 
 QUERY_NORMS = ("batch", "layer", "qk", None)
 SCORE_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
+
+MOST_AT_ONCE = 2**28  # elements of a table that its initialiser makes at once
 
 
 class ProductKeyRetrieval(FeedForward):
@@ -258,3 +270,26 @@ def _over_rms(norm: nnx.RMSNorm, sub_keys: Float[Array, "*sets n c"]) -> Float[A
     sub_keys = sub_keys.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(sub_keys), axis=-1, keepdims=True)
     return sub_keys * jax.lax.rsqrt(mean_square + norm.epsilon)
+
+
+def initial_table(initialiser: Initializer, key: Array, shape: tuple[int, int], dtype: Dtype) -> Table:
+    """A table that is split over devices as ``TABLE_AXES`` say, and whose rows have nothing to do with each other.
+
+    A table of more than ``MOST_AT_ONCE`` elements is made in blocks of rows, each from a key of its own: on CPUs, the
+    random numbers of a block take several times its memory. The initialiser then sees the shape of a block.
+
+    Raises:
+        InputError: as ``initial`` does.
+    """
+    num_rows, width = shape
+    least = max(1, -(-num_rows * width // MOST_AT_ONCE))
+    blocks = next(number for number in range(least, num_rows + 1) if num_rows % number == 0)
+    if blocks == 1:
+        return Table(initial(initialiser, key, shape, dtype), axes=TABLE_AXES)
+
+    def block(key: Array) -> Float[Array, "rows columns"]:
+        return initial(initialiser, key, (num_rows // blocks, width), dtype)
+
+    one_after_another = current() is None and target().platform == "cpu"  # a mesh would have all blocks everywhere
+    make = functools.partial(jax.lax.map, block) if one_after_another else jax.vmap(block)
+    return Table(make(jax.random.split(key, blocks)).reshape(shape), axes=TABLE_AXES)

@@ -69,7 +69,8 @@ class ViT(Model):
         d_model: width of the residual stream.
         num_blocks: blocks of attention and a feed-forward layer.
         num_heads: attention heads.
-        ffw, sparse_ffw, sparse_blocks, remat, attention_implementation, dtype, param_dtype: as of the ``Transformer``.
+        ffw, sparse_ffw, sparse_blocks, share_tables, remat, attention_implementation, dtype, param_dtype: as of the
+            ``Transformer``.
         position_init: initialiser of the learned positions.
         rngs: random numbers for the parameters.
 

@@ -113,6 +113,12 @@ def check_tasks(runs: Sequence[Run]) -> None:
     evaluators.check_names([run.task for run in runs])
 
 
+def check_is_text(run: Run, done: str) -> None:
+    """An InputError unless the run is of text; ``done`` says what can be done with text alone."""
+    if not isinstance(run.task, TextTask):
+        raise InputError(f"the run is of {run.task.corpus.name}, not of text, which alone can be {done}")
+
+
 def continue_text(
     run: Run,
     workdir: str | os.PathLike,
@@ -129,8 +135,7 @@ def continue_text(
     Raises:
         InputError: if there is no such checkpoint, the run is not of text, or the prompt is no text.
     """
-    if not isinstance(run.task, TextTask):
-        raise InputError(f"the run is of {run.task.corpus.name}, not of text, which alone can be generated")
+    check_is_text(run, "generated")
     try:
         prompt.encode()
     except UnicodeEncodeError:

@@ -14,7 +14,7 @@ from peer_jax.models import Transformer
 from peer_jax.sharding import use
 from peer_jax.training import room
 from peer_jax.training.metrics import ProgressBar
-from peer_jax.training.restore import check_tasks, restore_model
+from peer_jax.training.restore import check_is_text, check_tasks, restore_model
 from peer_jax.training.run import Run
 
 
@@ -94,8 +94,7 @@ def look_into(
     Raises:
         InputError: as ``look``; or if there is no such checkpoint, or the texts don't fit the model.
     """
-    if not isinstance(runs[0].task, TextTask):
-        raise InputError(f"the run is of {runs[0].task.corpus.name}, not of text, which alone can be analysed")
+    check_is_text(runs[0], "analysed")
     check_tasks(runs)
     with use(None):
         step, model = restore_model(runs[0], workdir, checkpoint)
