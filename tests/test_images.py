@@ -11,7 +11,7 @@ import pytest
 from peer_jax.data import cache, pipeline, tasks
 from peer_jax.data.images import digits, tfds_images
 from peer_jax.data.pipeline import ImageTask
-from peer_jax.data.prepared import prepared
+from peer_jax.data.prepared import prepared, prepared_images
 from peer_jax.errors import InputError
 
 
@@ -186,6 +186,31 @@ CIFAR = {"builder": "cifar10:3.0.2", "num_classes": 10}
 def test_refused(build, says, unchecked_types):
     with pytest.raises(InputError, match=says):
         build()
+
+
+def test_a_prepared_cache_stands_in_the_place_of_its_images(task, written, tmp_path, monkeypatch):
+    """The same names, sizes and rows, with any patches; and nothing is prepared."""
+    monkeypatch.setattr(pipeline.subprocess, "run", None)
+    copied = shutil.copytree(written, tmp_path / "elsewhere" / "renamed")
+    other = ImageTask(prepared_images(str(copied)), patch_size=4)
+    assert pipeline.ensure_prepared(other) == tasks.prepare(other, progress=False) == other.cache_path() == copied
+    assert other.fingerprint() == task.fingerprint()
+    assert other.model_sizes() == task.model_sizes() | {"patch_size": 4}
+    assert other.corpus.name == task.corpus.name
+    assert other.train_tokens() == 19 + 7
+    theirs, ours = (pipeline.open_cache(each.cache_path(), "train").take(range(19)) for each in (task, other))
+    np.testing.assert_array_equal(ours["images"], theirs["images"])
+    (copied / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        pipeline.ensure_prepared(ImageTask(other.corpus, patch_size=4))
+
+
+def test_a_cache_that_is_none_of_images_is_refused(written, tmp_path):
+    with pytest.raises(InputError, match="holds images, not text; give the path of a prepared cache of text"):
+        prepared(written).fingerprint()
+    for path, says in ((tmp_path / "absent", "there is no prepared cache .*absent"), ("", "path is ''")):
+        with pytest.raises(InputError, match=says):
+            ImageTask(prepared_images(path), 2)
 
 
 def test_too_large_a_batch_is_refused(written):

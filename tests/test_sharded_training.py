@@ -18,13 +18,14 @@ from reference import relative_error
 from test_step import SMOOTH, B, S, V, ragged
 
 from peer_jax.layers import PEER, PKM, Dense, MoE, MuMoE, SoftMoE
-from peer_jax.models import Transformer
+from peer_jax.models import Transformer, ViT
 from peer_jax.sharding import Sharding, split_batch, use
 from peer_jax.training.step import Trainer
 
 pytestmark = pytest.mark.slow
 
 D, N, E, F = 16, 64**2, 8, 128
+IMAGE, PATCH, CLASSES = (8, 6, 3), 2, 7
 SLOTS = 5  # unlike the capacities of experts, by whose sizes all-to-alls are told apart
 TABLE, KERNEL = 4 * N * D, 4 * E * D * F  # bytes
 STEPS = 5
@@ -46,6 +47,7 @@ MODELS = {
     "retrieval": (["pkm", "peer"], {}),
     "dropless": (["dropless"], {}),
     "multilinear": (["mumoe"], {}),
+    "vision": (["peer", "soft moe"], {"vision": True}),
     "moment a row": (["pkm", "peer"], {"moment": "row"}),
     "bfloat16": (["peer"], {"dtype": jnp.bfloat16}),
     "touched": (["pkm", "peer"], {"touched": True}),
@@ -73,8 +75,9 @@ OTHERS = [("bfloat16", (2, 2, 2), "rows")]
 COARSE = [("coarse", *case) for case in [*SPLIT, *WHOLE, *FSDP]]
 DROPLESS = [("dropless", *case) for case in [*SPLIT, *WHOLE]]
 MULTILINEAR = [("multilinear", (2, 2, 2), "rows")]
+VISION = [("vision", (2, 2, 2), "rows"), ("vision", (2, 1, 4), "columns")]
 # What a process measures.
-GROUPS = {"retrieving": RETRIEVING + TOUCHED + OTHERS, "coarse": COARSE + DROPLESS + MULTILINEAR}
+GROUPS = {"retrieving": RETRIEVING + TOUCHED + OTHERS, "coarse": COARSE + DROPLESS + MULTILINEAR + VISION}
 CASES = [case for cases in GROUPS.values() for case in cases]
 # As in test_step, whose optimiser is smooth on purpose: sums in another order, some dozen roundings of 6e-8, but here
 # through five steps.
@@ -100,6 +103,9 @@ def trainer(model, *, on_mesh=False):
 
         sparse = {"sparse_ffw": next_layer, "sparse_blocks": "all", "share_tables": "shared" in options}
         more = {"embed_init": nnx.initializers.normal(1.0), "dtype": dtype, "remat": remat}
+        if "vision" in options:
+            del more["embed_init"]
+            return ViT(IMAGE, PATCH, CLASSES, D, len(names), 2, ffw=Dense, **sparse, **more, rngs=rngs)
         return Transformer(V, D, len(names), 2, ffw=Dense, **sparse, **more, rngs=rngs)
 
     optimizer = SMOOTH.__class__(**SMOOTH.__dict__ | tables)
@@ -112,13 +118,16 @@ def initial(model):
 
 
 def batch(model, step):
-    """Packed rows, 8 for each micro-batch, of unlike tokens.
+    """Packed rows, 8 for each micro-batch, of unlike tokens; or images, of which some count for nothing.
 
     Were the first token of a row its second, too, they would be as good as one another, and rounding would choose the
     one that an expert takes.
     """
     seeds = [step + 100 * part for part in range(trainer(model).accumulation)]
     rng = np.random.default_rng(seeds)
+    if "vision" in MODELS[model][1]:
+        images, labels = rng.integers(0, 256, (B, *IMAGE), np.uint8), rng.integers(0, CLASSES, B, np.int32)
+        return {"inputs": images, "targets": labels, "segment_ids": (np.arange(B) % 5 > 0).astype(np.int32)}
     inputs = rng.permuted(np.tile(np.arange(V, dtype=np.int32), (B * len(seeds), 1)), axis=1)[:, :S]
     parts = [ragged(seed) for seed in seeds]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"inputs": inputs}

@@ -180,9 +180,12 @@ def test_what_a_run_of_images_is_asked_for_in_vain(short_runs, tmp_path, run_cli
 
 @pytest.mark.parametrize("size", sorted(path.stem for path in (VISION / "sizes").glob("*.gin")))
 @pytest.mark.parametrize("data", sorted(path.stem for path in (VISION / "data").glob("*.gin")))
-def test_configs_are_built_without_data(size, data):
+def test_configs_are_built_without_data(size, data, load):
     """Every stack; the fingerprint of a TFDS builder is that of its names, so nothing is downloaded."""
-    run = config.load(files("peer", size, data), ["Run.steps=10"])
+    given = ["Run.steps=10"]
+    if data == "prepared":
+        given.append(f"prepared_images.path={str(ensure_prepared(load('Run.steps=10').task, progress=False))!r}")
+    run = config.load(files("peer", size, data), given)
     model = run.trainer().abstract_model
     assert [type(block.ffw) is Dense for block in model.blocks].count(False) == 1
     assert run.task.seq_len == model.num_patches

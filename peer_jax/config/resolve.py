@@ -21,7 +21,7 @@ from peer_jax.config.tree import CONSTANTS, Configurable, Node, is_literal
 from peer_jax.data.corpora import local_files, python_packages, python_stdlib, tfds_corpus
 from peer_jax.data.images import digits, tfds_images
 from peer_jax.data.pipeline import ImageTask, TextTask
-from peer_jax.data.prepared import prepared
+from peer_jax.data.prepared import prepared, prepared_images
 from peer_jax.errors import InputError
 from peer_jax.fields import arguments_of, given_to
 from peer_jax.gin_syntax import Binding, Macro, Parsed, Reference, parse_binding, parse_file, parse_value, symbols
@@ -42,7 +42,7 @@ def normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
 _CONFIGURABLES: tuple[Configurable, ...] = (
     *(Run, Sharding, Sweep, AdamW, Transformer, ViT, *layers.families().values()),
     *(TextTask, python_stdlib, python_packages, local_files, tfds_corpus, prepared),
-    *(ImageTask, digits, tfds_images),
+    *(ImageTask, digits, tfds_images, prepared_images),
     *(normal, nnx.initializers.variance_scaling),
 )
 

@@ -12,9 +12,11 @@ from typing import Any
 from peer_jax.data.builder import TfdsBuilder
 from peer_jax.data.corpora import SPLITS
 from peer_jax.data.images import Images
+from peer_jax.data.prepared import PreparedImages
 from peer_jax.data.task import Task
 from peer_jax.errors import InputError
 from peer_jax.fields import Placed
+from peer_jax.storage import AnyPath
 
 _LAYOUT = 1  # raise it when the same task would give other rows
 _BATCH = 256  # images that are handed to the writer at a time
@@ -25,7 +27,8 @@ class ImageTask(Task):
     """Images that are classified. A row of a batch is an image, and a token is one of its patches.
 
     Attributes:
-        corpus: from `peer_jax.data.images`, or an object of any class with that protocol.
+        corpus: from `peer_jax.data.images`, or an object of any class with that protocol; or `prepared_images(...)`, a
+            cache that was made elsewhere.
         patch_size: height and width of a patch.
         image_size: height and width of the images, to which others are resized; None: those that the corpus has.
         cache_dir: a local folder, or an address in a bucket, of whose caches there are copies in ~/.cache/peer_jax;
@@ -79,6 +82,9 @@ class ImageTask(Task):
 
     def cache_name(self) -> str:
         return f"{self.corpus.name}-{self.size}-{self.fingerprint()[:12]}"
+
+    def given_cache(self) -> AnyPath | None:
+        return self.corpus.path if isinstance(self.corpus, PreparedImages) else None
 
     def model_sizes(self) -> dict[str, Any]:
         return {

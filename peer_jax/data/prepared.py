@@ -1,9 +1,11 @@
-"""A token cache in the place of a corpus, to train on a machine that lacks seqio, TensorFlow or the texts."""
+"""A cache in the place of a corpus, to train on a machine that lacks seqio, TensorFlow, the texts or the images."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.errors import InputError
@@ -23,30 +25,80 @@ def prepared(path: Placed[str | os.PathLike]) -> "PreparedCorpus":
 
     The folder is read only when data are needed, so a finished run can generate text where the cache is missing.
     """
+    return PreparedCorpus(_place(path))
+
+
+def prepared_images(path: Placed[str | os.PathLike]) -> "PreparedImages":
+    """The cache of images in the folder `path`, for an `ImageTask`: as `prepared` is for text.
+
+    The images, TensorFlow and the network may be missing. Size, channels and classes are those of the cache, so that
+    `ImageTask.image_size` can be left out, and any patch size will do. The cache has to be there whenever the task is
+    named.
+    """
+    return PreparedImages(_place(path))
+
+
+def _place(path: str | os.PathLike) -> AnyPath:
     if not os.fspath(path):
         raise InputError("path is ''; give the path of a folder that `peer-jax prepare` printed.")
     found = place(path, "path")
-    return PreparedCorpus(found if is_in_bucket(found) else Path(found).expanduser())
+    return found if is_in_bucket(found) else Path(found).expanduser()
 
 
 @dataclass(frozen=True)
-class PreparedCorpus:
-    """A corpus of which this machine has only the cache, as `prepared` returns it.
+class PreparedCache:
+    """What a prepared cache says of the corpus that it was made of.
 
-    Every method raises an `InputError` if the cache is missing, damaged or does not fit the task.
+    Every method raises an `InputError` if the cache is missing, damaged or of another kind.
+
+    Attributes:
+        holds: what has to be in it, "text" or "images".
+        keys: what its manifest must have: keys, each with what must be in its own value.
     """
 
     path: AnyPath
 
+    holds: ClassVar[str]
+    keys: ClassVar[tuple[tuple[str, ...], ...]]
+
     @property
     def name(self) -> str:
-        return self._manifest()["task"]["corpus"]
+        return self.manifest()["task"]["corpus"]
 
     def fingerprint(self) -> str:
-        return self._manifest()["corpus_fingerprint"]
+        return self.manifest()["corpus_fingerprint"]
+
+    def manifest(self) -> dict[str, Any]:
+        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
+
+        if not self.path.is_dir():
+            raise InputError(
+                f"there is no prepared cache {self.path}; give the path of a folder that `peer-jax prepare` printed, "
+                "or of a copy of all that is in it."
+            )
+        manifest = cache.read_manifest(self.path)
+        holds = "images" if manifest["kind"] == cache.IMAGES else "text"
+        if holds != self.holds:
+            raise InputError(
+                f"{self.path} holds {holds}, not {self.holds}; give the path of a prepared cache of {self.holds}."
+            )
+        try:
+            for key, *parts in self.keys:
+                _ = [manifest[key][part] for part in parts] or manifest[key]
+        except (KeyError, TypeError) as error:
+            raise cache.Damaged(f"{self.path / cache.MANIFEST} is damaged", self.path) from error
+        return manifest
+
+
+@dataclass(frozen=True)
+class PreparedCorpus(PreparedCache):
+    """A corpus of which this machine has only the cache, as `prepared` returns it."""
+
+    holds = "text"
+    keys = (("fingerprint",), ("corpus_fingerprint",), ("task", "corpus"), ("vocabulary", "name", "sha256"))
 
     def num_bytes(self) -> int:
-        return sum(counts["bytes"] for counts in self._manifest()["splits"].values())
+        return sum(counts["bytes"] for counts in self.manifest()["splits"].values())
 
     def documents(self, split: str):
         raise InputError(f"{self.path} is a prepared cache, which holds tokens; name the corpus that has its texts.")
@@ -57,7 +109,7 @@ class PreparedCorpus:
         Raises:
             InputError: there is no such cache, or its rows have another length or vocabulary.
         """
-        manifest = self._manifest()
+        manifest = self.manifest()
         if manifest["seq_len"] != seq_len:
             raise InputError(
                 f"{self.path} has rows of {manifest['seq_len']} tokens and TextTask.seq_len is {seq_len}; "
@@ -72,23 +124,38 @@ class PreparedCorpus:
             )
         return manifest["fingerprint"]
 
-    def _manifest(self) -> dict[str, Any]:
-        from peer_jax.data import cache  # imports NumPy; imported here, so that naming a task stays cheap
 
-        if not self.path.is_dir():
-            raise InputError(
-                f"there is no prepared cache {self.path}; give the path of a folder that `peer-jax prepare` printed, "
-                "or of a copy of all that is in it."
-            )
-        manifest = cache.read_manifest(self.path)
-        if manifest["kind"] != cache.TEXT:
-            raise InputError(f"{self.path} holds images, not text; give the path of a prepared cache of text.")
-        try:
-            manifest["fingerprint"], manifest["corpus_fingerprint"], manifest["task"]["corpus"]
-            manifest["vocabulary"]["name"], manifest["vocabulary"]["sha256"]
-        except (KeyError, TypeError) as error:
-            raise cache.Damaged(f"{self.path / cache.MANIFEST} is damaged", self.path) from error
-        return manifest
+@dataclass(frozen=True)
+class PreparedImages(PreparedCache):
+    """Images of which this machine has only the cache, as `prepared_images` returns them."""
+
+    holds = "images"
+    keys = (("corpus_fingerprint",), ("task", "corpus"), ("num_classes",))
+
+    @cached_property
+    def num_classes(self) -> int:
+        return self.manifest()["num_classes"]
+
+    @cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        from peer_jax.data import cache
+
+        return cache.fields(self.manifest())["images"].shape
+
+    @property
+    def channels(self) -> int:
+        return self._shape[-1]
+
+    @property
+    def size(self) -> int:
+        return self._shape[0]
+
+    @property
+    def num_images(self) -> int:
+        return sum(counts["rows"] for counts in self.manifest()["splits"].values())
+
+    def images(self, split: str, size: int) -> Iterator[tuple[Any, int]]:
+        raise InputError(f"{self.path} is a prepared cache; name the images that it was made of.")
 
 
 def _shown(name: str, sha256: str | None) -> str:
