@@ -31,6 +31,7 @@ ROWS = [
     for name, layer, bindings in (
         ("dense", "dense", []),
         ("MoE, 128 experts, expert choice", "moe", SPLIT),
+        ("PKM, 1024^2, by rows", "pkm", SPLIT),
         ("PKM, 1024^2, by columns", "pkm", [*SPLIT, 'Sharding.tables="columns"']),
         ("PEER, 1024^2, by rows", "peer", SPLIT),
         ("PEER, 1024^2, by columns", "peer", [*SPLIT, 'Sharding.tables="columns"']),

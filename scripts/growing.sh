@@ -3,7 +3,7 @@
 #
 # Usage: bash scripts/growing.sh [DIRECTORY] [FLAG ...]
 #   DIRECTORY: gets the runs, runs/growing if not given. The same command goes on where it was stopped.
-#   FLAG: for each `peer-jax train`, such as --set AdamW.table_b1=0; a macro, such as TABLE_RATE, can't be set here.
+#   FLAG: for each `peer-jax train`, such as --set AdamW.b2=0.99; a macro, such as TABLE_RATE, can't be set here.
 # FLOPS, SMALL, LARGE, LAYER, SEEDS and EVERY, the steps between two checkpoints, are set in the environment.
 # Cost: for each seed, 3 runs of 3e11 FLOPs at d_model 32.
 set -euo pipefail
@@ -13,7 +13,7 @@ every=${EVERY:-50} large=${LARGE:-262144}
 common=(--quiet --no-table --set "Run.training_flops=${FLOPS:-3e11}" --set Run.keep_checkpoints=1000
   --set "Run.checkpoint_every=$every" --set AdamW.learning_rate=0.007 "${@:2}")
 files=(--config configs/base.gin --config "configs/layers/${LAYER:-peer}.gin" --config configs/sizes/tiny.gin
-  --config configs/data/python_stdlib.gin --set TABLE_RATE=0.6)
+  --config configs/data/python_stdlib.gin)
 
 for seed in ${SEEDS:-0}; do
   small=$out/small-seed$seed

@@ -62,6 +62,10 @@ Sweep.max_epochs = 1e6
 """
 
 
+# The optimiser of tables that has two moments per element, instead of that of the configs.
+ADAM = ("AdamW.table_b1=None", "AdamW.table_second_moment='element'")
+
+
 def write_text(path, seed=0):
     words = [
         "the",

@@ -13,6 +13,7 @@ from eight_devices import measured
 from flax import nnx
 from reference import relative_error
 from small_runs import (
+    ADAM,
     KEEPS_NO_PROGRAMS,
     PROGRAM,
     arrays,
@@ -132,7 +133,10 @@ def test_old_experts_keep_their_order_and_outputs_most_of_their_weight(layer, rn
 
 # Runs
 
-BINDINGS = ("Transformer.num_blocks=1", "Run.checkpoint_every=40", "Run.keep_checkpoints=9", "Run.evaluate_every=40")
+BINDINGS = (
+    *("Transformer.num_blocks=1", "Run.checkpoint_every=40", "Run.keep_checkpoints=9", "Run.evaluate_every=40"),
+    *("TABLE_RATE=0.064", *ADAM),
+)
 AT, STEPS = 80, 120
 SMALL = (*BINDINGS, f"Run.steps={STEPS}", f"NUM_EXPERTS={BEFORE}")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import relative_error
-from small_runs import assert_same, interrupt_at, leaves, load, losses, train, without_times
+from small_runs import ADAM, assert_same, interrupt_at, leaves, load, losses, train, without_times
 
 from peer_jax.errors import InputError, Interrupted
 from peer_jax.layers import PEER, PKM, Dense, MoE
@@ -148,8 +148,8 @@ def test_parameters_flops_and_moments_count_a_shared_table_once(layer):
 
 
 def test_a_plan_holds_a_shared_table_once_and_splits_it(tiny):
-    run = load(tiny, "Run.steps=10", layer="memory_plus")
-    copies = load(tiny, "Run.steps=10", "Transformer.share_tables=False", layer="memory_plus")
+    run = load(tiny, "Run.steps=10", *ADAM, layer="memory_plus")
+    copies = load(tiny, "Run.steps=10", *ADAM, "Transformer.share_tables=False", layer="memory_plus")
     whole, table = 4 * run.trainer().abstract_model.num_params(), 4 * 64 * 16
     assert capacity.plan(run).memory.parameters == whole
     assert capacity.plan(copies).memory.parameters == whole + table
@@ -167,7 +167,7 @@ def test_a_run_with_a_shared_table_resumes_bitwise_from_a_checkpoint_that_has_it
     tiny, tmp_path, monkeypatch, updates
 ):
     resting = ["AdamW.untouched_rows='rest'", "AdamW.table_updates='touched'"] if updates == "touched" else []
-    bindings = ["Run.steps=8", "Run.evaluate_every=8", *resting]
+    bindings = ["Run.steps=8", "Run.evaluate_every=8", *ADAM, *resting]
     never = train(tiny, tmp_path / "never", *bindings, layer="memory_plus")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)

@@ -362,7 +362,7 @@ def test_shipped_sweeps_are_those_promised():
     names = {path.stem for path in SWEEPS}
     assert names >= {"isoflop_quick", "isoflop_cpu", "isoflop_gpu", "isoflop_paper", "lr", "memory"}
     assert {name.removeprefix("ablation_") for name in names if name.startswith("ablation_")} == {
-        *("heads", "experts", "active", "query_norm", "scores", "routing", "seeds", "second_moment", "table_optimizer"),
+        *("heads", "experts", "active", "query_norm", "scores", "routing", "seeds", "table_optimizer"),
         "granularity",
     }
 
