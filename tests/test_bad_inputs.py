@@ -102,6 +102,8 @@ Run.seed=-1 | seed -1
 Run.seed=4294967296 | seed 4294967296
 Run.seed='a' | Run.seed 'a'
 Run.seed=1.0 | Run.seed 1.0
+Run.data_seed=-1 | data_seed -1
+Run.data_seed='a' | Run.data_seed 'a'
 Run.log_every=0 | log_every=0
 Run.evaluate_every=-1 | evaluate_every=-1
 Run.checkpoint_every=0 | checkpoint_every=0

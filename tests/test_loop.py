@@ -94,6 +94,18 @@ def test_schedule_ends_with_the_last_step(tiny, tmp_path):
     assert rates[12] == pytest.approx(0.0025)
 
 
+def test_parameters_and_order_have_seeds_of_their_own(tiny, tmp_path):
+    """The order of the text is that of ``seed`` unless ``data_seed`` names another; parameters are always of ``seed``."""
+    pairs = {(0, None): (0, 0), (1, None): (1, 1), (1, 0): (1, 0), (0, 1): (0, 1)}
+    found = {}
+    for seed, data_seed in [*pairs, (0, 0), (1, 1)]:
+        folder = tmp_path / f"{seed}-{data_seed}"
+        train(tiny, folder, "Run.steps=2", f"Run.seed={seed}", f"Run.data_seed={data_seed}")
+        found[seed, data_seed] = losses(folder)
+    assert all(found[given] == found[meant] for given, meant in pairs.items())
+    assert len({tuple(found[meant].items()) for meant in pairs.values()}) == 4
+
+
 @pytest.mark.slow
 def test_eval_tasks_join_the_result(tiny, tmp_path):
     other = write_text(tmp_path / "other.jsonl", seed=1)

@@ -29,11 +29,11 @@ It must be a function at the top of a module, so that it can be pickled.
 
 # Fields that do not change the compiled program of a run.
 NOT_COMPILED = {
-    *("Run.seed", "Run.steps", "Run.training_flops", "Run.eval_tasks", "Run.log_every", "Run.evaluate_every"),
-    *("Run.checkpoint_every", "Run.keep_checkpoints"),
+    *("Run.seed", "Run.data_seed", "Run.steps", "Run.training_flops", "Run.eval_tasks", "Run.log_every"),
+    *("Run.evaluate_every", "Run.checkpoint_every", "Run.keep_checkpoints"),
 }
 # Fields that do not change the trainer of a run.
-NOT_OF_TRAINER = {"Run.seed", "Run.steps", "Run.training_flops", "Run.batch_size"}
+NOT_OF_TRAINER = {"Run.seed", "Run.data_seed", "Run.steps", "Run.training_flops", "Run.batch_size"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def _alike(before: Any, now: Any) -> bool:
 
 def _order(run: Run) -> tuple[int, int]:
     """What the order of the rows of a text depends on."""
-    return run.batch_size, run.seed
+    return run.batch_size, run.order_seed
 
 
 def _spent(run: Run, source: Run, model: Model, step: int, before: Grown) -> Grown:

@@ -75,7 +75,7 @@ def _train(
         corpus = {"name": run.task.corpus.name, "cache": cache.name, "fingerprint": run.task.fingerprint()}
         source = open_cache(cache, "train")
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = train_batches(source, batch_size=run.batch_size, seed=run.seed, **hosts)
+        batches = train_batches(source, batch_size=run.batch_size, seed=run.order_seed, **hosts)
         to_evaluate = evaluators.of_run(run, progress=progress)
 
     with contextlib.ExitStack() as stack:

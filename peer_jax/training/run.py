@@ -49,7 +49,8 @@ class Run:
         batch_size: rows per step.
         steps: updates.
         training_flops: a budget; the run makes the number of steps that comes nearest to it.
-        seed: of the parameters and the order of the data.
+        seed: of the parameters, and of the order of the data unless ``data_seed`` is given.
+        data_seed: of the order of the data alone; None: ``seed``.
         grown_from: the directory of a run whose checkpoint this run goes on from, with a larger ``num_experts``
             (``peer_jax.training.growth``). Its steps and FLOPs count among those of this run.
         grown_at: the step of that checkpoint, or "last" or "best".
@@ -82,6 +83,7 @@ class Run:
     steps: int | None = None
     training_flops: float | None = None
     seed: int = 0
+    data_seed: int | None = None
     grown_from: str | None = None
     grown_at: int | str = "last"
     frozen_experts: int | None = None
@@ -107,10 +109,17 @@ class Run:
             task.check_fits(self.task, "the model")
         if self.grown_from is None and self.grown_at != "last":
             raise InputError(f"grown_at={self.grown_at!r} is a step of the run to grow from: give grown_from, too")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to 2**32 - 1.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if (type(value) is not int or not 0 <= value < 2**32) and (name, value) != ("data_seed", None):
+                raise InputError(f"{name} is {value!r}; give a whole number from 0 to 2**32 - 1.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def trainer(self) -> Trainer:
         """The functions of this run."""
