@@ -100,7 +100,7 @@ def test_every_argument_is_a_field_with_its_value():
     fields = load("Run.seed=7").config.fields
     assert fields["Run.seed"] == "7"
     assert fields["AdamW.b1"] == "0.9"  # by default
-    assert fields["AdamW.table_learning_rate"] == "{'down': 0.004, 'up': 0.064}"
+    assert fields["AdamW.table_learning_rate"] == "{'down': 0.004, 'up': 2.0}"
     assert fields["embed/normal.stddev"] == "1.0"
     assert fields["Transformer.dtype"] == "%float32"
     assert "PEER.d_model" not in fields  # the Transformer gives it

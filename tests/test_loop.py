@@ -95,7 +95,7 @@ def test_schedule_ends_with_the_last_step(tiny, tmp_path):
 
 
 def test_parameters_and_order_have_seeds_of_their_own(tiny, tmp_path):
-    """The order of the text is that of ``seed`` unless ``data_seed`` names another; parameters are always of ``seed``."""
+    """The order of the text is that of ``seed`` unless ``data_seed`` is given; parameters are always of ``seed``."""
     pairs = {(0, None): (0, 0), (1, None): (1, 1), (1, 0): (1, 0), (0, 1): (0, 1)}
     found = {}
     for seed, data_seed in [*pairs, (0, 0), (1, 1)]:
