@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from peer_jax.analysis.experts import ablations, domains, information, matrices, similarity, statements, usage
+from peer_jax.analysis.experts import ablations, domains, information, similarity, statements, usage
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Trace
-from peer_jax.layers import PKM, Dense, MoE
+from peer_jax.layers import PKM, MoE
 
 
 def traced(indices, gates=None, num_experts=None):
@@ -323,48 +323,6 @@ def test_neurons_are_sampled(monkeypatch):
     distances = np.abs(points[:, None, 0] - points[None, :, 0])
     expected = np.abs(experts[:, None] ** 2 - experts[None] ** 2) * math.sqrt(12)
     np.testing.assert_allclose(distances, expected, atol=1e-5)
-
-
-class Large(Dense):
-    """Two matrices of 64 KiB for each expert, made when they are asked for; ``most`` is how many were asked for."""
-
-    num_experts, most = 40, 0
-
-    def expert_matrices(self, experts):
-        self.most = max(self.most, len(experts))
-        rows = [np.random.default_rng(int(e)).normal(size=(2, 128, 128)).astype(np.float32) for e in experts]
-        up, down = np.swapaxes(rows, 0, 1)
-        return {"up": up + np.float32(0.1), "down": down}
-
-
-def peak(of):
-    tracemalloc.start()
-    found = of()
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found, most
-
-
-def test_large_experts_are_read_in_parts_and_give_the_same_numbers(monkeypatch):
-    whole, parts = Large(4, rngs=nnx.Rngs(0)), Large(4, rngs=nnx.Rngs(0))
-    expected = similarity.static(whole, every_expert(40), seed=0)
-    _, at_once = peak(matrices.Matrices(whole, np.arange(40)).products)
-    monkeypatch.setattr(matrices, "PART", 3 * 2**17)
-    monkeypatch.setattr(matrices, "DOUBLE", 2**14)
-    found = similarity.static(parts, every_expert(40), seed=0)
-    _, apart = peak(matrices.Matrices(parts, np.arange(40)).products)
-    assert (whole.most, parts.most) == (40, 3)
-    rows = whole.expert_matrices(np.arange(40))["up"].reshape(40, -1).astype(np.float64)
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    np.testing.assert_allclose(found.similar["up"], unit @ unit.T, atol=1e-12)
-    assert list(found.similar) == ["up", "up, mean neuron", "down", "down, mean neuron"]
-    for name, cosines in found.similar.items():
-        np.testing.assert_allclose(cosines, expected.similar[name], atol=1e-12, err_msg=name)
-    assert found.matchings == expected.matchings
-    for one, other in zip(found.components, expected.components, strict=True):
-        np.testing.assert_array_equal(one, other)
-    # Of 40 experts in parts of three, two parts are held, and a third of one as it is made.
-    assert apart < at_once / 4
 
 
 def test_outputs_of_single_experts_are_without_the_shared_expert(rng):
