@@ -132,7 +132,7 @@ def tables(found: Look) -> dict[str, Table]:
             [_specialisation(one) for of in blocks for one in of.specialisation],
         ),
         "gates": Table(
-            "The expert whose weight tokens of a label raise most",
+            "The expert whose weight rises most over its mean, by label",
             ("block", "label", "value", "tokens", "expert", "mean weight", "of all tokens", "times"),
             [row for of in blocks for one in of.gates for row in _raised(one)],
         ),
@@ -185,14 +185,14 @@ def _usage(of: BlockLook) -> list[str]:
 
 def _specialisation(one: Any) -> list[str]:
     return [
-        *(str(one.block), one.kind, str(one.labels), f"{one.entropy:.4f}", f"{one.information:.4f}"),
-        *(f"{one.chance:.4f} ± {one.spread:.4f}", f"{one.share:.2%}", one.verdict),
+        *(str(one.block), one.kind, str(one.labels), f"{one.entropy:z.4f}", f"{one.information:z.4f}"),
+        *(f"{one.chance:z.4f} ± {one.spread:.4f}", f"{one.share:.2%}", one.verdict),
     ]
 
 
 def _raised(one: GateMap) -> Iterable[list[str]]:
     for place, (name, tokens, times) in enumerate(zip(one.labels, one.tokens, one.times, strict=True)):
-        most = int(times.argmax())
+        most = int((one.weights[place] - one.mean).argmax())
         numbers = one.weights[place, most], one.mean[most], times[most]
         yield [str(one.block), one.kind, name, str(tokens), str(one.experts[most]), *map(_number, numbers)]
 
