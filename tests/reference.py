@@ -327,7 +327,11 @@ def mumoe_gates(params, x, mask, *, levels, gate_norm="layer", running=None):
 
 def mumoe(params, x, mask, *, activation="gelu", ring_rank=None, **gate):
     """Oldfield et al. 2024, by the whole tensors."""
-    gates = mumoe_gates(params, x, mask, **gate)
+    return mumoe_mix(params, x, mumoe_gates(params, x, mask, **gate), activation=activation, ring_rank=ring_rank)
+
+
+def mumoe_mix(params, x, gates, *, activation="gelu", ring_rank=None):
+    """The two mixtures with given gates of all experts, [batch, seq, N]."""
     first, second = (mumoe_tensor(params, name, ring_rank) for name in ("first", "second"))
     y = np.zeros_like(x)
     for b, t in np.ndindex(x.shape[:2]):

@@ -24,7 +24,7 @@ from layer_cases import (
 from reference import relative_error
 
 from peer_jax.errors import InputError
-from peer_jax.layers import Dense, MuMoE
+from peer_jax.layers import Dense, MuMoE, Routing
 
 # name: experts of each level, options
 CASES = {
@@ -99,6 +99,47 @@ def test_route_has_the_gates_of_all_experts(rng, params_of, name):
     assert (expected[mask] == 0).any()  # some experts are not used
 
 
+# What it tells of its experts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_mixes_any_experts_with_any_gates(rng, params_of, name):
+    """Gates that are no product of levels, of experts in any order, of which one is listed twice."""
+    layer = build(name)
+    x = rng.normal(size=(2, 3, D)).astype(np.float32)
+    indices = rng.integers(layer.num_experts, size=(2, 3, 2, 3))
+    indices[..., 1, 0] = indices[..., 0, 2]
+    weights = rng.normal(size=indices.shape)
+    gates = np.zeros((2, 3, layer.num_experts))
+    for at in np.ndindex(indices.shape):
+        gates[(*at[:2], indices[at])] += weights[at]
+    routing = Routing(jnp.asarray(indices, jnp.int32), jnp.asarray(weights, jnp.float32))
+    options = {key: value for key, value in CASES[name][1].items() if key in ("activation", "ring_rank")}
+    expected = reference.mumoe_mix(params_of(layer), x.astype(np.float64), gates, **options)
+    assert relative_error(layer.mix(jnp.asarray(x), routing), expected) < FP32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matrices_of_experts_are_slices_of_the_tensor(params_of, name):
+    layer, ring_rank = build(name), CASES[name][1].get("ring_rank")
+    params, experts = params_of(layer), np.arange(layer.num_experts)[::-2]
+    rows = layer.expert_matrices(jnp.asarray(experts, jnp.int32))
+    for of, found in (("first", np.swapaxes(rows["up"], 1, 2)), ("second", rows["down"])):
+        tensor = reference.mumoe_tensor(params, of, ring_rank)[experts]
+        assert relative_error(found, tensor[:, :-1]) < FP32  # without the row of biases
+        whole = getattr(layer, of).weights(jnp.asarray(experts, jnp.int32))
+        assert relative_error(whole, tensor) < FP32
+
+
+def test_keys_of_experts_are_the_columns_of_their_levels(rng):
+    layer = build("tr, two levels")
+    layer.gate.kernel[...] = jnp.asarray(rng.normal(size=(D, 5)), jnp.float32)
+    kernel = np.asarray(layer.gate.kernel[...])
+    keys = layer.expert_keys(jnp.asarray([0, 4], jnp.int32))  # experts (0, 0) and (1, 1) of 2 times 3
+    expected = [np.concatenate([kernel[:, 0], kernel[:, 2]]), np.concatenate([kernel[:, 1], kernel[:, 3]])]
+    np.testing.assert_array_equal(keys, expected)
+
+
 # At construction
 
 
@@ -112,6 +153,8 @@ def test_many_experts_are_not_listed():
     assert not layer.routes
     with pytest.raises(InputError, match="num_experts=1048576 is more than 1024, whose gates can be listed"):
         layer.route(jnp.ones((3, 4)))
+    nothing = Routing(jnp.zeros((3, 1, 1), jnp.int32), jnp.zeros((3, 1, 1)))
+    assert layer.mix(jnp.ones((3, 4)), nothing) is None
     assert nnx.eval_shape(lambda: build()(jnp.ones((3, 4)))[0]).shape == (3, 4)
 
 

@@ -51,7 +51,8 @@ def analyse(
     Writes analysis.html, which needs no other file, and its figures and tables into the folder analysis beside it. It
     answers with numbers whether experts are for domains, tokens or positions, whether the statements of "A Closer Look
     into Mixture-of-Experts" hold, and what the layer is good for. Any layer that routes will do; layers that tell less
-    of themselves get fewer answers (docs/analysis.md). It runs on one device.
+    of themselves get fewer answers, and one that has experts but does not route is zeroed and no more
+    (docs/analysis.md). It runs on one device.
 
     Example: peer-jax analyse --workdir runs/peer --data configs/data/python_packages.gin --tokens 65536
     """
@@ -80,4 +81,6 @@ def analyse(
     for of in found.blocks:
         for one in of.specialisation:
             typer.echo(f"Block {of.trace.block}: {one.sentence}")
+    for of in found.unrouted:
+        typer.echo(f"Block {of.block}: {of.sentence}")
     typer.echo(f"The page is {page}")

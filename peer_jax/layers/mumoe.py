@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from peer_jax.errors import InputError
 from peer_jax.layers.checks import check_choice, check_layer, check_memory, check_sizes, real_tokens
@@ -63,15 +63,46 @@ class Factors(nnx.Module):
         self.bias = nnx.Param(_uniform(d_in)(rngs.params(), (width,), param_dtype))
         self.output = linear(width, d_out, ("hidden", "embed"), kernel_init=_uniform(width))
 
-    def __call__(self, z: Float[Array, "*tokens i"], gates: list[Float[Array, "*tokens _"]]) -> Array:
-        hidden = self.input(z)
-        hidden += jnp.expand_dims(self.bias[...].astype(hidden.dtype), tuple(range(hidden.ndim - 1)))
+    def __call__(
+        self, z: Float[Array, "*tokens i"], gates: list[Float[Array, "*tokens _"]]
+    ) -> Float[Array, "*tokens o"]:
+        hidden = self._hidden(z)
         mixed = [experts(gate.astype(hidden.dtype)) for experts, gate in zip(self.experts, gates, strict=True)]
+        return self.output(self._scaled(hidden, self._joined(mixed)))
+
+    def mix(self, z: Float[Array, "*tokens i"], gates: Float[Array, "*tokens N"]) -> Float[Array, "*tokens o"]:
+        """The same for a gate of each of all experts, which need not be a product of gates of the levels."""
+        hidden = self._hidden(z)
+        rows = self._rows(jnp.arange(gates.shape[-1], dtype=jnp.int32)).astype(hidden.dtype)
+        return self.output(self._scaled(hidden, jnp.tensordot(gates.astype(hidden.dtype), rows, 1)))
+
+    def weights(self, experts: Int[Array, " m"]) -> Float[Array, "m rows o"]:
+        """The matrices of some experts, [m, i + 1, o], the last row of each being its bias."""
+        inputs = jnp.concatenate([self.input.kernel[...], self.bias[...][None]])
+        return jnp.tensordot(self._scaled(inputs[None], self._rows(experts)[:, None]), self.output.kernel[...], 1)
+
+    def _hidden(self, z: Float[Array, "*tokens i"]) -> Float[Array, "*tokens w"]:
+        hidden = self.input(z)
+        return hidden + jnp.expand_dims(self.bias[...].astype(hidden.dtype), tuple(range(hidden.ndim - 1)))
+
+    def _rows(self, experts: Int[Array, " m"]) -> Float[Array, "m *factor"]:
+        """What some experts scale by: [m, R], or [m, t, t] in the TR form."""
+        places = jnp.unravel_index(experts, tuple(level.in_features for level in self.experts))
+        return self._joined([level.kernel[...][at] for level, at in zip(self.experts, places, strict=True)])
+
+    def _joined(self, levels: list[Float[Array, "*tokens _"]]) -> Float[Array, "..."]:
+        """The factors of all levels as one: [*tokens, R], or [*tokens, t, t] in the TR form."""
         if self.ring_rank is None:
-            return self.output(functools.reduce(jnp.multiply, mixed) * hidden)
-        t, (*tokens, width) = self.ring_rank, hidden.shape
-        ring = functools.reduce(jnp.matmul, [matrix.reshape(*tokens, t, t) for matrix in mixed])
-        return self.output((ring @ hidden.reshape(*tokens, t, width // t)).reshape(*tokens, width))
+            return functools.reduce(jnp.multiply, levels)
+        t = self.ring_rank
+        return functools.reduce(jnp.matmul, [level.reshape(*level.shape[:-1], t, t) for level in levels])
+
+    def _scaled(self, hidden: Float[Array, "*tokens w"], factor: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.ring_rank is None:
+            return factor * hidden
+        *tokens, width = hidden.shape
+        scaled = factor @ hidden.reshape(*tokens, self.ring_rank, width // self.ring_rank)
+        return scaled.reshape(*scaled.shape[:-2], width)
 
     def flops(self) -> int:
         """Forward FLOPs per token of all matrix products."""
@@ -203,6 +234,30 @@ class MuMoE(FeedForward):
         gates = first[..., None] * second[0][..., None, :] if second else first
         gates = gates.reshape(*x.shape[:-1], 1, self.num_experts)
         return Routing(jnp.broadcast_to(jnp.arange(self.num_experts, dtype=jnp.int32), gates.shape), gates)
+
+    def mix(self, x: Float[Array, "*tokens d"], routing: Routing) -> Float[Array, "*tokens d"] | None:
+        """The output for any gates of the experts, in both mixtures; None if there are more than ``MOST_LISTED``.
+
+        The activation between the mixtures makes it no sum of what the experts put out by themselves.
+        """
+        if not self.routes:
+            return None
+        *tokens, h, k = routing.gates.shape
+        indices, weights = (array.reshape(-1, h * k) for array in routing)
+        gates = jax.vmap(lambda at, own: jnp.zeros(self.num_experts).at[at].add(own))(indices, weights)
+        gates = gates.reshape(*tokens, self.num_experts)
+        return self.second.mix(ACTIVATIONS[self.activation](self.first.mix(x, gates)), gates)
+
+    def expert_keys(self, experts: Int[Array, " m"]) -> Float[Array, "m q"]:
+        """The columns of P, one after the other for each level."""
+        rows = jnp.split(self.gate.kernel[...].T, self.levels[:-1])
+        places = jnp.unravel_index(experts, self.levels)
+        return jnp.concatenate([level[at] for level, at in zip(rows, places, strict=True)], axis=-1)
+
+    def expert_matrices(self, experts: Int[Array, " m"]) -> dict[str, Float[Array, "m neurons d"]]:
+        """The matrices of both mixtures, made from the factors, without biases."""
+        first, second = (factors.weights(experts)[:, :-1] for factors in (self.first, self.second))
+        return {"up": jnp.swapaxes(first, 1, 2), "down": second}
 
     def _gates(
         self, x: Float[Array, "*tokens d"], mask: Bool[Array, "*tokens"] | None, norms: nnx.List

@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from peer_jax.analysis.experts.information import specialists
-from peer_jax.analysis.experts.passes import Change, Passes, unchanged
+from peer_jax.analysis.experts.passes import Change, Passes, takes_routings, unchanged
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Text, Trace
-from peer_jax.layers import FeedForward, Routing
 
 SHARE = 0.01  # of the used experts, that are knocked out together
 EXPLAINED = {
@@ -100,18 +99,29 @@ def ablate(passes: Passes, text: Text, trace: Trace, labels: Labels, *, seed: in
     can_mix = takes_routings(passes.model.blocks[trace.block].ffw, trace.vectors.shape[-1])
     masses, found = trace.masses(), []
     for name, (change, experts) in changes(trace, labels, can_mix=can_mix, seed=seed).items():
-        more = passes.losses(f"block {trace.block}, {name}", {trace.block: change}) - text.losses
-        count = None if experts is None else len(experts)
         mass = None if experts is None else float(masses[experts].sum() / masses.sum())
-        error = _error(more, text.documents)
-        found.append(Ablation(trace.block, name, count, mass, float(more.mean()), error, _split(more, text)))
+        count = None if experts is None else len(experts)
+        found.append(_ablation(passes, text, trace.block, name, change, count, mass))
     return found
 
 
-def takes_routings(layer: FeedForward, d_model: int) -> bool:
-    """Whether a layer can compute its output for another routing than its own."""
-    routing = Routing(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)))
-    return layer.mix(jnp.zeros((1, d_model)), routing) is not None
+def zero(passes: Passes, text: Text, block: int) -> Ablation:
+    """The same for a layer that does not route, which can only be zeroed."""
+    return _ablation(passes, text, block, "zeroed", unchanged(1, scale=0.0))
+
+
+def _ablation(
+    passes: Passes,
+    text: Text,
+    block: int,
+    name: str,
+    change: Change,
+    experts: int | None = None,
+    mass: float | None = None,
+) -> Ablation:
+    more = passes.losses(f"block {block}, {name}", {block: change}) - text.losses
+    error = _error(more, text.documents)
+    return Ablation(block, name, experts, mass, float(more.mean()), error, _split(more, text))
 
 
 def _error(more: Float[np.ndarray, " T"], documents: Int[np.ndarray, " T"]) -> float:

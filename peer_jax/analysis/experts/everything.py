@@ -5,7 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from peer_jax.analysis.experts import ablations, domains, information, pages, passes, similarity, statements, usage
+from peer_jax.analysis.experts.gates import GateMap, gate_map
+from peer_jax.analysis.experts.mean_outputs import mean_outputs
 from peer_jax.analysis.experts.trace import Text, Trace
 from peer_jax.data import vocabulary as vocabularies
 from peer_jax.data.pipeline import TextTask, ensure_prepared, open_cache
@@ -27,6 +31,7 @@ class BlockLook:
         layer: what reports call the layer.
         usage, together, overlap: see ``usage``.
         specialisation: for each kind of label.
+        gates: for each kind of label of which there are several.
         static: the comparison of parameters.
         dynamic: the comparison of outputs; None if the layer can't compute those of single experts.
         ablations: what changes of the layer cost; empty if none were tried.
@@ -40,11 +45,36 @@ class BlockLook:
     together: usage.Together
     overlap: dict[str, Any]
     specialisation: list[information.Specialisation]
+    gates: list[GateMap]
     static: similarity.Static
     dynamic: similarity.Dynamic | None
     ablations: list[ablations.Ablation]
     pages: list[dict[str, Any]]
     index: dict[str, list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrouted:
+    """A layer that has experts and does not tell which of them a token uses.
+
+    Attributes:
+        block: its block.
+        layer: what reports call the layer.
+        zeroed: what it costs to leave the layer out; None if it wasn't tried.
+    """
+
+    block: int
+    layer: str
+    zeroed: ablations.Ablation | None
+
+    @property
+    def sentence(self) -> str:
+        """What is known of the layer and what isn't."""
+        cost = "" if self.zeroed is None else f" Without the layer, the loss is {self.zeroed.cost:+.4f} nats per token."
+        return (
+            f"{self.layer} does not route tokens to experts: use, specialisation, outputs and pages of its experts are "
+            f"unknown.{cost}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +87,7 @@ class Look:
         by: the kind of label that the most specialised experts are specialised by.
         is_causal: whether no layer lets a token see later ones.
         blocks: those that route.
+        unrouted: those whose layers have experts and don't route.
         statements: those of "A Closer Look into Mixture-of-Experts".
     """
 
@@ -65,7 +96,14 @@ class Look:
     by: str
     is_causal: bool
     blocks: list[BlockLook]
+    unrouted: list[Unrouted]
     statements: list[statements.Statement]
+
+    @property
+    def ablations(self) -> list[list[ablations.Ablation]]:
+        """What changes cost, of each block whose layer was changed."""
+        tried = [of.ablations for of in self.blocks] + [[of.zeroed] for of in self.unrouted if of.zeroed is not None]
+        return sorted((of for of in tried if of), key=lambda of: of[0].block)
 
 
 def look_into(
@@ -115,7 +153,7 @@ def look(
     ablate: bool = True,
     progress: bool = False,
 ) -> Look:
-    """Looks into every layer that routes.
+    """Looks into every layer that routes. Those that have experts and don't route are zeroed, and that is all.
 
     Args:
         model: in evaluation mode.
@@ -127,9 +165,11 @@ def look(
         progress: show bars.
 
     Raises:
-        InputError: if no layer routes, or a text can't be read.
+        InputError: if no layer routes or has experts, or a text can't be read.
     """
-    if not any(block.ffw.routes for block in model.blocks):
+    layers = [block.ffw for block in model.blocks]
+    silent = [block for block, layer in enumerate(layers) if not layer.routes and layer.num_experts is not None]
+    if not silent and not any(layer.routes for layer in layers):
         raise InputError(f"{model.method.label} does not route tokens to experts: analyse a run whose layers do")
     sources = [open_cache(ensure_prepared(task, progress=progress), "validation") for task in tasks]
     run = passes.Passes(model, passes.draw(sources, tokens, seed), batch_size, progress)
@@ -146,25 +186,32 @@ def look(
     by = next(kind for kind in labels if len(kind.names) > 1)
     blocks = []
     for trace in traces:
-        layer = model.blocks[trace.block].ffw
+        layer = layers[trace.block]
+        chosen = pages.choose(trace, by, seed=seed)
+        no_direction = layer.expert_outputs(jnp.zeros(1, jnp.int32)) is None
+        means = mean_outputs(run, trace.block, list(chosen)) if no_direction and chosen else None
         with ProgressBar(f"analyse block {trace.block}", len(labels) + 3, enabled=progress) as bar:
             specialisation = []
             for done, kind in enumerate(labels, start=1):
                 specialisation.append(information.specialisation(trace, kind, text.documents, seed=seed))
                 bar.update(done, kind.kind)
             used = usage.summary(trace), usage.together(trace, seed=seed), usage.overlap(trace, seed=seed)
+            maps = [found for kind in labels if (found := gate_map(trace, kind)) is not None]
             bar.update(len(labels) + 1, "usage")
             compared = similarity.static(layer, trace, seed=seed), similarity.dynamic(layer, trace, seed=seed)
             bar.update(len(labels) + 2, "similarity")
-            chosen = pages.choose(trace, by, seed=seed)
-            made = pages.pages(model, trace, text, chosen, vocabulary), pages.index(trace, text, vocabulary)
+            written = pages.pages(model, trace, text, chosen, vocabulary, means)
+            made = written, pages.index(trace, text, vocabulary)
             bar.update(len(labels) + 3, "pages")
         costs = ablations.ablate(run, text, trace, by, seed=seed) if ablate else []
-        blocks.append(BlockLook(trace, layer.label, *used, specialisation, *compared, costs, *made))
+        blocks.append(BlockLook(trace, layer.label, *used, specialisation, maps, *compared, costs, *made))
     checked = statements.check(
         [of.static for of in blocks], [of.dynamic for of in blocks if of.dynamic is not None], len(model.blocks)
     )
-    return Look([task.corpus.name for task in tasks], text, by.kind, model.is_causal, blocks, checked)
+    unrouted = [
+        Unrouted(block, layers[block].label, ablations.zero(run, text, block) if ablate else None) for block in silent
+    ]
+    return Look([task.corpus.name for task in tasks], text, by.kind, model.is_causal, blocks, unrouted, checked)
 
 
 def _named(tasks: Sequence[TextTask], rows: passes.Rows, text: Text) -> Text:

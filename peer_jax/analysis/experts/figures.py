@@ -15,11 +15,14 @@ from peer_jax.analysis.style import PALETTE, QUIET, brief, figure, house_style, 
 MOST_BLOCKS = len(PALETTE)  # of which curves are told apart
 MOST_PANELS = 8
 MOST_DOMAINS = 12
+DOUBLINGS = 3  # of an expert's mean weight, at which colours of gates end
 
 
 @house_style()
 def curves(found: Look) -> Figure | None:
     """Weight mass against the rank of an expert, a line per block."""
+    if not found.blocks:
+        return None
     made, (axes,) = figure(1, 1, height=4.0, width=8.0)
     drawn = [1.0]
     for (colour, marker), of in zip(PALETTE, found.blocks, strict=False):
@@ -39,6 +42,8 @@ def curves(found: Look) -> Figure | None:
 @house_style()
 def specialisation(found: Look) -> Figure | None:
     """The share of what there is to tell about a token that its expert tells beyond chance, by kind of label."""
+    if not found.blocks:
+        return None
     kinds = [one.kind for one in found.blocks[0].specialisation]
     made, (axes,) = figure(1, 1, height=3.8)
     blocks = found.blocks[:MOST_BLOCKS]
@@ -52,6 +57,31 @@ def specialisation(found: Look) -> Figure | None:
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("share told beyond chance")
     axes.legend()
+    return made
+
+
+@house_style()
+def gates(found: Look, kind: str) -> Figure | None:
+    """How many times its mean weight each of the most used experts gets from tokens of each label, by block."""
+    shown = [one for of in found.blocks for one in of.gates if one.kind == kind][:MOST_PANELS]
+    if not shown:
+        return None
+    made, panels = _panels(len(shown), 1.2 + 0.16 * max(len(one.labels) for one in shown))
+    for axes, one in zip(panels, shown, strict=True):
+        with np.errstate(divide="ignore"):
+            doublings = np.clip(np.log2(one.times), -DOUBLINGS, DOUBLINGS)
+        drawn = axes.imshow(
+            doublings, vmin=-DOUBLINGS, vmax=DOUBLINGS, cmap="RdBu_r", aspect="auto", interpolation="nearest"
+        )
+        columns = np.arange(0, len(one.experts), -(-len(one.experts) // 8))
+        axes.set_xticks(columns, one.experts[columns])
+        axes.set_yticks(range(len(one.labels)), [brief(name, 16) for name in one.labels], fontsize=7.5)
+        axes.set_xlabel("expert, most used first")
+        axes.set_ylabel(kind)
+        axes.set_title(f"block {one.block}")
+        axes.grid(False)
+        bar = made.colorbar(drawn, ax=axes, label="times its mean weight", ticks=[-3, -2, -1, 0, 1, 2, 3])
+        bar.ax.set_yticklabels(["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
     return made
 
 
@@ -139,19 +169,19 @@ def depth(found: Look) -> Figure | None:
 @house_style()
 def costs(found: Look) -> Figure | None:
     """What each change of a layer costs."""
-    shown = [of for of in found.blocks if of.ablations][:MOST_PANELS]
+    shown = found.ablations[:MOST_PANELS]
     if not shown:
         return None
     made, panels = _panels(len(shown), 3.4)
-    for axes, of in zip(panels, shown, strict=True):
-        names = [one.name for one in of.ablations][::-1]
-        values, errors = [one.cost for one in of.ablations][::-1], [one.error for one in of.ablations][::-1]
+    for axes, tried in zip(panels, shown, strict=True):
+        names = [one.name for one in tried][::-1]
+        values, errors = [one.cost for one in tried][::-1], [one.error for one in tried][::-1]
         errors = [2 * error if np.isfinite(error) else 0.0 for error in errors]
         axes.barh(range(len(names)), values, xerr=errors, color=PALETTE[1][0], ecolor=QUIET)
         axes.axvline(0.0, color=QUIET, lw=1)
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("loss added [nats/token]")
-        axes.set_title(_title(of))
+        axes.set_title(f"block {tried[0].block}")
     return made
 
 
@@ -159,21 +189,20 @@ def costs(found: Look) -> Figure | None:
 def costs_by_domain(found: Look, kind: str) -> Figure | None:
     """What each change costs for the text of each domain, one panel per block."""
     shown = []
-    for of in found.blocks[:MOST_PANELS]:
-        rows = [one for one in of.ablations if len(one.by_domain.get(kind, {})) > 1]
+    for tried in found.ablations[:MOST_PANELS]:
+        rows = [one for one in tried if len(one.by_domain.get(kind, {})) > 1]
         if rows:
-            names = list(rows[0].by_domain[kind])[:MOST_DOMAINS]
-            shown.append((of, names, rows))
+            shown.append((list(rows[0].by_domain[kind])[:MOST_DOMAINS], rows))
     if not shown:
         return None
     made, panels = _panels(len(shown), 4.2)
-    for axes, (of, names, rows) in zip(panels, shown, strict=True):
+    for axes, (names, rows) in zip(panels, shown, strict=True):
         values = np.array([[one.by_domain[kind][name] for name in names] for one in rows])
         drawn = axes.imshow(values, aspect="auto", cmap="viridis")
         made.colorbar(drawn, ax=axes, label="loss added [nats/token]")
         axes.set_xticks(range(len(names)), [brief(name, 16) for name in names], rotation=60, ha="right")
         axes.set_yticks(range(len(rows)), [one.name for one in rows])
-        axes.set_title(_title(of))
+        axes.set_title(f"block {rows[0].block}")
         axes.grid(False)
     return made
 

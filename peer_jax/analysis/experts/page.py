@@ -13,6 +13,7 @@ import numpy as np
 
 from peer_jax.analysis.experts import ablations, figures
 from peer_jax.analysis.experts.everything import BlockLook, Look
+from peer_jax.analysis.experts.gates import GateMap
 from peer_jax.analysis.reading import count, joined
 from peer_jax.analysis.report import draw_into, render
 from peer_jax.analysis.tables import Table
@@ -52,6 +53,10 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
         curves=draw("usage", "Weight mass of experts by rank.", figures.curves(found)),
         heads=draw("heads", "Experts that two heads have in common.", figures.heads(found)),
         specialisation=draw("specialisation", "What experts tell about tokens.", figures.specialisation(found)),
+        gates=[
+            draw(f"gates_by_{name}", f"Weights of experts by {kind}.", figures.gates(found, kind))
+            for kind, name in _kinds(one.kind for of in found.blocks for one in of.gates)
+        ],
         similar=draw("similarity", "Cosines of experts' parameters.", figures.similar(found)),
         components=draw("components", "Neurons on two principal components.", figures.components(found)),
         norms=draw("norm_ranks", "Ranks of weights and output norms.", figures.norms(found)),
@@ -60,7 +65,7 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
         costs=draw("ablations", "Loss added by each change.", figures.costs(found)),
         by_domain=[
             draw(f"ablations_by_{name}", f"Loss added by {kind}.", figures.costs_by_domain(found, kind))
-            for kind, name in ((labels.kind, labels.kind.replace(" ", "_")) for labels in found.text.domains)
+            for kind, name in _kinds(labels.kind for labels in found.text.domains)
         ],
         data=_script({"pages": [page for of in found.blocks for page in of.pages], "index": _index(found)}),
     )
@@ -68,14 +73,20 @@ def write(found: Look, name: str, out: AnyPath) -> AnyPath:
     return out / PAGE
 
 
+def _kinds(kinds: Iterable[str]) -> list[tuple[str, str]]:
+    """Each kind of label once, and its name as part of the names of files."""
+    return [(kind, kind.replace(" ", "_")) for kind in dict.fromkeys(kinds)]
+
+
 def _summary(found: Look) -> str:
-    layers = sorted({of.layer for of in found.blocks})
+    shown = [*found.blocks, *found.unrouted]
+    layers = sorted({of.layer for of in shown})
     text = found.text
     pieces, documents = (len(np.unique(of)) for of in (text.pieces, text.documents))
     return (
         f"{count(len(text.inputs), 'token')} in {count(pieces, 'piece')} of {count(documents, 'document')} of "
         f"{joined(found.texts)}; loss {text.losses.mean():.4f} nats per token. "
-        f"{count(len(found.blocks), 'block')} with {joined(layers)}."
+        f"{count(len(shown), 'block')} with {joined(layers)}."
     )
 
 
@@ -120,6 +131,11 @@ def tables(found: Look) -> dict[str, Table]:
             ("block", "label", "labels", "entropy", "information", "by chance", "share beyond", "answer"),
             [_specialisation(one) for of in blocks for one in of.specialisation],
         ),
+        "gates": Table(
+            "The expert whose weight rises most over its mean, by label",
+            ("block", "label", "value", "tokens", "expert", "mean weight", "of all tokens", "times"),
+            [row for of in blocks for one in of.gates for row in _raised(one)],
+        ),
         "regressions": Table(
             "Similarity of router rows regressed on that of experts",
             ("block", "matrices", "experts", "mean cosine", "r", "R²", "slope", "p"),
@@ -142,15 +158,15 @@ def tables(found: Look) -> dict[str, Table]:
         "ablations": Table(
             "What each change costs",
             ("block", "change", "experts", "their mass", "loss added", "±"),
-            [_ablation(one) for of in blocks for one in of.ablations],
+            [_ablation(one) for tried in found.ablations for one in tried],
         ),
         "ablations_by_domain": Table(
             "What each change costs, by domain",
             ("block", "change", "label", "domain", "loss added"),
             [
                 [str(one.block), one.name, kind, name, f"{cost:+.4f}"]
-                for of in blocks
-                for one in of.ablations
+                for tried in found.ablations
+                for one in tried
                 for kind, by in one.by_domain.items()
                 for name, cost in by.items()
             ],
@@ -169,9 +185,16 @@ def _usage(of: BlockLook) -> list[str]:
 
 def _specialisation(one: Any) -> list[str]:
     return [
-        *(str(one.block), one.kind, str(one.labels), f"{one.entropy:.4f}", f"{one.information:.4f}"),
-        *(f"{one.chance:.4f} ± {one.spread:.4f}", f"{one.share:.2%}", one.verdict),
+        *(str(one.block), one.kind, str(one.labels), f"{one.entropy:z.4f}", f"{one.information:z.4f}"),
+        *(f"{one.chance:z.4f} ± {one.spread:.4f}", f"{one.share:.2%}", one.verdict),
     ]
+
+
+def _raised(one: GateMap) -> Iterable[list[str]]:
+    for place, (name, tokens, times) in enumerate(zip(one.labels, one.tokens, one.times, strict=True)):
+        most = int((one.weights[place] - one.mean).argmax())
+        numbers = one.weights[place, most], one.mean[most], times[most]
+        yield [str(one.block), one.kind, name, str(tokens), str(one.experts[most]), *map(_number, numbers)]
 
 
 def _regressions(of: BlockLook) -> Iterable[list[str]]:
@@ -216,6 +239,10 @@ def values(found: Look) -> dict[str, Any]:
         "is_causal": found.is_causal,
         "statements": [dataclasses.asdict(one) for one in found.statements],
         "blocks": [_values(of) for of in found.blocks],
+        "unrouted": [
+            {"block": of.block, "layer": of.layer, "zeroed": None if of.zeroed is None else _cost(of.zeroed)}
+            for of in found.unrouted
+        ],
     }
 
 
@@ -238,15 +265,36 @@ def _values(of: BlockLook) -> dict[str, Any]:
         "specialisation": [
             dataclasses.asdict(one) | {"share": one.share, "answer": one.verdict} for one in of.specialisation
         ],
+        "gates": [_gates(one) for one in of.gates],
         "static": {
             "experts": of.static.experts.tolist(),
             "regressions": {name: dataclasses.asdict(one) for name, one in of.static.regressions.items()},
             "matchings": [dataclasses.asdict(one) for one in of.static.matchings],
         },
         "dynamic": dynamic,
-        "ablations": [dataclasses.asdict(one) | {"error": _finite(one.error)} for one in of.ablations],
+        "ablations": [_cost(one) for one in of.ablations],
         "pages": of.pages,
     }
+
+
+def _gates(one: GateMap) -> dict[str, Any]:
+    return {
+        "kind": one.kind,
+        "labels": list(one.labels),
+        "tokens": one.tokens.tolist(),
+        "experts": one.experts.tolist(),
+        "mean": _rounded(one.mean),
+        "weights": [_rounded(row) for row in one.weights],
+    }
+
+
+def _rounded(numbers: np.ndarray) -> list[float]:
+    """Numbers of four digits, which are shorter to write."""
+    return [float(f"{number:.4g}") for number in numbers]
+
+
+def _cost(one: ablations.Ablation) -> dict[str, Any]:
+    return dataclasses.asdict(one) | {"error": _finite(one.error)}
 
 
 def _finite(value: float | None) -> float | None:

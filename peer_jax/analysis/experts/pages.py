@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peer_jax.analysis.experts.information import Uses, joint, specialists
+from peer_jax.analysis.experts.mean_outputs import MeanOutputs
 from peer_jax.analysis.experts.trace import UNKNOWN, Labels, Text, Trace
 from peer_jax.data.vocabulary import Vocabulary
 from peer_jax.layers import FeedForward
@@ -43,7 +44,12 @@ def choose(trace: Trace, labels: Labels, *, seed: int, size: int = OF_EACH_KIND)
 
 
 def pages(
-    model: Transformer, trace: Trace, text: Text, chosen: dict[int, list[str]], vocabulary: Vocabulary
+    model: Transformer,
+    trace: Trace,
+    text: Text,
+    chosen: dict[int, list[str]],
+    vocabulary: Vocabulary,
+    means: MeanOutputs | None = None,
 ) -> list[dict[str, Any]]:
     """What is known of each expert, as plain values.
 
@@ -53,6 +59,7 @@ def pages(
         text: the tokens.
         chosen: the experts, and what they were chosen for.
         vocabulary: writes the tokens.
+        means: of the outputs of these experts, if their outputs have no fixed direction.
     """
     layer: FeedForward = model.blocks[trace.block].ffw
     numbers = np.array(list(chosen), np.int32)
@@ -65,6 +72,8 @@ def pages(
     tokens, experts, gates = tokens[order], experts[order], gates[order]
     starts, ends = (np.searchsorted(experts, numbers, side) for side in ("left", "right"))
     directions = layer.expert_outputs(jnp.asarray(numbers))
+    if directions is None and means is not None:
+        directions = jnp.asarray(means.directions, jnp.float32)
     lens = None if directions is None else logit_lens(model, directions)
     found = []
     total = float(trace.masses().sum())
@@ -80,6 +89,7 @@ def pages(
             "mean_weight": float(weights.mean()) if len(at) else None,
             "largest_weight": float(weights.max()) if len(at) else None,
             "norm": None if directions is None else float(np.linalg.norm(_plain(directions[place]))),
+            "mean_norm": None if means is None else float(means.norms[place]),
             "inputs": _most(text.inputs[at], weights, vocabulary),
             "targets": _most(text.targets[at], weights, vocabulary),
             "domains": {labels.kind: _domains(labels, at, weights) for labels in text.domains},

@@ -57,7 +57,10 @@ class Seen(NamedTuple):
 
 
 class _Probe:
-    """Takes the place of a layer during one forward pass: it keeps what the layer sees, and may change what it does."""
+    """Takes the place of a layer during one forward pass: it keeps what the layer sees, and may change what it does.
+
+    ``seen`` stays None if the layer does not route. Such a layer can only be scaled.
+    """
 
     def __init__(self, layer: FeedForward, change: Change | None) -> None:
         self.layer, self.change = layer, change
@@ -66,16 +69,22 @@ class _Probe:
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None
     ) -> tuple[Float[Array, "b s d"], Aux]:
-        routing = self.layer.route(x, mask)
-        self.seen = Seen(x, routing)
         y = None
-        if self.change is not None:
+        if self.layer.routes:
+            self.seen = Seen(x, self.layer.route(x, mask))
+        if self.seen is not None and self.change is not None:
             clean = x if mask is None else jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
-            y = self.layer.mix(clean, changed(routing, self.change))
+            y = self.layer.mix(clean, changed(self.seen.routing, self.change))
         if y is None:
             y, _ = self.layer(x, mask)
         scale = 1.0 if self.change is None else self.change.scale.astype(y.dtype)
         return y * scale, Aux(jnp.zeros(()), {})
+
+
+def takes_routings(layer: FeedForward, d_model: int) -> bool:
+    """Whether a layer can compute its output for another routing than its own."""
+    routing = Routing(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)))
+    return layer.mix(jnp.zeros((1, d_model)), routing) is not None
 
 
 def changed(routing: Routing, change: Change) -> Routing:
@@ -105,12 +114,14 @@ def _forward(
     model = nnx.merge(graph, state, copy=True)
     model.remat = False
     probes = {
-        index: _Probe(block.ffw, changes.get(index)) for index, block in enumerate(model.blocks) if block.ffw.routes
+        index: _Probe(block.ffw, changes.get(index))
+        for index, block in enumerate(model.blocks)
+        if block.ffw.routes or index in changes
     }
     for index, probe in probes.items():
         model.blocks[index].ffw = probe
     losses = model.losses(batch["inputs"], batch["targets"], batch["segment_ids"])
-    return losses, {index: probe.seen for index, probe in probes.items()}
+    return losses, {index: probe.seen for index, probe in probes.items() if probe.seen is not None}
 
 
 class Rows(NamedTuple):

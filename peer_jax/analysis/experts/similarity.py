@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import kendalltau, rankdata
 
+from peer_jax.analysis.experts.matrices import Matrices
 from peer_jax.analysis.experts.trace import Trace
 from peer_jax.layers import FeedForward, Routing
 
@@ -32,9 +33,14 @@ NORM_EXPERTS = 128  # per token at most, of which output norms are taken
 def cosines(rows: Float[np.ndarray, "m q"]) -> Float[np.ndarray, "m m"]:
     """The cosine of each pair of rows; 0 for a row of zeros."""
     rows = rows.astype(np.float64)
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-    return unit @ unit.T
+    return normalised(rows @ rows.T)
+
+
+def normalised(products: Float[np.ndarray, "m m"]) -> Float[np.ndarray, "m m"]:
+    """Cosines from inner products."""
+    norms = np.sqrt(np.diag(products))
+    lengths = norms[:, None] * norms
+    return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
 
 
 def off_diagonal(of: Float[np.ndarray, "m m"]) -> Float[np.ndarray, " pairs"]:
@@ -125,42 +131,41 @@ def static(layer: FeedForward, trace: Trace, *, seed: int, size: int = SAMPLE) -
     experts = np.sort(rng.permutation(np.flatnonzero(trace.counts()))[:size])
     if not len(experts):
         return Static(trace.block, experts, {}, None, {}, [], None)
-    numbers = jnp.asarray(experts, jnp.int32)
-    matrices = {name: _plain(rows) for name, rows in layer.expert_matrices(numbers).items()}
-    similar = {}
-    for name, rows in matrices.items():
-        similar[name] = cosines(rows.reshape(len(rows), -1))
-        if rows.shape[1] > 1:
-            similar[f"{name}, mean neuron"] = cosines(rows.mean(axis=1))
-    found = layer.expert_keys(numbers)
+    matrices = Matrices(layer, experts)
+    similar = {name: normalised(products) for name, products in matrices.products().items()}
+    found = layer.expert_keys(jnp.asarray(experts, jnp.int32))
     keys = None if found is None else cosines(_plain(found))
     regressions = {}
     for name in {} if keys is None else similar:
         if (one := regress(similar[name], keys, seed=seed)) is not None:
             regressions[name] = one
-    if not matrices:
-        return Static(trace.block, experts, similar, keys, regressions, [], None)
-    neurons = np.concatenate([rows[:MATCHED, :MATCHED_NEURONS] for rows in matrices.values()], axis=-1)
-    matchings = []
-    if neurons.shape[1] > 1:
-        pairs = zip(*np.triu_indices(len(neurons), 1), strict=True)
-        matchings = [match_neurons(int(experts[a]), int(experts[b]), neurons[a], neurons[b]) for a, b in pairs]
-    return Static(trace.block, experts, similar, keys, regressions, matchings, _principal(matrices, experts, rng))
+    points = _principal(matrices, rng) if matrices.num_neurons else None
+    return Static(trace.block, experts, similar, keys, regressions, _matchings(matrices), points)
 
 
-def _principal(matrices: dict[str, Float[np.ndarray, "m f _"]], experts: np.ndarray, rng: np.random.Generator):
-    """The first two principal components of at most ``COMPONENTS`` random neurons."""
-    m, f = next(iter(matrices.values())).shape[:2]
-    chosen = np.sort(rng.permutation(m * f)[:COMPONENTS])
-    neurons = np.concatenate([rows[chosen // f, chosen % f] for rows in matrices.values()], axis=-1)
-    centred = neurons.astype(np.float64)
+def _matchings(matrices: Matrices) -> list[Matching]:
+    """The first experts of a sample matched with one another, if they have several neurons."""
+    if (f := min(matrices.num_neurons, MATCHED_NEURONS)) < 2:
+        return []
+    experts = matrices.experts[:MATCHED]
+    places, numbers = np.repeat(np.arange(len(experts)), f), np.tile(np.arange(f), len(experts))
+    neurons = matrices.neurons(places, numbers).reshape(len(experts), f, -1)
+    pairs = zip(*np.triu_indices(len(experts), 1), strict=True)
+    return [match_neurons(int(experts[a]), int(experts[b]), neurons[a], neurons[b]) for a, b in pairs]
+
+
+def _principal(matrices: Matrices, rng: np.random.Generator):
+    """The first two principal components of at most ``COMPONENTS`` random neurons, and their experts."""
+    f = matrices.num_neurons
+    chosen = np.sort(rng.permutation(len(matrices.experts) * f)[:COMPONENTS])
+    centred = matrices.neurons(chosen // f, chosen % f).astype(np.float64)
     centred -= centred.mean(axis=0)
     if min(centred.shape) < 2:
         return None
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     # A direction has no sign of its own: its largest part is made positive.
     signs = np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(axis=1)])
-    return centred @ (directions[:2] * signs[:, None]).T, experts[chosen // f]
+    return centred @ (directions[:2] * signs[:, None]).T, matrices.experts[chosen // f]
 
 
 @dataclasses.dataclass(frozen=True)
