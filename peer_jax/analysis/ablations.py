@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from peer_jax.analysis.pooling import SWEEP
-from peer_jax.analysis.results import Row, unit
+from peer_jax.analysis.row import Row, unit
 from peer_jax.storage import AnyPath
 
 # A name for an axis, and a short name for labels that hold several.

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from peer_jax.analysis.isoflop import Curve
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
 from peer_jax.run_directory import RunDirectory
 
 # The share of the first steps that are left out. They fall so far that the rest of the curve would look flat.

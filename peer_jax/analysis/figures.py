@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from peer_jax.analysis.curves import Training
 from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, named, si
-from peer_jax.analysis.results import Row, unit
+from peer_jax.analysis.row import Row, unit
 from peer_jax.analysis.style import (
     PALETTE,
     QUIET,

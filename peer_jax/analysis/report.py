@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from peer_jax.analysis import ablations, curves, reading, results, tables
+from peer_jax.analysis import ablations, curves, reading, row_table, tables
 from peer_jax.analysis.isoflop import MEASURES, Analysis
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row, unit
 from peer_jax.analysis.tables import Table
 from peer_jax.run_directory import SweepDirectory, find_runs
 from peer_jax.storage import AnyPath, make_folder, write_whole
@@ -66,7 +66,7 @@ def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPat
         InputError: if ``out`` can't be written to.
     """
     make_folder(out / FIGURES)
-    results.write_csv(analysis.rows, SweepDirectory(out).results)
+    row_table.write(analysis.rows, SweepDirectory(out).results)
     write_whole(out / REPORT, _page(analysis, directories, out))
     return out / REPORT
 
@@ -254,7 +254,7 @@ def table(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     console = _console()
-    title = f"Validation loss (nats per {results.unit(rows)}) at the training FLOPs spent"
+    title = f"Validation loss (nats per {unit(rows)}) at the training FLOPs spent"
     _print(console, Table(title, columns, cells).known())
     if not all(row.is_causal for row in rows):
         console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")

@@ -10,7 +10,7 @@ from peer_jax.analysis.ablations import Ablation
 from peer_jax.analysis.curves import Training
 from peer_jax.analysis.isoflop import Analysis, Curve, mean_loss
 from peer_jax.analysis.reading import budget, interval, loss, named, si
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
 
 # Columns that hold words, and those that hold whole sentences.
 WORDS = {
