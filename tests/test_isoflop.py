@@ -9,7 +9,7 @@ import pytest
 
 from peer_jax.analysis import reading, tables
 from peer_jax.analysis.isoflop import analyse, same_budgets
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
 
 SIZES = (1e4, 3e4, 1e5, 3e5, 1e6)
 
@@ -137,7 +137,7 @@ def test_compute_saved_against_dense():
     ]
     first, second = analyse(rows, resamples=0).comparisons
     assert first.difference == pytest.approx(-0.15)
-    assert first.overlap is None
+    assert first.interval is None
     assert first.saving.factor == pytest.approx(10 ** (math.log(2.3 / 2.15) / math.log(2.3 / 2.0)), rel=0.01)
     assert not first.saving.is_extrapolation
     assert second.saving.is_extrapolation

@@ -1,4 +1,4 @@
-"""Methods against each other at a budget: in pairs, from runs of the same sizes and seeds, and against their baseline."""
+"""Methods against each other at a budget: in pairs of runs of one size and seed, and against their baseline."""
 
 import dataclasses
 import itertools
@@ -156,9 +156,7 @@ def baseline_of(curve: Curve, by_series: dict[str, list[Curve]]) -> tuple[list[C
     return [], f"several series could be the baseline: {'; '.join(own[0].series for own in plain)}"
 
 
-def _difference(
-    curve: Curve, baseline: Sequence[Curve], pairs: Pairs
-) -> tuple[float | None, Interval | None, str]:
+def _difference(curve: Curve, baseline: Sequence[Curve], pairs: Pairs) -> tuple[float | None, Interval | None, str]:
     label = baseline[0].series
     own = next((c for c in baseline if c.budget == curve.budget), None)
     if own is None:

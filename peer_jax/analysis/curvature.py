@@ -53,9 +53,8 @@ def shared_curvature_test(curves: Sequence[Points]) -> float:
     rounding = (1e-12 * np.abs(losses).max()) ** 2 * len(losses)
     if more <= rounding:
         return 1.0
-    return float(
-        stats.f.sf((more - less) / (more_free - less_free) / (max(less, rounding) / less_free), more_free - less_free, less_free)
-    )
+    ratio = (more - less) / (more_free - less_free) / (max(less, rounding) / less_free)
+    return float(stats.f.sf(ratio, more_free - less_free, less_free))
 
 
 def fit_shared(

@@ -6,7 +6,7 @@ as an easy last batch, cancels out in their difference, but not in two separate 
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +29,7 @@ class Difference:
         value: the mean over seeds, or the difference of two minima.
         interval: None where there is no interval.
         seeds: the number of seeds that both methods have.
+        fewest: the number of seeds at the size that has the fewest.
         sizes: the number of sizes that both methods have.
     """
 
@@ -36,7 +37,13 @@ class Difference:
     value: float
     interval: Interval | None
     seeds: int
+    fewest: int
     sizes: int
+
+    def reversed(self) -> "Difference":
+        """The second method minus the first."""
+        interval = self.interval and (-self.interval[1], -self.interval[0])
+        return dataclasses.replace(self, value=-self.value, interval=interval)
 
 
 def at_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> list[Difference]:
@@ -45,7 +52,7 @@ def at_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> list[D
     for (size, seed), (_, loss) in first.items():
         if (size, seed) in second:
             found[size].append(loss - second[size, seed][1])
-    return [Difference(size, *_mean(values, confidence), len(values), 1) for size, values in found.items()]
+    return [Difference(size, *_mean(values, confidence), len(values), len(values), 1) for size, values in found.items()]
 
 
 def over_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> Difference | None:
@@ -60,7 +67,7 @@ def over_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> Diff
         return None
     means = [float(np.mean([first[s, seed][1] - second[s, seed][1] for s in sizes])) for seed in seeds]
     size = next(iter(sizes)) if len(sizes) == 1 else ""
-    return Difference(size, *_mean(means, confidence), len(seeds), len(sizes))
+    return Difference(size, *_mean(means, confidence), len(seeds), len(seeds), len(sizes))
 
 
 def _mean(values: list[float], confidence: float) -> tuple[float, Interval | None]:
@@ -92,9 +99,10 @@ def at_minima(
     """
     check_confidence(confidence)
     common = [cell for cell in first if cell in second]
-    points = [Points.of(*zip(*(own[cell] for cell in common), strict=True), [s for _, s in common]) if common else None for own in (first, second)]
-    if None in points:
+    if not common:
         raise NoFit("no size and seed in common")
+    seeds = [seed for _, seed in common]
+    points = [Points.of(*map(list, zip(*map(own.get, common), strict=True)), seeds) for own in (first, second)]
     for own in points:
         own.check()
     fits = [solve([own]) for own in points]
@@ -121,5 +129,5 @@ def at_minima(
             low, high = percentiles((own - other)[both], confidence)
             off = 2 * (shifts[0][1] - shifts[1][1])
             interval = min(low, low + off), max(high, high + off)
-    seeds = {seed for _, seed in common}
-    return Difference("", value, interval, len(seeds), points[0].sizes)
+    fewest = min(Counter(size for size, _ in common).values())
+    return Difference("", value, interval, len(set(seeds)), fewest, points[0].sizes)

@@ -15,9 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from peer_jax.analysis.curves import Training
-from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
+from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.reading import budget, named, si
 from peer_jax.analysis.row import Row, unit
+from peer_jax.analysis.series import MEASURES, Curve, mean_loss
 from peer_jax.analysis.style import (
     PALETTE,
     QUIET,
@@ -34,7 +35,9 @@ from peer_jax.analysis.style import (
     value_axis,
 )
 
-SIZES = dict(zip(MEASURES, ("active parameters", "parameters", "training tokens"), strict=True))
+SIZES = dict(
+    zip(MEASURES, ("active parameters", "parameters", "training tokens", "seconds of training steps"), strict=True)
+)
 # A minimum further outside the sizes tried than this factor is only in the table.
 NEARBY = 1.6
 # A picture of more series than this is unreadable. It then leaves out the settings that sweeps varied.
@@ -163,6 +166,36 @@ def optimum(analysis: Analysis, looks: Mapping[str, Style]) -> Figure | None:
 
 def _optima(curves: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
     return [c.fit.size for c in curves], [c.tokens_at_minimum for c in curves], [c.fit.loss for c in curves]
+
+
+@house_style()
+def frontier(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Figure | None:
+    """The lowest mean loss of each series within seconds, or within total parameters with one panel per budget."""
+    series = {curve.series for curve in in_picture(analysis)}
+    found = [own for own in analysis.frontiers if own.measure == measure and own.series in series]
+    if sum(len(own.steps) for own in found) < 3:
+        return None
+    looks = _only(looks, {own.series for own in found})
+    budgets = list(dict.fromkeys(own.budget for own in found))
+    columns = min(2, len(budgets))
+    rows = -(-len(budgets) // columns)
+    made, panels = figure(rows, columns, height=4.2, width=WIDTH if columns > 1 else 8.0)
+    for place, (axes, at) in enumerate(zip(panels, budgets, strict=False)):
+        own = [line for line in found if line.budget == at]
+        last = max(line.last for line in own)
+        for line in own:
+            xs, ys = [step.value for step in line.steps], [step.loss for step in line.steps]
+            look = looks[line.series]
+            axes.step([*xs, last], [*ys, ys[-1]], where="post", ls=look.line, color=look.colour, lw=1.5)
+            axes.plot(xs, ys, look.marker, ls="", color=look.colour, ms=6.5, mec="white", mew=0.8, zorder=3)
+        log_axis(axes.xaxis, min(line.steps[0].value for line in own), last)
+        loss_limits(axes, [step.loss for line in own for step in line.steps])
+        axes.set_title("all budgets" if at is None else f"{budget(at)} training FLOPs")
+        axes.set_xlabel(f"at most so many {SIZES[measure]}")
+        if place % columns == 0:
+            axes.set_ylabel(f"lowest {loss_label(analysis.unit)}")
+    legend(made, [look.key() for look in looks.values()], panels[len(budgets) :])
+    return made
 
 
 @house_style()

@@ -7,18 +7,19 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from peer_jax.analysis.claims import Claim, claims
 from peer_jax.analysis.columns import NoFit
-from peer_jax.analysis.fit import LossSurface, PowerLaw, Saving, compute_saved, fit_loss_surface, fit_power_law
-from peer_jax.analysis.parabola import Parabola, fit_parabola
+from peer_jax.analysis.comparisons import Comparison, Pair, comparisons, pairs
+from peer_jax.analysis.differences import Difference
+from peer_jax.analysis.fit import LossSurface, PowerLaw, fit_loss_surface, fit_power_law
+from peer_jax.analysis.frontier import Frontier, frontiers
 from peer_jax.analysis.pooling import tell_apart
 from peer_jax.analysis.row import Row, unit
-from peer_jax.storage import AnyPath
+from peer_jax.analysis.series import Curve, curves_of, shown
 
-MEASURES = ("params_active", "params_total", "tokens")
 # Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.
 SAME_BUDGET = 0.02
 # A resample of a surface takes about a hundred times as long as a resample of a parabola.
@@ -66,6 +67,9 @@ class Analysis:
             series differ only in size, budget and seed.
         texts: names of the texts.
         baselines: labels of the methods that others are compared with.
+        pairs: series against each other, by the runs that both have of a size and a seed.
+        claims: what a reader wants to know, and whether it holds; pairs first.
+        frontiers: the lowest losses within seconds, and within total parameters.
     """
 
     rows: tuple[Row, ...]
@@ -76,6 +80,9 @@ class Analysis:
     surfaces: tuple[Surface, ...]
     comparisons: tuple[Comparison, ...]
     noise: tuple[Noise, ...]
+    pairs: tuple[Pair, ...]
+    claims: tuple[Claim, ...]
+    frontiers: tuple[Frontier, ...]
 
     @property
     def unit(self) -> str:
@@ -93,8 +100,15 @@ class Analysis:
         return sum(curve.diverged for curve in self.curves)
 
     def shown(self) -> list[Curve]:
-        """The curves that belong into one picture: methods without varied settings, and settings tried at 3 sizes."""
-        return [c for c in self.curves if c.rows and (not c.varied or len(c.points("params_active")) >= 3)]
+        """The curves that belong into one picture, see ``series.shown``."""
+        return shown(self.curves)
+
+    def difference(self, first: str, second: str, budget: float) -> Difference | None:
+        """The loss of one series minus that of another, which the claim on them is made from; None if there is none."""
+        for pair in self.pairs:
+            if pair.first.budget == budget and {pair.first.series, pair.second.series} == {first, second}:
+                return pair.told if pair.first.series == first or pair.told is None else pair.told.reversed()
+        return None
 
 
 def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
@@ -109,11 +123,12 @@ def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
     rows = tell_apart(
         [dataclasses.replace(row, budget=budgets[row.budget], text=texts[row.cache] if several else "") for row in rows]
     )
-    curves = tuple(_curves(rows, texts, resamples))
+    curves = tuple(curves_of(rows, texts, resamples))
     by_series = defaultdict(list)
     for curve in curves:
         by_series[curve.series].append(curve)
     fitted = {series: own for series, own in by_series.items() if any(curve.fit for curve in own)}
+    paired = pairs(shown(curves), by_series, resamples)
     methods = {row.method for row in rows}
     return Analysis(
         rows=tuple(rows),
@@ -122,8 +137,11 @@ def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
         curves=curves,
         laws=tuple(_laws(series, own) for series, own in fitted.items()),
         surfaces=tuple(_surface(series, own, resamples // SURFACE_SHARE) for series, own in fitted.items()),
-        comparisons=tuple(_comparisons(fitted, by_series)),
+        comparisons=tuple(comparisons(by_series, paired)),
         noise=tuple(_noise(curves)),
+        pairs=tuple(paired.values()),
+        claims=tuple(claims(shown(curves), paired)),
+        frontiers=tuple(frontiers(shown(curves))),
     )
 
 

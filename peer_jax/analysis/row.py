@@ -149,4 +149,5 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 def _identity(row: Row) -> tuple:
     settings = tuple(sorted((name, str(value)) for name, value in row.settings.items()))
     spent = (row.batch_size, row.seq_len, row.steps, row.tokens, row.training_flops)
-    return (row.method, settings, row.size, row.seed, row.cache, *spent, row.params_total, row.params_active, str(row.loss))
+    model = (row.method, settings, row.size, row.params_total, row.params_active)
+    return *model, row.seed, row.cache, *spent, str(row.loss)

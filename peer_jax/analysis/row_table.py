@@ -131,8 +131,8 @@ def read(path: epath.Path) -> list[Row]:
     _, columns = next(lines, (1, []))
     if missing := [name for name in REQUIRED if name not in columns]:
         raise InputError(
-            f"{path} line 1 has no column {missing[0]!r}, so it is no table of runs: give a results.csv that a sweep or "
-            "a report wrote"
+            f"{path} line 1 has no column {missing[0]!r}, so it is no table of runs: give a results.csv that a sweep "
+            "or a report wrote"
         )
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise InputError(f"{path} line 1 has the column {twice[0]!r} twice: {WAY_OUT}")
@@ -173,7 +173,9 @@ def _row(path: epath.Path, number: int, columns: Sequence[str], cells: Sequence[
         first = error.errors(include_url=False)[0]
         column = str(first["loc"][0])
         found = f", not {known[column][:60]!r}" if column in known else ""
-        raise InputError(f"{path} line {number} column {column!r} is damaged ({first['msg']}{found}): {WAY_OUT}") from error
+        raise InputError(
+            f"{path} line {number} column {column!r} is damaged ({first['msg']}{found}): {WAY_OUT}"
+        ) from error
     values = {name: getattr(line, name) for name in Line.model_fields if name != "folder"}
     written = {name: cell for name, cell in known.items() if name not in Line.model_fields}
     if line.settings is None:

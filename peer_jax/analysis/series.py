@@ -6,7 +6,7 @@ N active parameters, D tokens, C training FLOPs spent, L final validation loss i
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -127,15 +127,22 @@ class Curve:
         return math.exp(float(np.interp(math.log(self.fit.size), [math.log(size) for size, _ in sizes], log_tokens)))
 
 
-def curves_of(rows: Sequence[Row], texts: dict[str, str], resamples: int) -> Iterator[Curve]:
+def curves_of(rows: Sequence[Row], texts: dict[str, str], resamples: int) -> list[Curve]:
     """The curves of all series and budgets of the rows."""
     usual = frozenset(row.method for row in rows if row.is_baseline)
-    groups = defaultdict(lambda: defaultdict(list))
+    groups, by_series, found = defaultdict(list), defaultdict(list), {}
     for row in rows:
-        groups[row.series][row.budget].append(row)
-    for budgets in groups.values():
-        curves = [_curve(budget, runs, texts, usual, resamples) for budget, runs in budgets.items()]
-        yield from _sharing(curves, resamples)
+        groups[row.budget, row.series].append(row)
+    for (budget, series), runs in groups.items():
+        by_series[series].append(_curve(budget, runs, texts, usual, resamples))
+    for curves in by_series.values():
+        found |= {(curve.budget, curve.series): curve for curve in _sharing(curves, resamples)}
+    return [found[place] for place in groups]
+
+
+def shown(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves that belong into one picture: methods without varied settings, and settings tried at 3 sizes."""
+    return [curve for curve in curves if curve.rows and (not curve.varied or len(curve.points("params_active")) >= 3)]
 
 
 def _curve(budget: float, runs: Sequence[Row], texts: dict[str, str], usual: frozenset[str], resamples: int) -> Curve:
