@@ -66,6 +66,8 @@ def _frontier(curves: Sequence[Curve], measure: str, budget: float | None) -> Fr
 
 def levels(own: Sequence[Frontier], most: int = 6) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten) at which at least two frontiers have an answer."""
+    if not own:
+        return []
     needed = min(2, len(own))
     ends = sorted(frontier.steps[0].value for frontier in own)[needed - 1], max(frontier.last for frontier in own)
     decades = range(math.floor(math.log10(ends[0])), math.ceil(math.log10(ends[1])) + 1)

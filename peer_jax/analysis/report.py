@@ -225,20 +225,18 @@ def tuning(rows: Sequence[Row]) -> tuple[list[Tuning], list[str]]:
 
     Rows of tables are left out.
     """
-    found, untold = [], []
-    by_directory = defaultdict(list)
+    found, told = [], set()
+    by_directory = defaultdict(set)
+    rows = [row for row in rows if row.table is None]
     for row in rows:
-        if row.table is None:
-            by_directory[row.directory.parent].append(row)
-    for directory, own in sorted(by_directory.items()):
-        names = {row.directory.name for row in own}
-        told = set()
+        for place in row.places:
+            by_directory[place.parent].add(place.name)
+    for directory, names in sorted(by_directory.items()):
         for kept in SweepDirectory(directory).sweeps():
             if runs := names if kept["runs"] is None else names & set(kept["runs"]):
                 found.append(_tuning(str(directory), len(runs), kept["sweep"]))
-                told |= runs
-        untold += [row.run for row in own if row.directory.name not in told]
-    return found, untold
+                told |= {directory / name for name in runs}
+    return found, [row.run for row in rows if not told & set(row.places)]
 
 
 def _tuning(directory: str, runs: int, sweep: Mapping[str, Any]) -> Tuning:

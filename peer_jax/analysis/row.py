@@ -36,6 +36,7 @@ class Row:
         machine: what trained the run: the device, and for CPUs the processor and the share of its cores.
         side_by_side: whether other runs may have used the same processor at the same time.
         table: the table that the row was read from; None if it was read from the run's own directory.
+        copies: other directories that hold the same run.
     """
 
     run: str
@@ -83,6 +84,17 @@ class Row:
     side_by_side: bool | None = None
     other_losses: dict[str, float]
     table: AnyPath | None = dataclasses.field(default=None, compare=False)
+    copies: tuple[AnyPath, ...] = ()
+
+    @property
+    def places(self) -> tuple[AnyPath, ...]:
+        """The directories that hold the run."""
+        return self.directory, *self.copies
+
+    @property
+    def folders(self) -> set[AnyPath]:
+        """The folders that hold these directories: those of sweeps."""
+        return {place.parent for place in self.places}
 
     @property
     def seconds(self) -> float | None:
@@ -136,12 +148,19 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
     Two rows are of one run if they agree in what decides a run's numbers (method, settings, size, seed, text, batches,
     steps, FLOPs, parameters, and the config where both have it) and in the loss, to the last digit. A run that was
     repeated with another loss stays. Rows of directories are kept before rows of tables, and rows with a config before
-    rows without one.
+    rows without one. If two sweeps have the same run, it belongs to the ablations of both, so ``copies`` keeps where.
     """
     found: dict[tuple, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda r: (r.table is not None, not r.config)):
         same = found[_identity(row)]
-        if not any(row.config == kept.config or not (row.config and kept.config) for kept in same):
+        for number, kept in enumerate(same):
+            if row.config == kept.config or not (row.config and kept.config):
+                # A table tells where the runs were that it was made from, and these may be among the directories.
+                if (row.table is None) == (kept.table is None):
+                    copies = dict.fromkeys(place for place in (*kept.copies, *row.places) if place != kept.directory)
+                    same[number] = dataclasses.replace(kept, copies=tuple(copies))
+                break
+        else:
             same.append(row)
     return [row for same in found.values() for row in same]
 

@@ -36,13 +36,13 @@ class Line(BaseModel):
     An empty cell means that a value is not known. Columns that earlier versions did not write have defaults.
 
     Attributes:
-        folder: the folder that the run directory is in; earlier versions did not write it.
+        directories: those that hold the run; earlier versions did not write them.
         settings: what the sweep varied. Each setting has a column, too, which people read, with what an analysis found
             to differ beside. Earlier versions wrote only those columns.
     """
 
     run: Name
-    folder: Name | None = None
+    directories: Json[Annotated[list[Name], Field(min_length=1)]] | None = None
     method: Name
     layer: str | None = None
     options: Json[dict[str, Any]] = {}
@@ -101,7 +101,9 @@ def write(rows: Sequence[Row], path: str | os.PathLike) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*plain, *settings, *(TASK + task for task in tasks), *(PART + part for part in parts), LAST])
     for row in rows:
-        values = vars(row) | {"folder": str(row.directory.parent), "settings": row.varied}
+        # Settings are written even if there are none, because tables of earlier versions have none of this column.
+        varied = json.dumps(row.varied, sort_keys=True, default=str)
+        values = vars(row) | {"directories": json.dumps([str(place) for place in row.places]), "settings": varied}
         table.writerow(
             [
                 *(_cell(values[name]) for name in plain),
@@ -116,9 +118,11 @@ def write(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
 def _cell(value: Any) -> Any:
     """The text of a value: empty where it is not known, all digits of a float, JSON for a dict."""
+    if value is None or value == {}:
+        return ""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True, default=str)
-    return "" if value is None else repr(value) if isinstance(value, float) else value
+    return repr(value) if isinstance(value, float) else value
 
 
 def read(path: epath.Path) -> list[Row]:
@@ -176,7 +180,7 @@ def _row(path: epath.Path, number: int, columns: Sequence[str], cells: Sequence[
         raise InputError(
             f"{path} line {number} column {column!r} is damaged ({first['msg']}{found}): {WAY_OUT}"
         ) from error
-    values = {name: getattr(line, name) for name in Line.model_fields if name != "folder"}
+    values = {name: getattr(line, name) for name in Line.model_fields if name != "directories"}
     written = {name: cell for name, cell in known.items() if name not in Line.model_fields}
     if line.settings is None:
         is_setting = (name for name in written if not name.startswith((TASK, PART)))
@@ -187,10 +191,11 @@ def _row(path: epath.Path, number: int, columns: Sequence[str], cells: Sequence[
     if line.settings is None:  # earlier versions wrote 0 for a part that a model does not have
         parts = {part: flops for part, flops in parts.items() if flops}
     # Rows of an earlier version are where the table is, as far as is known.
-    directory = path.parent / line.run if line.folder is None else epath.Path(line.folder) / line.run.split("/")[-1]
+    directory, *copies = map(epath.Path, line.directories or [path.parent / line.run])
     return Row(
         **values,
         directory=directory,
+        copies=tuple(copies),
         other_losses=_numbers(path, number, TASK, written),
         flops_by_part=parts,
         table=path,

@@ -92,7 +92,7 @@ class Curve:
             if getattr(row, measure) is not None:
                 groups[row.params_active, row.size].append(row)
         points = [(float(np.mean([getattr(row, measure) for row in rows])), rows) for rows in groups.values()]
-        return sorted(points, key=lambda point: point[0])
+        return sorted(points, key=lambda point: (point[0], point[1][0].size))
 
     def cells(self) -> dict[tuple[str, int], tuple[float, float]]:
         """Active parameters and loss by the name of the size and the seed; the mean loss of a run that was repeated."""
@@ -158,7 +158,7 @@ def _curve(budget: float, runs: Sequence[Row], texts: dict[str, str], usual: fro
         budget=budget,
         compute=float(np.mean([row.training_flops for row in finite or runs])),
         rows=finite,
-        directories=frozenset(row.directory.parent for row in runs),
+        directories=frozenset(folder for row in runs for folder in row.folders),
         diverged=len(runs) - len(finite),
         fits={},
         reasons={},
