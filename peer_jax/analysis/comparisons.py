@@ -19,7 +19,8 @@ class Pair:
         first, second: the curves; a difference is the loss of the first minus that of the second.
         at_sizes: the difference at each common size.
         over_sizes: the mean difference over the common sizes; None without runs in common.
-        at_minima: the difference of the minima; None if a series has no minimum among the sizes, as ``reason`` says.
+        at_minima: the difference of the minima; None if a series has no minimum among the sizes, or not by its own
+            curvature, as ``reason`` says.
     """
 
     first: Curve
@@ -67,7 +68,10 @@ def pairs(curves: Sequence[Curve], by_series: dict[str, list[Curve]], resamples:
 
 def _pair(first: Curve, second: Curve, resamples: int) -> Pair:
     cells, reason, minima = (first.cells(), second.cells()), "", None
+    weak = [curve.series for curve in (first, second) if curve.shared is not None]
     try:
+        if weak:
+            raise NoFit(f"the curvature of {' and of '.join(weak)} at this budget is within its noise")
         minima = differences.at_minima(*cells, resamples=resamples)
     except NoFit as none:
         reason = str(none)

@@ -14,7 +14,7 @@ from scipy import stats
 
 from peer_jax.analysis.columns import Interval, NoFit, check_confidence, percentiles
 from peer_jax.analysis.parabola import Points, asymmetry, solve
-from peer_jax.analysis.resampling import noise, student
+from peer_jax.analysis.resampling import noise, scales
 
 Cells = Mapping[tuple[str, int], tuple[float, float]]
 """The measure of size and the loss of each run, by the name of its size and its seed."""
@@ -120,13 +120,14 @@ def at_minima(
             np.var(gradients[0] @ getattr(errors[0], part) - gradients[1] @ getattr(errors[1], part))
             for part in ("points", "seeds")
         )
-        factor = student(tuple(parts), (fits[0].free, fits[0].layout.spare), confidence)
-        (_, own, convex), (_, other, is_convex) = (
-            fit.minima(0, factor * (error.points + error.seeds)) for fit, error in zip(fits, errors, strict=True)
+        of_points, of_seeds = scales(*parts, (fits[0].free, fits[0].layout.spare), confidence)
+        (_, losses, convex), (_, others, is_convex) = (
+            fit.minima(0, of_points * error.points + of_seeds * error.seeds)
+            for fit, error in zip(fits, errors, strict=True)
         )
-        both, shifts = convex & is_convex, [asymmetry([own_], fit) for own_, fit in zip(points, fits, strict=True)]
+        both, shifts = convex & is_convex, [asymmetry([own], fit) for own, fit in zip(points, fits, strict=True)]
         if np.mean(~both) <= (1 - confidence) / 2 and None not in shifts:
-            low, high = percentiles((own - other)[both], confidence)
+            low, high = percentiles((losses - others)[both], confidence)
             off = 2 * (shifts[0][1] - shifts[1][1])
             interval = min(low, low + off), max(high, high + off)
     fewest = min(Counter(size for size, _ in common).values())

@@ -17,7 +17,7 @@ from peer_jax.analysis.differences import Difference
 from peer_jax.analysis.fit import LossSurface, PowerLaw, fit_loss_surface, fit_power_law
 from peer_jax.analysis.frontier import Frontier, frontiers
 from peer_jax.analysis.pooling import tell_apart
-from peer_jax.analysis.row import Row, unit
+from peer_jax.analysis.row import Row, in_order, unit
 from peer_jax.analysis.series import Curve, curves_of, shown
 
 # Runs end within half a step of their budget. A run outside a sweep does not say its budget, only what it spent.
@@ -120,9 +120,10 @@ def analyse(rows: Sequence[Row], *, resamples: int = 1000) -> Analysis:
     """
     texts, budgets = _texts(rows), same_budgets(rows)
     several = len(texts) > 1
-    rows = tell_apart(
-        [dataclasses.replace(row, budget=budgets[row.budget], text=texts[row.cache] if several else "") for row in rows]
-    )
+    named = [
+        dataclasses.replace(row, budget=budgets[row.budget], text=texts[row.cache] if several else "") for row in rows
+    ]
+    rows = tell_apart(in_order(named))
     curves = tuple(curves_of(rows, texts, resamples))
     by_series = defaultdict(list)
     for curve in curves:

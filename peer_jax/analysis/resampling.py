@@ -88,9 +88,10 @@ class Noise:
     spare: int
 
     def scaled(self, gradient: Float[np.ndarray, " p"], confidence: float) -> Float[np.ndarray, "p r"]:
-        """Both parts, scaled so that percentiles of what has this gradient allow for how uncertain the noise is."""
+        """The sum, scaled so that percentiles of what has this gradient allow for how uncertain the noise is."""
         parts = np.var(gradient @ self.points), np.var(gradient @ self.seeds)
-        return student(parts, (self.free, self.spare), confidence) * (self.points + self.seeds)
+        of_points, of_seeds = scales(*parts, (self.free, self.spare), confidence)
+        return of_points * self.points + of_seeds * self.seeds
 
 
 def noise(design: np.ndarray, residuals: np.ndarray, layout: Layout, draws: Draws) -> Noise:
@@ -117,6 +118,23 @@ def noise(design: np.ndarray, residuals: np.ndarray, layout: Layout, draws: Draw
     blocks = spare + len(np.unique(layout.budgets))
     shared = np.sqrt(blocks / spare) * means[draws.blocks][layout.blocks]
     return Noise(*(np.einsum("pn,nr->pr", inverse, part) for part in (rest, shared)), free, spare)
+
+
+def scales(points: float, seeds: float, degrees: tuple[int, int], confidence: float) -> tuple[float, float]:
+    """Factors of both parts, by which the spread of their sum is that of Student's quantile for the sum.
+
+    The points get the factor of their own degrees of freedom, and the seeds the rest. What the sizes of a seed share
+    hardly bends a curve. So a curve whose seeds differ much, and are few, does not seem to have no minimum.
+
+    Args:
+        points, seeds: the variances of both parts in what the interval is of.
+        degrees: the degrees of freedom of both.
+    """
+    of_points = student((points,), degrees[:1], confidence)
+    if not seeds > 0:
+        return of_points, 0.0
+    whole = student((points, seeds), degrees, confidence) ** 2 * (points + seeds)
+    return of_points, float(np.sqrt(max(whole - of_points**2 * points, 0.0) / seeds))
 
 
 def student(variances: Sequence[float], degrees: Sequence[int], confidence: float) -> float:

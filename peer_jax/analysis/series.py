@@ -17,7 +17,10 @@ from peer_jax.analysis.parabola import Parabola, Points, fit_parabolas
 from peer_jax.analysis.row import Row, unit
 from peer_jax.storage import AnyPath
 
-MEASURES = ("params_active", "params_total", "tokens", "seconds")
+SIZES = ("params_active", "params_total", "tokens")
+"""The measures in whose logarithm the loss of a budget is a parabola."""
+
+MEASURES = (*SIZES, "seconds")
 
 
 def mean_loss(rows: Sequence[Row]) -> float:
@@ -163,7 +166,7 @@ def _curve(budget: float, runs: Sequence[Row], texts: dict[str, str], usual: fro
         fits={},
         reasons={},
     )
-    for measure in MEASURES:
+    for measure in SIZES:
         points = curve.as_points(measure)
         try:
             points.check()
