@@ -36,7 +36,8 @@ def test_the_table_of_minima(analysis):
             assert curve.has_minimum
             expected = f"{curve.fit.loss:.3f}"
             if (saving := savings.get((float(budget), method))) is not None:
-                expected += f" ({saving.factor:.1f}\N{MULTIPLICATION SIGN}{', extrapolated' if saving.is_extrapolation else ''})"
+                note = ", extrapolated" if saving.is_extrapolation else ""
+                expected += f" ({saving.factor:.1f}\N{MULTIPLICATION SIGN}{note})"
             assert cell == expected
 
 

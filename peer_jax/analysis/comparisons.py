@@ -36,20 +36,23 @@ class Pair:
         return self.at_minima if self.at_minima and self.at_minima.interval else self.over_sizes
 
 
-Pairs = Mapping[tuple[float, str, str], Pair]
-"""Pairs by budget and the names of both series."""
+Place = tuple[float, str, str]
+"""A budget and the names of two series."""
+
+Pairs = Mapping[Place, Pair]
 
 
-def pairs(curves: Sequence[Curve], by_series: dict[str, list[Curve]], resamples: int) -> dict:
+def pairs(curves: Sequence[Curve], by_series: dict[str, list[Curve]], resamples: int) -> dict[Place, Pair]:
     """Each two of the series that no sweep varied, and each other series with its baseline, at each budget.
 
     A pair that has a baseline has it second. Otherwise the series are in the order of their names.
     """
-    found: dict[tuple[float, str, str], Pair] = {}
+    found: dict[Place, Pair] = {}
     baselines = {curve.series: baseline_of(curve, by_series)[0] for curve in curves}
 
     def add(first: Curve, second: Curve) -> None:
-        found.setdefault((first.budget, first.series, second.series), _pair(first, second, resamples))
+        if (place := (first.budget, first.series, second.series)) not in found:
+            found[place] = _pair(first, second, resamples)
 
     for curve in curves:
         if curve.method not in curve.baselines:
