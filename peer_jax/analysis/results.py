@@ -9,7 +9,7 @@ from peer_jax.analysis.row import Row, distinct, in_order
 from peer_jax.analysis.row_table import EARLIER_BASELINE
 from peer_jax.errors import InputError
 from peer_jax.run_directory import RESULT, RunDirectory, SweepDirectory, find_runs
-from peer_jax.storage import AnyPath, place
+from peer_jax.storage import AnyPath, as_os_errors, place
 
 
 def read(places: Sequence[AnyPath]) -> list[Row]:
@@ -36,7 +36,8 @@ def read(places: Sequence[AnyPath]) -> list[Row]:
 
 def is_table(path: AnyPath) -> bool:
     """Whether a place is, or should be, a table of rows and not a directory."""
-    return path.suffix == ".csv" or path.is_file()
+    with as_os_errors(path):
+        return path.suffix == ".csv" or path.is_file()
 
 
 def _of_directory(directory: AnyPath) -> list[Row]:
