@@ -9,7 +9,7 @@ import pytest
 
 from peer_jax.analysis import reading, tables
 from peer_jax.analysis.isoflop import analyse, same_budgets
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
 
 SIZES = (1e4, 3e4, 1e5, 3e5, 1e6)
 
@@ -31,9 +31,9 @@ def row(method="Dense", *, loss, active=1e5, budget=1e12, seed=0, settings=None,
     return Row(**values | fields)
 
 
-def parabola(method="Dense", *, minimum, at, budget=1e12, seeds=(0,), noise=0.0, sizes=SIZES, **fields):
-    """Runs along a parabola with a known minimum."""
-    rng = np.random.default_rng(0)
+def parabola(method="Dense", *, minimum, at, budget=1e12, seeds=(0,), noise=0.0, draw=0, sizes=SIZES, **fields):
+    """Runs along a parabola with a known minimum, with noise of the draw."""
+    rng = np.random.default_rng(draw)
     return [
         row(
             method,
@@ -137,7 +137,7 @@ def test_compute_saved_against_dense():
     ]
     first, second = analyse(rows, resamples=0).comparisons
     assert first.difference == pytest.approx(-0.15)
-    assert first.overlap is None
+    assert first.interval is None
     assert first.saving.factor == pytest.approx(10 ** (math.log(2.3 / 2.15) / math.log(2.3 / 2.0)), rel=0.01)
     assert not first.saving.is_extrapolation
     assert second.saving.is_extrapolation
@@ -165,15 +165,20 @@ def test_what_cannot_be_compared_says_why(dense, reason, saving_reason):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gap", "overlap"), [(0.001, True), (0.5, False)])
-def test_overlapping_intervals_show_no_order(gap, overlap):
+@pytest.mark.parametrize(("gap", "is_open"), [(0.001, True), (0.5, False)])
+def test_a_paired_interval_around_zero_shows_no_order(gap, is_open):
     rows = parabola(minimum=2.0, at=1e5, seeds=(0, 1), noise=0.01)
-    rows += parabola("PEER", minimum=2.0 - gap, at=1e5, seeds=(0, 1), noise=0.01)
+    rows += parabola("PEER", minimum=2.0 - gap, at=1e5, seeds=(0, 1), noise=0.01, draw=1)
     analysis = analyse(rows, resamples=200)
-    assert analysis.comparisons[0].overlap is overlap
+    low, high = analysis.comparisons[0].interval
+    assert (low <= 0 <= high) is is_open
+    assert (analysis.claims[0].statement, analysis.claims[0].answer) == (
+        "PEER is below Dense, the baseline",
+        "open" if is_open else "holds",
+    )
     said = " ".join(sentences(analysis))
-    assert ("so the runs do not show an order among them" in said) is overlap
-    assert ("with intervals that do not overlap" in said) is not overlap
+    assert ("The runs do not show an order between PEER and Dense" in said) is is_open
+    assert ("is higher, and the interval of the paired difference excludes 0" in said) is not is_open
 
 
 def test_with_one_seed_the_reading_says_what_the_intervals_hold():
@@ -205,8 +210,8 @@ def test_settings_are_series_of_their_own():
     varied = parabola("PEER", minimum=1.9, at=1e5, settings={"PEER.top_k": 4})
     single = [row("PEER", loss=1.0, settings={"PEER.top_k": 8})]
     analysis = analyse([*plain, *varied, *single], resamples=0)
-    assert [curve.series for curve in analysis.curves] == ["PEER", "PEER, top_k=4", "PEER, top_k=8"]
-    assert [curve.series for curve in analysis.shown()] == ["PEER", "PEER, top_k=4"]
+    assert {curve.series for curve in analysis.curves} == {"PEER", "PEER, top_k=4", "PEER, top_k=8"}
+    assert {curve.series for curve in analysis.shown()} == {"PEER", "PEER, top_k=4"}
 
 
 def test_dense_with_the_same_settings_is_the_baseline():
@@ -215,7 +220,8 @@ def test_dense_with_the_same_settings_is_the_baseline():
         rows += parabola(minimum=loss, at=1e5, settings=settings)
     rows += parabola("PEER", minimum=1.5, at=1e5, settings={"Run.batch_size": 8})
     rows += parabola("PEER", minimum=1.5, at=1e5, settings={"PEER.top_k": 8})
-    assert [found.difference for found in analyse(rows, resamples=0).comparisons] == pytest.approx([-0.1, -0.5])
+    found = {found.series: found.difference for found in analyse(rows, resamples=0).comparisons}
+    assert found == pytest.approx({"PEER, batch_size=8": -0.1, "PEER, top_k=8": -0.5})
 
 
 def two_dense(**fields):
@@ -268,7 +274,7 @@ def test_of_several_baselines_the_one_of_the_same_directory_is_taken_or_none():
     assert (found.baseline, found.difference) == ("Dense", pytest.approx(-0.3))
     (found,) = analyse([*rows, *parabola("peer", minimum=1.9, at=1e5, directory=Path("c/y"))], resamples=0).comparisons
     assert found.difference is None
-    assert found.reason == "several series could be the baseline: dense; Dense"
+    assert found.reason == "several series could be the baseline: Dense; dense"
 
 
 RATE, DTYPE = "AdamW.learning_rate", "Transformer.dtype"

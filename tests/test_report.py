@@ -16,7 +16,18 @@ import zlib
 import numpy as np
 import pytest
 
-from peer_jax.analysis import ablation_figures, ablations, curves, figures, reading, report, results, style, tables
+from peer_jax.analysis import (
+    ablation_figures,
+    ablations,
+    curves,
+    figures,
+    reading,
+    report,
+    results,
+    row_table,
+    style,
+    tables,
+)
 from peer_jax.analysis.isoflop import analyse
 from peer_jax.errors import InputError
 from peer_jax.run_directory import SCHEMA, RunDirectory, SweepDirectory
@@ -226,7 +237,8 @@ class Page(html.parser.HTMLParser):
 
 def test_a_report_is_a_page_figures_and_a_table(everything):
     out = everything / "out"
-    figures_ = ["isoflop_active", "isoflop_total", "isoflop_tokens", "optimum", "training", "usage", "flops"]
+    figures_ = ["isoflop_active", "isoflop_total", "isoflop_tokens", "isoflop_seconds", "optimum", "training", "usage"]
+    figures_ += ["equal_seconds", "equal_parameters", "flops"]
     figures_ += [f"ablation_{number}" for number in range(1, 6)]
     expected = {"results.csv", "report.html"} | {f"figures/{f}.{kind}" for f in figures_ for kind in ("svg", "png")}
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == expected
@@ -234,12 +246,19 @@ def test_a_report_is_a_page_figures_and_a_table(everything):
         start = path.read_bytes()[:8]
         assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
     with (out / "results.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(list((everything / "runs").rglob("result.json")))
+        written = list(csv.DictReader(file))
+    # The dense run of one ablation is also a run of the headline, so it counts once and belongs to both.
+    assert len(written) == len(list((everything / "runs").rglob("result.json"))) - 1
+    (twice,) = [json.loads(line["directories"]) for line in written if len(json.loads(line["directories"])) > 1]
+    assert [path.removeprefix(str(everything)) for path in twice] == [
+        "/runs/headline/dense-d32-3e+11-seed0",
+        "/runs/number/dense",
+    ]
 
 
 def test_the_page_needs_no_other_file(everything):
     page = Page(everything / "out" / "report.html")
-    assert len(page.images) == 12
+    assert len(page.images) == 15
     for image in page.images:
         assert len(image["alt"]) > 10
         kind, _, data = image["src"].partition(",")
@@ -271,7 +290,7 @@ def test_the_page_says_what_there_is_to_say(everything):
     ):
         assert words in text, words
     runs = [path.parent.relative_to(everything / "runs") for path in (everything / "runs").rglob("result.json")]
-    assert all(str(run) in text for run in runs)
+    assert [str(run) for run in runs if str(run) not in text] == ["number/dense"]  # a run of the headline, too
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -301,7 +320,7 @@ def test_a_browser_shows_the_page(everything, tmp_path, width):
     dumped, console = browse(page, tmp_path, width)
     assert console == []
     widths = re.search(r'data-widths="([\d ]*)"', dumped)[1].split()
-    assert len(widths) == 12
+    assert len(widths) == 15
     assert all(int(image) > 100 for image in widths)
     # Wide tables and figures scroll within the page; the page itself does not.
     assert int(re.search(r'data-overflow="(-?\d+)"', dumped)[1]) <= 0
@@ -336,12 +355,18 @@ def test_a_report_on_several_directories(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "copies")
     folders = [tmp_path / name for name in ("a", "b", "copies")]
     text = Page(write_report(folders, tmp_path / "out", resamples=0)).text
-    assert "9 finished runs" in text
+    assert "6 finished runs" in text  # copies of a run count once
     assert "Against the baseline budget series baseline" in text
-    assert "3 runs have the method, size, budget, settings and seed of another run" in text
-    assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in text  # the name alone is not enough
-    again = Page(write_report([*folders[:2], folders[0]], tmp_path / "again", resamples=0)).text
-    assert "6 finished runs" in again  # a directory given twice is read once
+    assert "of another run" not in text
+    for run in (tmp_path / "copies").iterdir():  # repeated with other numbers, they are no copies
+        if (result := run / "result.json").exists():
+            result.write_text(
+                re.sub(r'"loss": ([\d.]+)', lambda found: f'"loss": {float(found[1]) + 0.01}', result.read_text())
+            )
+    again = Page(write_report([*folders, folders[0]], tmp_path / "again", resamples=0)).text
+    assert "9 finished runs" in again  # a directory given twice is read once
+    assert "3 runs have the method, size, budget, settings and seed of another run" in again
+    assert str(tmp_path / "copies" / "dense-d16-3e+11-seed0") in again  # the name alone is not enough
 
 
 def test_query_batch_norm_is_compared_as_in_the_paper(tmp_path):
@@ -572,7 +597,7 @@ def test_the_label_of_the_sweep_is_the_method_and_the_class_a_column(tmp_path):
     assert rows["peer_layer_norm", "d32"]["layer"] == "PEER"
     assert json.loads(rows["peer_layer_norm", "d32"]["options"]) == {"query_norm": "layer"}
     assert [rows["Dense", "d32"][name] for name in ("layer", "options")] == ["", ""]
-    assert not {"config", "found", "directory", "baseline"} & rows["peer", "d32"].keys()
+    assert not {"found", "directory", "text", "table"} & rows["peer", "d32"].keys()
 
 
 @pytest.mark.slow
@@ -626,8 +651,9 @@ def test_runs_of_other_rates_are_not_one_point(tmp_path):
 
 def test_each_sweep_of_a_directory_tells_the_tuning_of_its_own_runs(tmp_path):
     root = tmp_path / "runs"
-    for name in ("first", "second", "both", "lone"):
-        write_run(root / name, "PEER", 32, 3e11, settings={}, lines=False)
+    for seed, name in enumerate(("first", "second", "both", "lone")):
+        write_run(root / name, "PEER", 32, 3e11, seed=seed, settings={}, lines=False)
+    shutil.copytree(root / "both", tmp_path / "runs" / "both-again")  # a copy that belongs to no sweep
     directory = SweepDirectory(root)
     directory.keep_sweep({"tuning": "Rates were tried by day.", "methods": {"peer": {"A.b": 1}}}, ["first", "both"])
     directory.keep_sweep({"tuning": "Rates were tried by night.", "methods": ["peer"]}, ["second", "both", "unmade"])
@@ -669,7 +695,7 @@ def test_a_row_is_read_without_the_others(tmp_path):
     assert [results.row(RunDirectory(row.directory), tmp_path) for row in rows] == rows
     alone = results.row(RunDirectory(rows[0].directory), rows[0].directory)
     assert alone.run == rows[0].directory.name
-    results.write_csv(rows[:1], tmp_path / "table.csv")
+    row_table.write(rows[:1], tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
         (written,) = csv.DictReader(file)
     assert (written["run"], float(written["loss"]), written["PEER.top_k"]) == (rows[0].run, rows[0].loss, "4")

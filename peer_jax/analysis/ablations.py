@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from peer_jax.analysis.pooling import SWEEP
-from peer_jax.analysis.results import Row, unit
+from peer_jax.analysis.row import Row, unit
 from peer_jax.storage import AnyPath
 
 # A name for an axis, and a short name for labels that hold several.
@@ -85,7 +85,8 @@ def find(rows: Sequence[Row]) -> list[Ablation]:
     """The ablations of the rows, one for each sweep directory (and text) that varied something."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row.directory.parent, row.text].append(row)
+        for folder in row.folders:
+            groups[folder, row.text].append(row)
     found = (_ablation(directory, text, own) for (directory, text), own in sorted(groups.items()))
     return [ablation for ablation in found if ablation is not None]
 

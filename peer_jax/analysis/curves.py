@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from peer_jax.analysis.isoflop import Curve
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
+from peer_jax.analysis.series import Curve
 from peer_jax.run_directory import RunDirectory
 
 # The share of the first steps that are left out. They fall so far that the rest of the curve would look flat.
@@ -35,7 +35,7 @@ class Training:
 
 
 def read(curves: Sequence[Curve]) -> list[Training]:
-    """Reads the training curves of all runs of ``curves`` that have metrics."""
+    """Reads the training curves of all runs of ``curves`` that have metrics. Rows of tables have none."""
     found = []
     for curve in curves:
         best, _ = curve.best() or ([], 0.0)
@@ -45,7 +45,7 @@ def read(curves: Sequence[Curve]) -> list[Training]:
 
 
 def _training(row: Row, *, is_best: bool) -> Training | None:
-    points = dict(_losses(RunDirectory(row.directory)))
+    points = {} if row.table else dict(_losses(RunDirectory(row.directory)))
     if len(points) < 3:
         return None
     steps = np.array(sorted(points), np.float64)

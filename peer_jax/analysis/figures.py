@@ -15,9 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from peer_jax.analysis.curves import Training
-from peer_jax.analysis.isoflop import MEASURES, Analysis, Curve, mean_loss
+from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.reading import budget, named, si
-from peer_jax.analysis.results import Row, unit
+from peer_jax.analysis.row import Row, unit
+from peer_jax.analysis.series import MEASURES, Curve, mean_loss
 from peer_jax.analysis.style import (
     PALETTE,
     QUIET,
@@ -34,7 +35,9 @@ from peer_jax.analysis.style import (
     value_axis,
 )
 
-SIZES = dict(zip(MEASURES, ("active parameters", "parameters", "training tokens"), strict=True))
+LABELS = dict(
+    zip(MEASURES, ("active parameters", "parameters", "training tokens", "seconds of training steps"), strict=True)
+)
 # A minimum further outside the sizes tried than this factor is only in the table.
 NEARBY = 1.6
 # A picture of more series than this is unreadable. It then leaves out the settings that sweeps varied.
@@ -43,7 +46,7 @@ MOST_SERIES = 8
 
 @house_style()
 def isoflop(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Figure | None:
-    """Loss against size, one panel per budget: runs, parabolas and their minima."""
+    """Loss against a measure, one panel per budget: runs, and parabolas with their minima where there are some."""
     curves = in_picture(analysis)
     if not curves or all(len(curve.points(measure)) < 2 for curve in curves):
         return None
@@ -57,7 +60,7 @@ def isoflop(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Fig
         own = [curve for curve in curves if curve.budget == value]
         _isoflop_panel(axes, own, measure, looks)
         axes.set_title(f"{budget(value)} training FLOPs")
-        axes.set_xlabel(SIZES[measure])
+        axes.set_xlabel(LABELS[measure])
         if place % columns == 0:
             axes.set_ylabel(loss_label(analysis.unit))
         if analysis.unit == "token":
@@ -99,10 +102,11 @@ def _isoflop_panel(axes: Axes, curves: Sequence[Curve], measure: str, looks: Map
                     [x] * len(rows), [r.loss for r in rows], look.marker, color=look.colour, ms=3.2, alpha=0.55, mew=0
                 )
         fit = curve.fits.get(measure)
-        # Without a parabola the points are joined, to show which belong together.
-        line = ":" if fit is None else ""
-        axes.plot(xs, means, look.marker, ls=line, lw=1, color=look.colour, ms=6.5, mec="white", mew=0.8, zorder=3)
+        axes.plot(xs, means, look.marker, ls="", color=look.colour, ms=6.5, mec="white", mew=0.8, zorder=3)
         if fit is None:
+            # The points are joined in the order of their sizes, to show which belong together.
+            joined = sorted(zip(points, means, strict=True), key=lambda pair: pair[0][1][0].params_active)
+            axes.plot([x for (x, _), _ in joined], [mean for _, mean in joined], ls=":", lw=1, color=look.colour)
             continue
         inside = np.geomspace(xs[0], xs[-1], 200)
         axes.plot(inside, fit(inside), ls=look.line, color=look.colour, lw=1.7, zorder=2)
@@ -163,6 +167,36 @@ def optimum(analysis: Analysis, looks: Mapping[str, Style]) -> Figure | None:
 
 def _optima(curves: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
     return [c.fit.size for c in curves], [c.tokens_at_minimum for c in curves], [c.fit.loss for c in curves]
+
+
+@house_style()
+def frontier(analysis: Analysis, measure: str, looks: Mapping[str, Style]) -> Figure | None:
+    """The lowest mean loss of each series within seconds, or within total parameters with one panel per budget."""
+    series = {curve.series for curve in in_picture(analysis)}
+    found = [own for own in analysis.frontiers if own.measure == measure and own.series in series]
+    if sum(len(own.steps) for own in found) < 3:
+        return None
+    looks = _only(looks, {own.series for own in found})
+    budgets = list(dict.fromkeys(own.budget for own in found))
+    columns = min(2, len(budgets))
+    rows = -(-len(budgets) // columns)
+    made, panels = figure(rows, columns, height=4.2, width=WIDTH if columns > 1 else 8.0)
+    for place, (axes, at) in enumerate(zip(panels, budgets, strict=False)):
+        own = [line for line in found if line.budget == at]
+        last = max(line.last for line in own)
+        for line in own:
+            xs, ys = [step.value for step in line.steps], [step.loss for step in line.steps]
+            look = looks[line.series]
+            axes.step([*xs, last], [*ys, ys[-1]], where="post", ls=look.line, color=look.colour, lw=1.5)
+            axes.plot(xs, ys, look.marker, ls="", color=look.colour, ms=6.5, mec="white", mew=0.8, zorder=3)
+        log_axis(axes.xaxis, min(line.steps[0].value for line in own), last)
+        loss_limits(axes, [step.loss for line in own for step in line.steps])
+        axes.set_title("all budgets" if at is None else f"{budget(at)} training FLOPs")
+        axes.set_xlabel(f"at most so many {LABELS[measure]}")
+        if place % columns == 0:
+            axes.set_ylabel(f"lowest {loss_label(analysis.unit)}")
+    legend(made, [look.key() for look in looks.values()], panels[len(budgets) :])
+    return made
 
 
 @house_style()
@@ -253,7 +287,7 @@ def _usage_panels(
             value_axis(axes.xaxis, values)
         else:
             log_axis(axes.xaxis, min(values), max(values))
-        axes.set_xlabel("number of experts N" if x == "num_experts" else SIZES[x])
+        axes.set_xlabel("number of experts N" if x == "num_experts" else LABELS[x])
         axes.set_title(title)
         axes.set_ylim(0, max(1.05, axes.get_ylim()[1]) if name == "usage" else axes.get_ylim()[1])
 

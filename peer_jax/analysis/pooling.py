@@ -4,13 +4,13 @@ A group is the runs of one series, size, budget and text. Where runs of a group 
 config, that argument becomes a setting, so that they are series of their own.
 """
 
-import ast
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
+from peer_jax.analysis.row_table import value_of
 
 SWEEP = "sweep"
 """The setting that tells sweeps apart. Its value is the directory of the sweep, with its name if there are several."""
@@ -36,7 +36,7 @@ def tell_apart(rows: Sequence[Row]) -> list[Row]:
     for group in _groups(rows):
         arguments[group[0].method] |= _differing(group)
     return [
-        _with(row, {name: _value(row.config[name]) for name in sorted(arguments[row.method]) if name in row.config})
+        _with(row, {name: value_of(row.config[name]) for name in sorted(arguments[row.method]) if name in row.config})
         for row in rows
     ]
 
@@ -74,11 +74,3 @@ def _with(row: Row, settings: dict[str, Any]) -> Row:
     """The row with more settings; those that its sweep gave stay as they are."""
     new = {name: value for name, value in settings.items() if name not in row.settings}
     return dataclasses.replace(row, settings=row.settings | new, found=(*row.found, *new)) if new else row
-
-
-def _value(text: str) -> Any:
-    """The value that a config writes as ``text``; the text itself where it is no plain value."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

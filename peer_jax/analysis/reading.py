@@ -5,8 +5,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from peer_jax.analysis.isoflop import Analysis, Comparison, Curve
+from peer_jax.analysis.curvature import SHARED_LEVEL
+from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.pooling import SWEEP
+from peer_jax.analysis.row import Row
+from peer_jax.analysis.series import Curve
 from peer_jax.training.flops import short
 
 NOT_CAUSAL = "not causal"
@@ -89,16 +92,15 @@ def _at_budget(analysis: Analysis, value: float) -> list[str]:
         causal = [curve for curve in own if curve.is_causal]
         with_minimum = [curve for curve in causal if curve.has_minimum]
         if with_minimum:
-            sentences += _minima(sorted(with_minimum, key=lambda curve: curve.fit.loss))
+            sentences += _minima(sorted(with_minimum, key=lambda curve: curve.fit.loss), analysis)
         elif causal:
             sentences += _measured(causal, analysis)
         sentences += _left_out(own, by_fit=bool(with_minimum))
-        sentences += _against_baseline([c for c in analysis.comparisons if c.budget == value], own)
     return sentences or ["Only settings were compared here, at fewer than 3 sizes: see the ablations."]
 
 
-def _minima(ranked: Sequence[Curve]) -> list[str]:
-    """Which series has the lowest fitted minimum, and whether its lead exceeds the uncertainty."""
+def _minima(ranked: Sequence[Curve], analysis: Analysis) -> list[str]:
+    """Which series has the lowest fitted minimum, and whether paired runs show that its lead is more than noise."""
     first = ranked[0]
     known = f" (95% interval {interval(first.fit.loss_interval, loss)})" if first.fit.loss_interval else ""
     sentences = [
@@ -110,30 +112,33 @@ def _minima(ranked: Sequence[Curve]) -> list[str]:
             f"{first.series} is the only {_causal(first)}method with a minimum among the sizes tried: "
             f"{loss(first.fit.loss)} nats per {first.unit}{known} at {si(first.fit.size)} active parameters."
         ]
-    overlapping, apart, unknown = [], [], []
+    together, apart, unknown = [], [], []
     for other in ranked[1:]:
-        if first.fit.loss_interval is None or other.fit.loss_interval is None:
+        found = analysis.difference(first.series, other.series, first.budget)
+        if found is None or found.interval is None or found.seeds == 1:
             unknown.append(other)
-        elif other.fit.loss_interval[0] <= first.fit.loss_interval[1]:
-            overlapping.append(other)
         else:
-            apart.append(other)
-    if overlapping:
+            (apart if found.interval[1] < 0 else together).append(other)
+    if together:
         sentences.append(
-            f"The {'interval' if len(overlapping) == 1 else 'intervals'} of {_with_losses(overlapping)} "
-            f"{'overlaps' if len(overlapping) == 1 else 'overlap'} with that of {first.series}, so the runs do not "
-            "show an order among them."
+            f"The runs do not show an order between {first.series} and {_with_losses(together)}: the "
+            f"{_intervals(together)} of the paired difference {'includes' if len(together) == 1 else 'include'} 0."
         )
     if apart:
         sentences.append(
-            f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, and the intervals do not overlap."
+            f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, and the {_intervals(apart)} of the "
+            f"paired difference {'excludes' if len(apart) == 1 else 'exclude'} 0."
         )
     if unknown:
         sentences.append(
-            f"There are no intervals to compare {first.series} with {_with_losses(unknown)}, so it is not known "
-            "whether that order is more than noise."
+            f"There are no paired runs of several seeds to compare {first.series} with {_with_losses(unknown)}, so it "
+            "is not known whether that order is more than noise."
         )
     return sentences
+
+
+def _intervals(curves: Sequence[Curve]) -> str:
+    return "interval" if len(curves) == 1 else "intervals"
 
 
 def _causal(curve: Curve) -> str:
@@ -201,20 +206,6 @@ def _minimum_of(series: Sequence[str]) -> str:
     return f"The minimum of {series[0]} lies" if len(series) == 1 else f"The minima of {joined(series)} lie"
 
 
-def _against_baseline(comparisons: Sequence[Comparison], curves: Sequence[Curve]) -> list[str]:
-    """Which causal methods differ from their baseline by more than the intervals, and by how much."""
-    own = {curve.series for curve in curves}
-    apart = defaultdict(list)
-    for found in comparisons:
-        if found.series in own and found.is_causal and found.overlap is False:
-            order = "lower" if found.difference < 0 else "higher"
-            apart[found.baseline].append(f"{found.series} {abs(found.difference):.4f} nats {order}")
-    return [
-        f"Against the minimum of {baseline}, with intervals that do not overlap: {joined(series)}."
-        for baseline, series in apart.items()
-    ]
-
-
 def cautions(analysis: Analysis) -> list[str]:
     """What limits all findings."""
     shown, found = analysis.shown(), []
@@ -232,8 +223,19 @@ def cautions(analysis: Analysis) -> list[str]:
         )
     if any(curve.fit and curve.fit.loss_interval for curve in shown):
         found.append(
-            "The intervals are 95% bootstrap intervals of the parabola. They do not include how well the learning "
-            "rates of each method were tuned."
+            "The intervals are 95% bootstrap intervals over seeds and points. They do not include how well the "
+            "learning rates of each method were tuned."
+        )
+    if analysis.claims:
+        found.append(
+            f"Each claim has a 95% interval of its own. There are {count(len(analysis.claims), 'claim')}, so some may "
+            "be wrong by chance."
+        )
+    if shared := [curve for curve in shown if curve.shared is not None]:
+        found.append(
+            f"{count(len(shared), 'parabola has', 'parabolas have')} the curvature of all budgets of the series, "
+            "because the budget's own is within its noise, and an F test does not reject at the level of "
+            f"{SHARED_LEVEL:.0%} that the budgets have one curvature: see the table of minima."
         )
     if told := sorted({_TOLD_BY.get(name, name) for row in analysis.rows for name in row.found}):
         found.append(
@@ -266,4 +268,30 @@ def cautions(analysis: Analysis) -> list[str]:
             f"{count(copies, 'run')} {'has' if copies == 1 else 'have'} the method, size, budget, settings and seed of "
             "another run. Each counts in the fits."
         )
+    return found
+
+
+def seconds(rows: Sequence[Row]) -> list[str]:
+    """What the seconds of the runs are, on which machines, and why they may not be comparable."""
+    known = [row for row in rows if row.seconds is not None]
+    machines = sorted({row.machine or f"{row.device} (not described further)" for row in known})
+    found = []
+    if known:
+        found.append(
+            f"Seconds are the time of the training steps, without compilation and evaluation, on {joined(machines)}."
+        )
+    if len(machines) > 1:
+        found.append("The runs come from several kinds of machine, so their seconds are not comparable as they are.")
+    if beside := [row for row in known if row.side_by_side]:
+        found.append(
+            f"{count(len(beside), 'run')} had only some of the cores of the machine. Others that ran at the same time "
+            "on the other cores made them slower."
+        )
+    if silent := [row for row in known if row.side_by_side is None]:
+        found.append(
+            f"{count(len(silent), 'result')} of an earlier version {'does' if len(silent) == 1 else 'do'} not say the "
+            "processor, nor whether other runs went on beside."
+        )
+    if missing := len(rows) - len(known):
+        found.append(f"{count(missing, 'run')} without a known time {'is' if missing == 1 else 'are'} left out here.")
     return found

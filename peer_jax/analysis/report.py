@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from peer_jax.analysis import ablations, curves, reading, results, tables
-from peer_jax.analysis.isoflop import MEASURES, Analysis
-from peer_jax.analysis.results import Row
+from peer_jax.analysis import ablations, curves, reading, results, row_table, tables
+from peer_jax.analysis.curvature import SHARED_LEVEL
+from peer_jax.analysis.isoflop import Analysis
+from peer_jax.analysis.row import Row, unit
+from peer_jax.analysis.series import MEASURES
 from peer_jax.analysis.tables import Table
 from peer_jax.run_directory import SweepDirectory, find_runs
 from peer_jax.storage import AnyPath, make_folder, write_whole
@@ -22,7 +24,7 @@ from peer_jax.storage import AnyPath, make_folder, write_whole
 REPORT = "report.html"
 FIGURES = "figures"
 # Columns that a terminal keeps on one line.
-WHOLE = ("method", "series", "95% interval", "run")
+WHOLE = ("method", "series", "95% interval", "run", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +61,15 @@ def write_report(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPat
 
     Args:
         analysis: the analysis of the runs in ``directories``.
-        directories: run directories, or folders that hold some; failed runs in them are listed with their reasons.
+        directories: where the runs were read from: directories, whose failed runs are listed with their reasons, and
+            tables of rows.
         out: the folder of the report, which is made if it is missing. The same runs give the same bytes.
 
     Raises:
         InputError: if ``out`` can't be written to.
     """
     make_folder(out / FIGURES)
-    results.write_csv(analysis.rows, SweepDirectory(out).results)
+    row_table.write(analysis.rows, SweepDirectory(out).results)
     write_whole(out / REPORT, _page(analysis, directories, out))
     return out / REPORT
 
@@ -75,7 +78,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     """Draws the figures into their files, and returns the page."""
     from peer_jax.analysis import ablation_figures, figures, style
 
-    failed = failures(directories)
+    failed = failures([path for path in directories if not results.is_table(path)])
     rows, looks = analysis.rows, style.looks(analysis)
     told, untold = tuning(rows)
     pictured = figures.in_picture(analysis)
@@ -83,6 +86,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
     varied = ablations.find(rows)
     isoflop = {measure: figures.isoflop(analysis, measure, looks) for measure in MEASURES}
     optimum = figures.optimum(analysis, looks)
+    equal = {measure: figures.frontier(analysis, measure, looks) for measure in ("seconds", "params_total")}
 
     draw = functools.partial(draw_into, out / FIGURES)
 
@@ -90,11 +94,17 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
         "report.html.jinja",
         rows=rows,
         summary=_summary(analysis, directories),
+        tabled=_tabled(rows),
+        claims=tables.claims(analysis),
+        seconds=reading.seconds(rows),
         analysis=analysis,
         reading=reading.reading(analysis),
         isoflop=draw("isoflop_active", _alt(analysis), isoflop["params_active"]),
         isoflop_total=draw("isoflop_total", "Loss against all parameters.", isoflop["params_total"]),
         isoflop_tokens=draw("isoflop_tokens", "Loss against training tokens.", isoflop["tokens"]),
+        isoflop_seconds=draw("isoflop_seconds", "Loss against seconds of training steps.", isoflop["seconds"]),
+        equal_seconds=draw("equal_seconds", "Lowest loss within seconds.", equal["seconds"]),
+        equal_parameters=draw("equal_parameters", "Lowest loss within parameters.", equal["params_total"]),
         optimum=draw("optimum", "Compute-optimal size, tokens and loss against FLOPs.", optimum),
         training=draw("training", "Smoothed training loss against FLOPs spent.", figures.training(trained, looks)),
         usage=draw("usage", "Usage and unevenness of experts.", figures.usage(rows, looks)),
@@ -110,6 +120,9 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
             "minima": tables.minima(analysis),
             "unfitted": tables.unfitted(analysis),
             "comparisons": tables.comparisons(analysis),
+            "paired": tables.paired(analysis),
+            "equal_seconds": tables.at_equal_seconds(analysis),
+            "equal_parameters": tables.at_equal_parameters(analysis),
             "laws": tables.laws(analysis),
             "surfaces": tables.surfaces(analysis),
             "training": tables.training([curve for curve in trained if curve.is_best]),
@@ -126,6 +139,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
         split=_split(rows),
         left_out=sorted({c.series for c in analysis.shown()} - {c.series for c in pictured}),
         most_bars=figures.MOST_BARS,
+        level=f"{SHARED_LEVEL:.0%}",
         without_law=reading.without((law.series, law.is_causal, law.reason) for law in analysis.laws),
         without_surface=reading.without((s.series, s.is_causal, s.reason) for s in analysis.surfaces),
         not_causal=sorted({row.method for row in rows if not row.is_causal}),
@@ -172,6 +186,18 @@ def _summary(analysis: Analysis, directories: Sequence[AnyPath]) -> str:
     )
 
 
+def _tabled(rows: Sequence[Row]) -> str:
+    """A sentence on the runs that were read from tables; empty if there are none."""
+    found = [row for row in rows if row.table]
+    if not found:
+        return ""
+    places = reading.joined(sorted({str(row.table) for row in found}))
+    return (
+        f"{reading.count(len(found), 'run was', 'runs were')} read from {places}. A table of rows has no training "
+        "curves, no failed runs, and not how rates were chosen, so these are missing here."
+    )
+
+
 def _split(rows: Sequence[Row]) -> str:
     """A sentence on the share of the FLOPs that each part takes."""
     shares = defaultdict(list)
@@ -195,20 +221,22 @@ def _alt(analysis: Analysis) -> str:
 
 
 def tuning(rows: Sequence[Row]) -> tuple[list[Tuning], list[str]]:
-    """What the sweeps of the runs say about their rates, and the names of the runs that belong to no sweep."""
-    found, untold = [], []
-    by_directory = defaultdict(list)
+    """What the sweeps of the runs say about their rates, and the names of the runs that belong to no sweep.
+
+    Rows of tables are left out.
+    """
+    found, told = [], set()
+    by_directory = defaultdict(set)
+    rows = [row for row in rows if row.table is None]
     for row in rows:
-        by_directory[row.directory.parent].append(row)
-    for directory, own in sorted(by_directory.items()):
-        names = {row.directory.name for row in own}
-        told = set()
+        for place in row.places:
+            by_directory[place.parent].add(place.name)
+    for directory, names in sorted(by_directory.items()):
         for kept in SweepDirectory(directory).sweeps():
             if runs := names if kept["runs"] is None else names & set(kept["runs"]):
                 found.append(_tuning(str(directory), len(runs), kept["sweep"]))
-                told |= runs
-        untold += [row.run for row in own if row.directory.name not in told]
-    return found, untold
+                told |= {directory / name for name in runs}
+    return found, [row.run for row in rows if not told & set(row.places)]
 
 
 def _tuning(directory: str, runs: int, sweep: Mapping[str, Any]) -> Tuning:
@@ -254,10 +282,16 @@ def table(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     console = _console()
-    title = f"Validation loss (nats per {results.unit(rows)}) at the training FLOPs spent"
+    title = f"Validation loss (nats per {unit(rows)}) at the training FLOPs spent"
     _print(console, Table(title, columns, cells).known())
     if not all(row.is_causal for row in rows):
         console.print("* not causal: a token's output can depend on later tokens, which flatters its loss")
+
+
+def claims_table(analysis: Analysis) -> None:
+    """Prints the claims, if there are any; those on methods last, where a reader of a terminal looks first."""
+    for shown in reversed(tables.claims(analysis)):
+        _print(_console(), shown)
 
 
 def minima_table(analysis: Analysis) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 
 from peer_jax.analysis.ablations import Ablation
 from peer_jax.analysis.curves import Training
-from peer_jax.analysis.isoflop import Analysis, Curve, mean_loss
+from peer_jax.analysis.frontier import ranked
+from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.reading import budget, interval, loss, named, si
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
+from peer_jax.analysis.series import Curve, mean_loss
 
 # Columns that hold words, and those that hold whole sentences.
 WORDS = {
@@ -28,6 +30,7 @@ WORDS = {
         "intervals",
         "task",
     ),
+    *("minus series", "curvature"),
     *("statement", "answer", "numbers", "finding", "layer", "change", "what it is", "label", "matrices", "domain"),
 }
 SENTENCES = {"note", "reason", "intervals", "statement", "numbers", "finding", "what it is"}
@@ -106,7 +109,7 @@ def minima(analysis: Analysis) -> Table:
     """The compute-optimal model of each series at each budget."""
     columns = (
         *("budget", "series", "N_opt", "95% interval", "D_opt", "loss", "95% interval", "perplexity", "runs", "sizes"),
-        "note",
+        *("curvature", "note"),
     )
     cells = []
     for curve in analysis.curves:
@@ -124,6 +127,7 @@ def minima(analysis: Analysis) -> Table:
                 f"{np.exp(fit.loss):.3f}" if curve.unit == "token" else "-",
                 str(fit.points),
                 str(fit.sizes),
+                f"{fit.curvature:.3f}, " + ("own" if curve.shared is None else f"of {fit.budgets} budgets"),
                 _note(curve),
             ]
         )
@@ -133,7 +137,8 @@ def minima(analysis: Analysis) -> Table:
 def _note(curve: Curve) -> str:
     outside = "extrapolation: outside the sizes tried" if curve.fit.is_extrapolation else ""
     diverged = f"{curve.diverged} diverged, left out" if curve.diverged else ""
-    return "; ".join(filter(None, [outside, diverged, curve.fit.note]))
+    shared = "" if curve.shared is None else f"the budgets share a curvature (F test, p = {curve.shared:.2g})"
+    return "; ".join(filter(None, [outside, shared, diverged, curve.fit.note]))
 
 
 def unfitted(analysis: Analysis) -> Table:
@@ -151,6 +156,7 @@ def points(analysis: Analysis) -> Table:
     """The points of the isoFLOP figures."""
     cells = []
     for curve in analysis.shown():
+        seconds = {(rows[0].params_active, rows[0].size): value for value, rows in curve.points("seconds")}
         for _, rows in curve.points("params_active"):
             losses = [row.loss for row in rows]
             cells.append(
@@ -161,6 +167,7 @@ def points(analysis: Analysis) -> Table:
                     si(rows[0].params_active),
                     si(rows[0].params_total),
                     si(rows[0].tokens),
+                    si(seconds.get((rows[0].params_active, rows[0].size))),
                     loss(mean_loss(rows)),
                     "-" if rows[0].accuracy is None else f"{np.mean([row.accuracy for row in rows]):.2%}",
                     str(len(rows)),
@@ -168,8 +175,8 @@ def points(analysis: Analysis) -> Table:
                 ]
             )
     columns = (
-        *("budget", "series", "size", "active", "parameters", "tokens", "mean loss", "mean accuracy", "runs"),
-        "range over runs",
+        *("budget", "series", "size", "active", "parameters", "tokens", "seconds", "mean loss", "mean accuracy"),
+        *("runs", "range over runs"),
     )
     return Table("Mean loss by size", columns, cells).known()
 
@@ -178,19 +185,95 @@ def comparisons(analysis: Analysis) -> Table:
     """Loss and compute of each series against its baseline, at the minima."""
     cells = []
     for found in analysis.comparisons:
-        if found.difference is None:
-            difference, intervals = "-", found.reason
-        else:
-            difference = f"{found.difference:+.4f}"
-            intervals = {True: "overlap", False: "apart", None: "not known"}[found.overlap]
-        saving, note = "-", found.saving_reason if found.saving_reason != found.reason else ""
+        difference = "-" if found.difference is None else signed(found.difference)
+        notes, saving = [found.reason], "-"
         if found.saving is not None:
             saving = f"{found.saving.factor:.2f} times"
-            note = f"extrapolation: outside the losses of {found.baseline}" if found.saving.is_extrapolation else ""
-        series = named(found.series, found.is_causal)
-        cells.append([budget(found.budget), series, found.baseline or "-", difference, intervals, saving, note])
-    columns = ("budget", "series", "baseline", "difference in loss", "intervals", "baseline's compute", "note")
+            if found.saving.is_extrapolation:
+                notes.append(f"compute is an extrapolation: outside the losses of {found.baseline}")
+        elif found.saving_reason != found.reason:
+            notes.append(found.saving_reason)
+        series, note = named(found.series, found.is_causal), "; ".join(filter(None, notes))
+        bounds = interval(found.interval, signed)
+        cells.append([budget(found.budget), series, found.baseline or "-", difference, bounds, saving, note])
+    columns = ("budget", "series", "baseline", "difference in loss", "95% interval", "baseline's compute", "note")
     return Table("Against the baseline", columns, cells)
+
+
+def signed(value: float) -> str:
+    """Writes a difference in nats, or a curvature, to four decimals."""
+    return f"{value:+.4f}"
+
+
+CLAIMS = {
+    "difference": ("Claims on methods, from runs paired by size and seed", "difference in loss", signed),
+    "minimum": ("Claims on minima", "N_opt", si),
+    "curvature": ("Claims on curvatures", "nats per (ln N)^2", signed),
+}
+"""The title, the name of the number and how it is written, by the kind of a claim."""
+
+
+def claims(analysis: Analysis) -> list[Table]:
+    """What can be claimed, with the number that decides it; the claims on methods come first."""
+    found = []
+    for kind, (title, number, write) in CLAIMS.items():
+        cells = [
+            [
+                budget(claim.budget),
+                claim.statement,
+                claim.answer,
+                "-" if claim.value is None else write(claim.value),
+                interval(claim.interval, write),
+                claim.note,
+            ]
+            for claim in analysis.claims
+            if claim.kind == kind
+        ]
+        found.append(Table(title, ("budget", "statement", "answer", number, "95% interval", "note"), cells))
+    return [table for table in found if table.rows]
+
+
+def paired(analysis: Analysis) -> Table:
+    """The differences between two series at each size that both have, over the seeds that both have."""
+    cells = [
+        [
+            budget(pair.first.budget),
+            *(named(curve.series, curve.is_causal) for curve in (pair.first, pair.second)),
+            *(found.size, signed(found.value), interval(found.interval, signed), str(found.seeds)),
+        ]
+        for pair in analysis.pairs
+        for found in pair.at_sizes
+    ]
+    columns = ("budget", "series", "minus series", "size", "difference in loss", "95% interval", "seeds")
+    return Table("Paired differences at each size", columns, cells)
+
+
+def at_equal_seconds(analysis: Analysis) -> Table:
+    """The lowest mean loss of each series within round numbers of seconds, over all budgets and sizes."""
+    cells = []
+    for value, found, step in ranked([found for found in analysis.frontiers if found.measure == "seconds"]):
+        row, runs = step.rows[0], str(len(step.rows))
+        # A series that was given less time could have gone on.
+        note = f"its longest run took {si(found.last)} s" if found.last < value / 2 else ""
+        series = named(found.series, found.is_causal)
+        cells.append([si(value), series, loss(step.loss), row.size, budget(row.budget), si(step.value), runs, note])
+    columns = ("within seconds", "series", "lowest loss", "size", "budget", "seconds", "runs", "note")
+    return Table("Lowest mean loss within a time, over all budgets and sizes", columns, cells)
+
+
+def at_equal_parameters(analysis: Analysis) -> Table:
+    """The lowest mean loss of each series within round numbers of parameters in all, at each budget."""
+    own = [found for found in analysis.frontiers if found.measure == "params_total"]
+    cells = [
+        [
+            *(budget(at), si(value), named(found.series, found.is_causal), loss(step.loss)),
+            *(step.rows[0].size, si(step.value), str(len(step.rows))),
+        ]
+        for at in dict.fromkeys(found.budget for found in own)
+        for value, found, step in ranked([found for found in own if found.budget == at])
+    ]
+    columns = ("budget", "within parameters", "series", "lowest loss", "size", "parameters", "runs")
+    return Table("Lowest mean loss within a number of parameters, at equal FLOPs", columns, cells)
 
 
 def laws(analysis: Analysis) -> Table:

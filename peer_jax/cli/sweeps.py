@@ -224,7 +224,11 @@ def _train(
 @app.command()
 def report(
     directories: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Sweeps or runs, or folders of them; several are merged.")
+        list[str],
+        typer.Argument(
+            metavar="DIR...",
+            help="Sweeps or runs, or folders of them, or a results.csv of them; several are merged, each run once.",
+        ),
     ],
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Where the report goes: the first DIR by default.")
@@ -233,17 +237,22 @@ def report(
     """Print tables of finished runs, and draw them: report.html, figures/ and results.csv.
 
     The report has isoFLOP curves with their minima, the optimum against compute, the compute that each method saves,
-    ablations, training curves and the usage of experts. It needs nothing but the directories.
+    ablations, training curves and the usage of experts. It says what can be claimed, from runs that are paired by size
+    and seed. It needs nothing but the directories, or the results.csv that an earlier report or a sweep wrote: such a
+    table has no training curves and no failures.
     """
     from peer_jax.analysis import isoflop, results
-    from peer_jax.analysis.report import minima_table, table, write_report
+    from peer_jax.analysis.report import claims_table, minima_table, table, write_report
     from peer_jax.storage import place
 
     paths = [place(directory) for directory in directories]
+    if out is None and results.is_table(paths[0]):
+        raise InputError(f"is not given, and {paths[0]} is no folder: name one for the report", argument="out")
     target = place(out, "out") if out is not None else paths[0]
     rows = results.read(paths)
     analysis = isoflop.analyse(rows)
     page = write_report(analysis, paths, target)
     table(rows)
     minima_table(analysis)
+    claims_table(analysis)
     typer.echo(f"The report is {page}")

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from peer_jax.analysis.results import Row
+from peer_jax.analysis.row import Row
 from peer_jax.lease import Holder
 from peer_jax.run_directory import SweepDirectory
 from peer_jax.sweeps.plan import Planned, step_seconds

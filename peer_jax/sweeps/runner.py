@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from peer_jax.analysis import results
+from peer_jax.analysis import results, row_table
+from peer_jax.analysis.row import Row, in_order
 from peer_jax.data.pipeline import ensure_prepared
 from peer_jax.errors import InputError, Interrupted, TrainingFailed, TryAgain
 from peer_jax.lease import STALE
@@ -123,7 +124,7 @@ class _Runner:
         directory: SweepDirectory,
         trainers: Trainers,
         board: Board,
-        rows: dict[str, results.Row],
+        rows: dict[str, Row],
         stale: float,
     ) -> None:
         self._directory, self._trainers, self._board = directory, trainers, board
@@ -233,7 +234,7 @@ class _Runner:
             self._directory.run(run.point.name).write_failure(answer.reason, answer.details)
 
 
-def _rows(directory: SweepDirectory, known: Mapping[str, results.Row] = MappingProxyType({})) -> dict[str, results.Row]:
+def _rows(directory: SweepDirectory, known: Mapping[str, Row] = MappingProxyType({})) -> dict[str, Row]:
     """The finished runs in a directory, by the names of their folders; those that are ``known`` are not read again."""
     rows = dict(known)
     for run in find_runs(directory):
@@ -246,10 +247,10 @@ def _rows(directory: SweepDirectory, known: Mapping[str, results.Row] = MappingP
     return rows
 
 
-def _write_results(directory: SweepDirectory, rows: Mapping[str, results.Row]) -> None:
+def _write_results(directory: SweepDirectory, rows: Mapping[str, Row]) -> None:
     """Writes the table of finished runs."""
     with contextlib.suppress(InputError):  # if there is no room for the table: it can be made again at any time
-        results.write_csv(results.in_order(rows.values()), directory.results)
+        row_table.write(in_order(rows.values()), directory.results)
 
 
 def measure(planned: Sequence[Planned], *, load: Load, workers: int) -> tuple[dict[str, float], dict[str, str]]:

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,14 +48,26 @@ def describe_model(model: Model, seq_len: int, grown: Grown) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The devices and processes that JAX has."""
+    """The devices and processes that JAX has, and the processor with the cores that this process may use."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "all_cores": os.cpu_count(),
     }
+
+
+def _processor() -> str | None:
+    """The name of the processor; None if the system does not tell it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or None
 
 
 def versions() -> dict[str, str | None]:
