@@ -317,6 +317,18 @@ def sweep_of_rates(directory, rate, *, minimum, seeds=(0, 1), **fields):
     ]
 
 
+def test_runs_that_have_grown_from_runs_of_their_own_are_pooled():
+    """Each seed has grown from the run of that seed; another step of growing is another series."""
+
+    def grown(seed, at):
+        fields = {"Run.grown_from": f"'runs/small-seed{seed}'", "Run.grown_at": str(at)}
+        return row("grown", loss=2.0 + seed, seed=seed, config=fields)
+
+    (curve,) = analyse([grown(seed, 400) for seed in (0, 1)], resamples=0).curves
+    assert curve.seeds == 2
+    assert len(analyse([grown(0, 400), grown(1, 200)], resamples=0).curves) == 2
+
+
 def test_rates_that_follow_the_size_split_no_curve():
     rows = [*sweep_of_rates("runs/a", 0.01, minimum=2.0), *sweep_of_rates("runs/a", 0.01, minimum=1.9, budget=1e13)]
     analysis = analyse(rows, resamples=0)
