@@ -15,7 +15,7 @@ from peer_jax.analysis.row_table import value_of
 SWEEP = "sweep"
 """The setting that tells sweeps apart. Its value is the directory of the sweep, with its name if there are several."""
 
-# A point is a mean over seeds; each may have grown from a run of its own. Budgets that count as one may differ by steps.
+# A point is a mean over seeds; each may have grown from a run of its own. Budgets that count as one differ by steps.
 MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps", "Run.grown_from"}
 
 
