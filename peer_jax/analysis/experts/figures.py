@@ -73,7 +73,8 @@ def gates(found: Look, kind: str) -> Figure | None:
         drawn = axes.imshow(
             doublings, vmin=-DOUBLINGS, vmax=DOUBLINGS, cmap="RdBu_r", aspect="auto", interpolation="nearest"
         )
-        columns = np.arange(0, len(one.experts), -(-len(one.experts) // 8))
+        most = max(2, 24 // (len(str(one.experts.max())) + 1))  # numbers of experts that fit below a panel
+        columns = np.arange(0, len(one.experts), -(-len(one.experts) // most))
         axes.set_xticks(columns, one.experts[columns])
         axes.set_yticks(range(len(one.labels)), [brief(name, 16) for name in one.labels], fontsize=7.5)
         axes.set_xlabel("expert, most used first")
