@@ -10,7 +10,7 @@ from test_isoflop import SIZES, row, sentences
 
 from peer_jax.analysis import tables
 from peer_jax.analysis.columns import NoFit
-from peer_jax.analysis.curvature import SHARED_LEVEL, curvature, fit_shared, shared_curvature_test
+from peer_jax.analysis.curvature import F_TEST_LEVEL, curvature, fit_shared, shared_curvature_test
 from peer_jax.analysis.differences import at_minima, at_sizes, over_sizes
 from peer_jax.analysis.isoflop import analyse
 from peer_jax.analysis.parabola import Points, fit_parabola
@@ -66,6 +66,12 @@ def test_differences_by_hand():
     assert mean.interval == pytest.approx((0.025 - 12.7062 * 0.075, 0.025 + 12.7062 * 0.075), rel=1e-4)
     assert mean.reversed().interval == pytest.approx((-mean.interval[1], -mean.interval[0]))
     assert over_sizes(first, {("z", 0): (1.0, 1.0)}) is None
+    # A run that is missing costs its size, and not its seed in all sizes.
+    gap = over_sizes(first, {**second, ("c", 0): (7.0, 8.0)})
+    assert (gap.value, gap.seeds, gap.sizes, gap.left_out) == (mean.value, 2, 2, 1)
+    # Where no seed has two sizes, one size with most seeds is left.
+    apart = over_sizes({("a", 0): (1.0, 2.0), ("b", 1): (1.0, 2.0)}, {("a", 0): (1.0, 1.5), ("b", 1): (1.0, 1.0)})
+    assert (apart.size, apart.value, apart.seeds, apart.interval) == ("b", 1.0, 1, None)
     (alone,) = at_sizes({("a", 0): (1.0, 2.0)}, second)
     assert alone.interval is None
 
@@ -168,14 +174,14 @@ def budgets(rng, curvatures, noise, seeds=2):
 def test_the_f_test_rejects_equal_curvatures_as_often_as_its_level_says(seeds):
     rng = np.random.default_rng(seeds)
     ps = [shared_curvature_test(budgets(rng, (0.05, 0.05, 0.05), 0.02, seeds)) for _ in range(1000)]
-    for level in (SHARED_LEVEL, 0.5):
+    for level in (F_TEST_LEVEL, 0.5):
         assert abs(np.mean(np.array(ps) < level) - level) < 3.5 * math.sqrt(level * (1 - level) / 1000)
 
 
 def test_the_f_test_rejects_unlike_curvatures():
     rng = np.random.default_rng(0)
     assert (
-        np.mean([shared_curvature_test(budgets(rng, (0.02, 0.05, 0.08), 0.01)) < SHARED_LEVEL for _ in range(50)]) > 0.9
+        np.mean([shared_curvature_test(budgets(rng, (0.02, 0.05, 0.08), 0.01)) < F_TEST_LEVEL for _ in range(50)]) > 0.9
     )
     with pytest.raises(NoFit, match="different curvatures"):
         fit_shared(budgets(rng, (0.02, 0.2), 0.001))
@@ -281,6 +287,40 @@ def test_with_one_seed_a_claim_on_methods_is_open():
     assert claim(analysis, "The losses of PEER curve upwards").answer == "holds"
 
 
+def test_a_claim_is_open_if_a_size_has_one_seed():
+    """Unless sizes with several seeds are left, which then decide."""
+    common = np.zeros((5, 2))
+    rows = [r for m, v in (("PEER", 1), ("Dense", 2)) for r in noisy(m, minimum=v, common=common, seeds=(0, 1), draw=v)]
+    uneven = [r for r in rows if r.seed == 0 or r.params_active == 1e5]
+    found = claim(analyse(uneven, resamples=200), "PEER is below Dense, the baseline")
+    assert (found.answer, found.note) == ("holds", "at size N100000, without 4 that lack a seed, 2 seeds")
+    # Two seeds, but no size with both.
+    split = [r for r in rows if r.seed == (r.params_active > 5e4)]
+    found = claim(analyse(split, resamples=200), "PEER is below Dense, the baseline")
+    assert found.answer == "open"
+    assert found.interval[1] < -0.9
+
+
+def test_another_order_of_the_data_is_said():
+    common = np.zeros((5, 2))
+    rows = [r for m, v in (("PEER", 1), ("Dense", 2)) for r in noisy(m, minimum=v, common=common, seeds=(0, 1), draw=v)]
+    own = [dataclasses.replace(r, config={"Run.data_seed": "7"}) if r.method == "PEER" else r for r in rows]
+    notes = [claim(analyse(some, resamples=0), "PEER is below Dense, the baseline").note for some in (rows, own)]
+    assert [note.endswith("another order of the data") for note in notes] == [False, True]
+
+
+def test_an_order_that_depends_on_the_fit_is_said():
+    """The lowest fitted minimum, by a sharp parabola, of a method that is higher on average."""
+    flat = noisy("PKM", minimum=2.0, common=np.zeros((5, 3)), draw=1, bend=0.001)
+    sharp = noisy("PEER", minimum=1.99, common=np.zeros((5, 3)), draw=2, bend=0.3)
+    analysis = analyse([r for r in (*flat, *sharp) if r.params_active in (3e4, 1e5, 3e5)], resamples=200)
+    said = " ".join(sentences(analysis))
+    assert "PEER has the lowest fitted minimum" in said
+    assert "PKM (2.00" in said
+    assert "so the order depends on the fit" in said
+    assert "includes 0" not in said
+
+
 def test_claims_on_minima_and_curvatures():
     common = np.zeros((5, 2))
     for bend, at, minimum, curved in (
@@ -307,7 +347,7 @@ def test_a_weak_budget_shares_the_curvature_of_the_others_and_says_so():
     analysis = analyse([*itertools.chain(*strong), *weak], resamples=200)
     shared = {curve.budget: curve.shared for curve in analysis.curves}
     assert shared[1e11] is shared[1e12] is None
-    assert shared[1e13] > SHARED_LEVEL
+    assert shared[1e13] > F_TEST_LEVEL
     cells = {found[0]: found for found in tables.minima(analysis).rows}
     assert cells["1e11"][-2].endswith(", own")
     assert cells["1e13"][-2].endswith(", of 3 budgets")
@@ -392,5 +432,5 @@ def test_machines_are_named():
     assert "on A and H100 (not described further)" in said
     assert "several kinds of machine, so their seconds are not comparable" in said
     assert "1 run had only some of the cores" in said
-    assert "1 result of an earlier version does not say the processor" in said
+    assert "1 result does not say whether other runs went on beside" in said
     assert "1 run without a known time is left out" in said

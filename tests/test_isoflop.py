@@ -318,15 +318,16 @@ def sweep_of_rates(directory, rate, *, minimum, seeds=(0, 1), **fields):
 
 
 def test_runs_that_have_grown_from_runs_of_their_own_are_pooled():
-    """Each seed has grown from the run of that seed; another step of growing is another series."""
+    """Each seed has grown from the run of that seed; another step, or another run of that seed, is another series."""
 
-    def grown(seed, at):
-        fields = {"Run.grown_from": f"'runs/small-seed{seed}'", "Run.grown_at": str(at)}
+    def grown(seed, at, folder="runs"):
+        fields = {"Run.grown_from": f"'{folder}/small-seed{seed}'", "Run.grown_at": str(at)}
         return row("grown", loss=2.0 + seed, seed=seed, config=fields)
 
     (curve,) = analyse([grown(seed, 400) for seed in (0, 1)], resamples=0).curves
     assert curve.seeds == 2
     assert len(analyse([grown(0, 400), grown(1, 200)], resamples=0).curves) == 2
+    assert len(analyse([grown(0, 400), dataclasses.replace(grown(0, 400, "other"), loss=3.0)], resamples=0).curves) == 2
 
 
 def test_rates_that_follow_the_size_split_no_curve():

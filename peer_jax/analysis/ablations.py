@@ -82,12 +82,16 @@ class Ablation:
 
 
 def find(rows: Sequence[Row]) -> list[Ablation]:
-    """The ablations of the rows, one for each sweep directory (and text) that varied something."""
+    """The ablations of the rows, one for each sweep directory (and text) that varied something.
+
+    Of several directories that hold the same runs, the first counts.
+    """
     groups = defaultdict(list)
     for row in rows:
         for folder in row.folders:
             groups[folder, row.text].append(row)
-    found = (_ablation(directory, text, own) for (directory, text), own in sorted(groups.items()))
+    distinct = {frozenset(map(id, own)): place for place, own in sorted(groups.items(), reverse=True)}
+    found = (_ablation(*place, groups[place]) for place in sorted(distinct.values()))
     return [ablation for ablation in found if ablation is not None]
 
 

@@ -68,11 +68,15 @@ def _below(pair: Pair) -> Claim:
             notes.append(f"at the minima, {found.sizes} sizes")
         else:
             notes.append(f"at size {found.size}" if found.size else f"mean over {found.sizes} sizes")
+            notes += [f"without {found.left_out} that lack a seed"] if found.left_out else []
         if found.seeds == 1:
             notes.append(ONE_SEED + (", only one from sizes" if found.interval else ""))
+        elif found.fewest == 1:
+            notes.append(f"{found.seeds} seeds, but one at some sizes, whose noise the interval does not hold")
         else:
             notes.append(f"{found.seeds} seeds" + (f", at some sizes {found.fewest}" * (found.fewest < found.seeds)))
             answer = _side(found.interval, below=0.0)
+        notes += [] if pair.same_order else ["other batches or another order of the data"]
     return Claim(
         kind="difference",
         budget=pair.first.budget,

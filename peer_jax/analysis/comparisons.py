@@ -21,6 +21,7 @@ class Pair:
         over_sizes: the mean difference over the common sizes; None without runs in common.
         at_minima: the difference of the minima; None if a series has no minimum among the sizes, or not by its own
             curvature, as ``reason`` says.
+        same_order: whether all paired runs had the same batches in the same order.
     """
 
     first: Curve
@@ -29,11 +30,18 @@ class Pair:
     over_sizes: Difference | None
     at_minima: Difference | None
     reason: str
+    same_order: bool
 
     @property
     def told(self) -> Difference | None:
-        """What a claim is made from: the difference of the minima if it has an interval, or else that over sizes."""
-        return self.at_minima if self.at_minima and self.at_minima.interval else self.over_sizes
+        """What a claim is made from: the difference of the minima if it has an interval, or else that over sizes.
+
+        Minima of which a size has one seed give way to sizes that have several.
+        """
+        minima, sizes = self.at_minima, self.over_sizes
+        if minima is None or minima.interval is None:
+            return sizes
+        return sizes if sizes is not None and minima.fewest < 2 <= sizes.fewest else minima
 
 
 Place = tuple[float, str, str]
@@ -85,7 +93,13 @@ def _pair(first: Curve, second: Curve, resamples: int) -> Pair:
         over_sizes=differences.over_sizes(*cells),
         at_minima=minima,
         reason=reason,
+        same_order=_same_order(first, second),
     )
+
+
+def _same_order(first: Curve, second: Curve) -> bool:
+    orders = [{(row.size, row.seed): row.order for row in curve.rows} for curve in (first, second)]
+    return all(orders[0][cell] == orders[1][cell] for cell in orders[0].keys() & orders[1].keys())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +110,7 @@ class Comparison:
         baseline: the series that is the baseline; None if there is none, and ``reason`` says why.
         difference: loss minus the baseline's loss, below 0 where the series is better; None if one has no minimum.
         interval: the interval of the difference, from runs that are paired by size and seed; None if there is none.
-        reason: why there is no difference.
+        reason: why there is no difference, or no interval of it.
         saving: compute that the baseline needs for the same loss, in units of the series' compute.
         saving_reason: why there is no saving.
     """
@@ -175,7 +189,7 @@ def _difference(curve: Curve, baseline: Sequence[Curve], pairs: Pairs) -> tuple[
             return None, None, f"the minimum of {name} lies outside the sizes tried"
     pair = pairs.get((curve.budget, curve.series, label))
     if pair is None or pair.at_minima is None:
-        return curve.fit.loss - own.fit.loss, None, ""
+        return curve.fit.loss - own.fit.loss, None, f"no interval: {pair.reason}" if pair else ""
     return pair.at_minima.value, pair.at_minima.interval, ""
 
 

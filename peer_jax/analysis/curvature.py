@@ -9,7 +9,7 @@ from peer_jax.analysis.columns import Interval, NoFit
 from peer_jax.analysis.parabola import Parabola, Points, fit_parabolas
 from peer_jax.analysis.resampling import Layout
 
-SHARED_LEVEL = 0.05
+F_TEST_LEVEL = 0.05
 """Budgets share no curvature if the F test would reject that they do at this level."""
 
 
@@ -23,7 +23,7 @@ def curvature(points: Points, *, confidence: float = 0.95) -> tuple[float, Inter
     """
     points.check()
     z = points.z - points.z.mean()
-    design = np.stack([z**2, z, *_levels([points])], axis=1)
+    design = np.stack([z**2, z, *_seed_columns([points])], axis=1)
     fitted, squares, free = _least_squares(design, points.losses)
     value, interval = float(fitted[0]), None
     if free > 0:
@@ -44,7 +44,7 @@ def shared_curvature_test(curves: Sequence[Points]) -> float:
     z, losses = (np.concatenate([getattr(curve, name) for curve in curves]) for name in ("z", "losses"))
     u = (z - z.mean()) / np.ptp(z)
     is_own = np.repeat(np.eye(len(curves)), [len(curve.z) for curve in curves], axis=0)
-    free = np.concatenate([u[:, None] * is_own, np.stack(_levels(curves), axis=1)], axis=1)
+    free = np.concatenate([u[:, None] * is_own, np.stack(_seed_columns(curves), axis=1)], axis=1)
     together = np.concatenate([u[:, None] ** 2, free], axis=1)
     apart = np.concatenate([u[:, None] ** 2 * is_own, free], axis=1)
     (_, more, more_free), (_, less, less_free) = _least_squares(together, losses), _least_squares(apart, losses)
@@ -63,17 +63,17 @@ def fit_shared(
     """Fits parabolas of several budgets with one curvature, and returns them with the p value of the F test.
 
     Raises:
-        NoFit: if the test rejects that they share a curvature at ``SHARED_LEVEL``, a budget has fewer than 3 sizes, or
+        NoFit: if the test rejects that they share a curvature at ``F_TEST_LEVEL``, a budget has fewer than 3 sizes, or
             a parabola has no minimum.
     """
     for curve in curves:
         curve.check()
-    if (p := shared_curvature_test(curves)) < SHARED_LEVEL:
+    if (p := shared_curvature_test(curves)) < F_TEST_LEVEL:
         raise NoFit(f"the budgets have different curvatures (F test, p = {p:.2g})")
     return fit_parabolas(curves, confidence=confidence, resamples=resamples, seed=seed), p
 
 
-def _levels(curves: Sequence[Points]) -> list[np.ndarray]:
+def _seed_columns(curves: Sequence[Points]) -> list[np.ndarray]:
     """A column for each seed of each budget, 1 at its points."""
     budgets = [number for number, curve in enumerate(curves) for _ in curve.z]
     blocks = Layout.of([seed for curve in curves for seed in curve.seeds], budgets).blocks

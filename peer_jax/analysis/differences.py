@@ -31,6 +31,7 @@ class Difference:
         seeds: the number of seeds that both methods have.
         fewest: the number of seeds at the size that has the fewest.
         sizes: the number of sizes that both methods have.
+        left_out: the number of further sizes that both have, which lack one of the seeds.
     """
 
     size: str
@@ -39,6 +40,7 @@ class Difference:
     seeds: int
     fewest: int
     sizes: int
+    left_out: int = 0
 
     def reversed(self) -> "Difference":
         """The second method minus the first."""
@@ -56,18 +58,27 @@ def at_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> list[D
 
 
 def over_sizes(first: Cells, second: Cells, *, confidence: float = 0.95) -> Difference | None:
-    """The mean difference over the sizes that both methods have, of the seeds that have all these sizes.
+    """The mean difference over sizes that both methods have with the same seeds.
 
-    None if there are no such sizes and seeds.
+    The seeds are those of one of the sizes, or those that all sizes have: several rather than one, and then those that
+    most sizes have. None if no size and seed is in common.
     """
-    common = first.keys() & second.keys()
-    sizes = {size for size, _ in common}
-    seeds = sorted(seed for seed in {seed for _, seed in common} if all((size, seed) in common for size in sizes))
-    if not seeds:
+    common: dict[str, set[int]] = {}
+    for size, seed in first.keys() & second.keys():
+        common.setdefault(size, set()).add(seed)
+    if not common:
         return None
+    candidates = [*common.values(), set.intersection(*common.values())]
+    seeds = max(
+        (sorted(own) for own in candidates if own),
+        key=lambda own: (len(own) > 1, sum(theirs.issuperset(own) for theirs in common.values()), len(own), own),
+    )
+    sizes = sorted(size for size, own in common.items() if own.issuperset(seeds))
     means = [float(np.mean([first[s, seed][1] - second[s, seed][1] for s in sizes])) for seed in seeds]
-    size = next(iter(sizes)) if len(sizes) == 1 else ""
-    return Difference(size, *_mean(means, confidence), len(seeds), len(seeds), len(sizes))
+    size = sizes[0] if len(sizes) == 1 else ""
+    return Difference(
+        size, *_mean(means, confidence), len(seeds), len(seeds), len(sizes), left_out=len(common) - len(sizes)
+    )
 
 
 def _mean(values: list[float], confidence: float) -> tuple[float, Interval | None]:

@@ -64,7 +64,7 @@ def _frontier(curves: Sequence[Curve], measure: str, budget: float | None) -> Fr
     return Frontier(curves[0].series, is_causal, measure, budget, tuple(steps), last)
 
 
-def levels(own: Sequence[Frontier], most: int = 6) -> list[float]:
+def round_values(own: Sequence[Frontier], most: int = 6) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten) at which at least two frontiers have an answer."""
     if not own:
         return []
@@ -80,8 +80,8 @@ def levels(own: Sequence[Frontier], most: int = 6) -> list[float]:
 
 
 def ranked(own: Sequence[Frontier], most: int = 6) -> Iterator[tuple[float, Frontier, Step]]:
-    """The best runs of each frontier within each of ``levels``, from the lowest loss."""
-    for value in levels(own, most):
+    """The best runs of each frontier within each of ``round_values``, from the lowest loss."""
+    for value in round_values(own, most):
         reached = [(frontier, step) for frontier in own if (step := frontier.within(value)) is not None]
         for frontier, step in sorted(reached, key=lambda pair: pair[1].loss):
             yield value, frontier, step

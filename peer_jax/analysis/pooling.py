@@ -16,7 +16,8 @@ SWEEP = "sweep"
 """The setting that tells sweeps apart. Its value is the directory of the sweep, with its name if there are several."""
 
 # A point is a mean over seeds; each may have grown from a run of its own. Budgets that count as one differ by steps.
-MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps", "Run.grown_from"}
+MAY_DIFFER = {"Run.seed", "Run.training_flops", "Run.steps"}
+OF_SEED = "Run.grown_from"  # may differ between seeds, but not between runs of one seed
 
 
 def tell_apart(rows: Sequence[Row]) -> list[Row]:
@@ -53,8 +54,8 @@ def _differing(rows: Sequence[Row]) -> set[str]:
     values = defaultdict(set)
     for row in rows:
         for name, value in row.config.items():
-            values[name].add(value)
-    return {name for name, own in values.items() if len(own) > 1} - MAY_DIFFER
+            values[name, row.seed if name == OF_SEED else None].add(value)
+    return {name for (name, _), own in values.items() if len(own) > 1} - MAY_DIFFER
 
 
 def _are_sweeps(rows: Sequence[Row]) -> bool:

@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from peer_jax.analysis.curvature import SHARED_LEVEL
+from peer_jax.analysis.curvature import F_TEST_LEVEL
 from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.pooling import SWEEP
 from peer_jax.analysis.row import Row
@@ -112,13 +112,13 @@ def _minima(ranked: Sequence[Curve], analysis: Analysis) -> list[str]:
             f"{first.series} is the only {_causal(first)}method with a minimum among the sizes tried: "
             f"{loss(first.fit.loss)} nats per {first.unit}{known} at {si(first.fit.size)} active parameters."
         ]
-    together, apart, unknown = [], [], []
+    together, apart, against, unknown = [], [], [], []
     for other in ranked[1:]:
         found = analysis.difference(first.series, other.series, first.budget)
         if found is None or found.interval is None or found.seeds == 1:
             unknown.append(other)
         else:
-            (apart if found.interval[1] < 0 else together).append(other)
+            (apart if found.interval[1] < 0 else against if found.interval[0] > 0 else together).append(other)
     if together:
         sentences.append(
             f"The runs do not show an order between {first.series} and {_with_losses(together)}: the "
@@ -128,6 +128,12 @@ def _minima(ranked: Sequence[Curve], analysis: Analysis) -> list[str]:
         sentences.append(
             f"{_with_losses(apart)} {'is' if len(apart) == 1 else 'are'} higher, and the {_intervals(apart)} of the "
             f"paired difference {'excludes' if len(apart) == 1 else 'exclude'} 0."
+        )
+    if against:
+        sentences.append(
+            f"{_with_losses(against)} {'has' if len(against) == 1 else 'have'} no lower minimum, but lower losses on "
+            f"average over the sizes that were paired with {first.series}: the {_intervals(against)} of that "
+            f"difference {'excludes' if len(against) == 1 else 'exclude'} 0, so the order depends on the fit."
         )
     if unknown:
         sentences.append(
@@ -235,7 +241,7 @@ def cautions(analysis: Analysis) -> list[str]:
         found.append(
             f"{count(len(shared), 'parabola has', 'parabolas have')} the curvature of all budgets of the series, "
             "because the budget's own is within its noise, and an F test does not reject at the level of "
-            f"{SHARED_LEVEL:.0%} that the budgets have one curvature: see the table of minima."
+            f"{F_TEST_LEVEL:.0%} that the budgets have one curvature: see the table of minima."
         )
     if told := sorted({_TOLD_BY.get(name, name) for row in analysis.rows for name in row.found}):
         found.append(
@@ -285,12 +291,12 @@ def seconds(rows: Sequence[Row]) -> list[str]:
     if beside := [row for row in known if row.side_by_side]:
         found.append(
             f"{count(len(beside), 'run')} had only some of the cores of the machine. Others that ran at the same time "
-            "on the other cores made them slower."
+            "on the other cores may have made them slower."
         )
     if silent := [row for row in known if row.side_by_side is None]:
         found.append(
-            f"{count(len(silent), 'result')} of an earlier version {'does' if len(silent) == 1 else 'do'} not say the "
-            "processor, nor whether other runs went on beside."
+            f"{count(len(silent), 'result')} {'does' if len(silent) == 1 else 'do'} not say whether other runs went on "
+            "beside, on the same cores or accelerator."
         )
     if missing := len(rows) - len(known):
         found.append(f"{count(missing, 'run')} without a known time {'is' if missing == 1 else 'are'} left out here.")

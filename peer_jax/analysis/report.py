@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from peer_jax.analysis import ablations, curves, reading, results, row_table, tables
-from peer_jax.analysis.curvature import SHARED_LEVEL
+from peer_jax.analysis.curvature import F_TEST_LEVEL
 from peer_jax.analysis.isoflop import Analysis
 from peer_jax.analysis.row import Row, unit
 from peer_jax.analysis.series import MEASURES
@@ -139,7 +139,7 @@ def _page(analysis: Analysis, directories: Sequence[AnyPath], out: AnyPath) -> s
         split=_split(rows),
         left_out=sorted({c.series for c in analysis.shown()} - {c.series for c in pictured}),
         most_bars=figures.MOST_BARS,
-        level=f"{SHARED_LEVEL:.0%}",
+        level=f"{F_TEST_LEVEL:.0%}",
         without_law=reading.without((law.series, law.is_causal, law.reason) for law in analysis.laws),
         without_surface=reading.without((s.series, s.is_causal, s.reason) for s in analysis.surfaces),
         not_causal=sorted({row.method for row in rows if not row.is_causal}),

@@ -126,7 +126,10 @@ def _machine(machine: Mapping[str, Any]) -> str | None:
 
 
 def _shares(machine: Mapping[str, Any]) -> bool | None:
-    """Whether a run had only some of the cores, as each worker of a sweep has. A worker has an accelerator alone."""
+    """Whether a run had only some of the cores, as each worker of a sweep has; None if that is not known.
+
+    Several workers may share an accelerator, which a result does not say.
+    """
     if machine.get("platform") != "cpu":
-        return False
+        return None
     return machine["cores"] < machine["all_cores"] if "cores" in machine else None

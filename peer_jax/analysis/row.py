@@ -110,6 +110,12 @@ class Row:
         return "token" if self.accuracy is None else "image"
 
     @property
+    def order(self) -> tuple[int, str]:
+        """What the order of the data depends on: the rows per batch, and the seed of the order."""
+        own = self.config.get("Run.data_seed", "None")
+        return self.batch_size, str(self.seed) if own == "None" else own
+
+    @property
     def varied(self) -> dict[str, Any]:
         """The settings that the sweep varied."""
         return {name: value for name, value in self.settings.items() if name not in self.found}

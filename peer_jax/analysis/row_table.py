@@ -191,7 +191,10 @@ def _row(path: epath.Path, number: int, columns: Sequence[str], cells: Sequence[
     if line.settings is None:  # earlier versions wrote 0 for a part that a model does not have
         parts = {part: flops for part, flops in parts.items() if flops}
     # Rows of an earlier version are where the table is, as far as is known.
-    directory, *copies = map(epath.Path, line.directories or [path.parent / line.run])
+    try:
+        directory, *copies = map(epath.Path, line.directories or [path.parent / line.run])
+    except (KeyError, ValueError) as error:  # an address that is neither of a local folder nor of a bucket
+        raise InputError(f"{path} line {number} column 'directories' is damaged ({error}): {WAY_OUT}") from error
     return Row(
         **values,
         directory=directory,

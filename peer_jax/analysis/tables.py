@@ -158,7 +158,7 @@ def points(analysis: Analysis) -> Table:
     for curve in analysis.shown():
         seconds = {(rows[0].params_active, rows[0].size): value for value, rows in curve.points("seconds")}
         for _, rows in curve.points("params_active"):
-            losses = [row.loss for row in rows]
+            losses, accuracies = [row.loss for row in rows], [r.accuracy for r in rows if r.accuracy is not None]
             cells.append(
                 [
                     budget(curve.budget),
@@ -169,7 +169,7 @@ def points(analysis: Analysis) -> Table:
                     si(rows[0].tokens),
                     si(seconds.get((rows[0].params_active, rows[0].size))),
                     loss(mean_loss(rows)),
-                    "-" if rows[0].accuracy is None else f"{np.mean([row.accuracy for row in rows]):.2%}",
+                    f"{np.mean(accuracies):.2%}" if accuracies else "-",
                     str(len(rows)),
                     f"{max(losses) - min(losses):.4f}" if len(rows) > 1 else "-",
                 ]
