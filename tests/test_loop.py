@@ -79,7 +79,8 @@ def test_loss_falls_and_the_result_adds_up(tiny, tmp_path, layer):
     assert result["tokens_per_second"] > 0
     assert result["corpus"]["name"] == "corpus"
     assert set(result["versions"]) == {"peer-jax", "jax", "flax", "optax", "numpy", "python"}
-    assert set(result["machine"]) == {"platform", "device", "devices", "processes"}
+    names = {"platform", "device", "devices", "processes", "processor", "cores", "all_cores"}
+    assert set(result["machine"]) == names
     (own,) = result["evaluations"].values()
     assert own["loss"] == lines(tmp_path)[-1]["validation_loss"]
     assert own["loss"] < logged[0] - 1.5
