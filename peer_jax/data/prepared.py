@@ -1,9 +1,10 @@
 """A cache in the place of a corpus, to train on a machine that lacks seqio, TensorFlow, the texts or the images."""
 
+import functools
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,7 +54,7 @@ class PreparedCache:
 
     Attributes:
         holds: what has to be in it, "text" or "images".
-        keys: what its manifest must have: keys, each with what must be in its own value.
+        keys: paths of keys that its manifest must have.
     """
 
     path: AnyPath
@@ -83,8 +84,8 @@ class PreparedCache:
                 f"{self.path} holds {holds}, not {self.holds}; give the path of a prepared cache of {self.holds}."
             )
         try:
-            for key, *parts in self.keys:
-                _ = [manifest[key][part] for part in parts] or manifest[key]
+            for keys in self.keys:
+                functools.reduce(operator.getitem, keys, manifest)
         except (KeyError, TypeError) as error:
             raise cache.Damaged(f"{self.path / cache.MANIFEST} is damaged", self.path) from error
         return manifest
@@ -95,7 +96,10 @@ class PreparedCorpus(PreparedCache):
     """A corpus of which this machine has only the cache, as `prepared` returns it."""
 
     holds = "text"
-    keys = (("fingerprint",), ("corpus_fingerprint",), ("task", "corpus"), ("vocabulary", "name", "sha256"))
+    keys = (
+        *(("fingerprint",), ("corpus_fingerprint",), ("task", "corpus")),
+        *(("vocabulary", "name"), ("vocabulary", "sha256")),
+    )
 
     def num_bytes(self) -> int:
         return sum(counts["bytes"] for counts in self.manifest()["splits"].values())
@@ -132,11 +136,11 @@ class PreparedImages(PreparedCache):
     holds = "images"
     keys = (("corpus_fingerprint",), ("task", "corpus"), ("num_classes",))
 
-    @cached_property
+    @functools.cached_property
     def num_classes(self) -> int:
         return self.manifest()["num_classes"]
 
-    @cached_property
+    @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:
         from peer_jax.data import cache
 
