@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -28,6 +29,7 @@ from peer_jax.errors import InputError, TryAgain
 # it was stopped by a signal, to save. After SAY, a process that has started says for whom it waits.
 SILENCE, PING, HOLD, NEWS, GRACE, STOPPING, SAY = 20, 2, 1, 3, 5, 60, 20
 SAYS = "peer-jax: "
+ATTEMPTS = 4  # to listen at an address that is in use
 _HELLO = "peer-jax run"
 _SUPERVISED = False
 
@@ -230,10 +232,19 @@ def _say_waiting(place: Place, whom: str, deadline: float) -> None:
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket that other processes can connect to."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
+    """A socket that other processes can connect to.
+
+    If two processes begin to listen in the same moment, Linux may refuse both, so each tries again after a random time.
+    """
+    family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return socket.create_server(("", port), **family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            time.sleep(random.uniform(0, 0.2))
+    return socket.create_server(("", port), **family)
 
 
 def _message(link: _Link, deadline: float) -> object:
