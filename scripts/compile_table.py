@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# Name of the row; topology; layer; bindings of the batch, and of the layer.
 # Tables have Adam, all rows updated: what a step costs that passes over whole tables, unlike the configs' default.
 ADAM = ["AdamW.table_b1=None", 'AdamW.table_second_moment="element"']
 SPLIT = ["Sharding.expert=8", *ADAM]
 LARGE = [*SPLIT, "NUM_EXPERTS=16777216"]
 TOUCHED = ["AdamW.table_b1=0.0", 'AdamW.table_second_moment="row"', 'AdamW.table_updates="touched"']
+# Name of the row; topology; layer; bindings of the batch, and of the layer.
 ROWS = [
     (f"{chips} {name}", topology, layer, batch, bindings)
     for chips, topology, batch in (

@@ -118,7 +118,8 @@ def _minima(ranked: Sequence[Curve], analysis: Analysis) -> list[str]:
         if found is None or found.interval is None or found.seeds == 1:
             unknown.append(other)
         else:
-            (apart if found.interval[1] < 0 else against if found.interval[0] > 0 else together).append(other)
+            low, high = found.interval
+            (apart if high < 0 else against if low > 0 else together).append(other)
     if together:
         sentences.append(
             f"The runs do not show an order between {first.series} and {_with_losses(together)}: the "

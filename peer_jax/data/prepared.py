@@ -54,13 +54,13 @@ class PreparedCache:
 
     Attributes:
         holds: what has to be in it, "text" or "images".
-        keys: paths of keys that its manifest must have.
+        keys: what its manifest must have, such as "task.corpus" for a key of a key.
     """
 
     path: AnyPath
 
     holds: ClassVar[str]
-    keys: ClassVar[tuple[tuple[str, ...], ...]]
+    keys: ClassVar[tuple[str, ...]]
 
     @property
     def name(self) -> str:
@@ -84,8 +84,8 @@ class PreparedCache:
                 f"{self.path} holds {holds}, not {self.holds}; give the path of a prepared cache of {self.holds}."
             )
         try:
-            for keys in self.keys:
-                functools.reduce(operator.getitem, keys, manifest)
+            for key in self.keys:
+                functools.reduce(operator.getitem, key.split("."), manifest)
         except (KeyError, TypeError) as error:
             raise cache.Damaged(f"{self.path / cache.MANIFEST} is damaged", self.path) from error
         return manifest
@@ -96,10 +96,7 @@ class PreparedCorpus(PreparedCache):
     """A corpus of which this machine has only the cache, as `prepared` returns it."""
 
     holds = "text"
-    keys = (
-        *(("fingerprint",), ("corpus_fingerprint",), ("task", "corpus")),
-        *(("vocabulary", "name"), ("vocabulary", "sha256")),
-    )
+    keys = ("fingerprint", "corpus_fingerprint", "task.corpus", "vocabulary.name", "vocabulary.sha256")
 
     def num_bytes(self) -> int:
         return sum(counts["bytes"] for counts in self.manifest()["splits"].values())
@@ -134,7 +131,7 @@ class PreparedImages(PreparedCache):
     """Images of which this machine has only the cache, as `prepared_images` returns them."""
 
     holds = "images"
-    keys = (("corpus_fingerprint",), ("task", "corpus"), ("num_classes",))
+    keys = ("corpus_fingerprint", "task.corpus", "num_classes")
 
     @functools.cached_property
     def num_classes(self) -> int:

@@ -109,9 +109,8 @@ class Run:
             task.check_fits(self.task, "the model")
         if self.grown_from is None and self.grown_at != "last":
             raise InputError(f"grown_at={self.grown_at!r} is a step of the run to grow from: give grown_from, too")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if (type(value) is not int or not 0 <= value < 2**32) and (name, value) != ("data_seed", None):
+        for name, value in {"seed": self.seed, "data_seed": self.order_seed}.items():
+            if type(value) is not int or not 0 <= value < 2**32:
                 raise InputError(f"{name} is {value!r}; give a whole number from 0 to 2**32 - 1.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation}")
